@@ -1,0 +1,98 @@
+"""The contract of a MiVE checkpoint: every choice that the weights depend on, in one frozen object.
+
+It travels in the safetensors metadata, so a file says by itself what it is.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+
+from .errors import UserError
+
+METADATA_KEY = "mive.config"
+ROPE_SCHEMES = ("wan_reference_before",)  # target (t, y, x) from 0, reference at t = -1, condition identity
+LATENT_FORMATS = ("wan2.1",)
+
+
+@dataclass(frozen=True)
+class MiVEConfig:
+    """Shapes of the DiT and what it was trained to read.
+
+    Defaults are Wan2.1-T2V-14B joined to Qwen3-VL-8B with the paper's pair of layers.
+    """
+
+    # the DiT (Wan2.1's shapes)
+    width: int = 5120  # D
+    num_heads: int = 40
+    ffn_width: int = 13824
+    num_blocks: int = 40  # P
+    freq_dim: int = 256  # sinusoidal features of t
+    eps: float = 1e-6
+    # latents
+    latent_channels: int = 16  # C
+    latent_format: str = "wan2.1"
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    rope_scheme: str = "wan_reference_before"
+    rope_theta: float = 10000.0
+    # the VLM
+    vlm: str = "Qwen3-VL-8B"
+    vlm_width: int = 4096  # D_vlm
+    vlm_num_layers: int = 36  # L
+    layers: tuple[int, ...] = (1, -1)  # numbered as transformers' hidden_states
+    video_fps: float = 2.0  # frames a second that the VLM sees
+    max_video_tokens: int = 4096  # visual tokens of the source video
+    max_instruction_tokens: int = 512
+    # sampling defaults that the weights were tuned with
+    steps: int = 30
+    shift: float = 5.0
+    cfg: float = 1.0
+
+    def __post_init__(self):
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise UserError("the width must split into heads of even size", got=f"width {self.width}, {self.num_heads} heads")
+        if self.rope_scheme not in ROPE_SCHEMES:
+            raise UserError("unknown rope_scheme", got=self.rope_scheme, expected=" or ".join(ROPE_SCHEMES))
+        if self.latent_format not in LATENT_FORMATS:
+            raise UserError("unknown latent_format", got=self.latent_format, expected=" or ".join(LATENT_FORMATS))
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def resolved_layers(self) -> tuple[int, ...]:
+        """The chosen layers counted from 0 to L."""
+        return tuple(k if k >= 0 else self.vlm_num_layers + 1 + k for k in self.layers)
+
+    def with_layers(self, layers: tuple[int, ...]) -> "MiVEConfig":
+        return replace(self, layers=layers)
+
+    def to_metadata(self) -> dict[str, str]:
+        """Safetensors metadata: str -> str."""
+        return {METADATA_KEY: json.dumps(asdict(self), sort_keys=True), "format": "pt"}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str] | None, where: object = None) -> "MiVEConfig":
+        """Inverse of to_metadata. Raises UserError where the key is missing or a field is unknown."""
+        text = (metadata or {}).get(METADATA_KEY)
+        if text is None:
+            raise UserError("no MiVE config in the file's metadata", where=where, expected=f"the key {METADATA_KEY!r}",
+                            fix="a Wan checkpoint becomes a MiVE one with `mive init-from-wan`")
+        return cls.from_dict(json.loads(text), where)
+
+    @classmethod
+    def from_dict(cls, values: dict, where: object = None) -> "MiVEConfig":
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError("the config has fields this version does not know", where=where, got=", ".join(unknown),
+                            fix="update the pack")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+PRESETS = {
+    "14b": MiVEConfig(),
+    "1.3b": MiVEConfig(width=1536, num_heads=12, ffn_width=8960, num_blocks=30),
+    "tiny": MiVEConfig(width=192, num_heads=4, ffn_width=576, num_blocks=6, freq_dim=64,
+                       vlm="Qwen3-VL-tiny", vlm_width=128, vlm_num_layers=4,
+                       max_video_tokens=512, max_instruction_tokens=48, steps=6, shift=3.0),
+}

@@ -1,0 +1,18 @@
+"""The one exception a user can cause, and the one shape its message has."""
+
+
+class UserError(ValueError):
+    """Bad input. The message says what, where, got, expected and the fix, on one line.
+
+    Command-line programs print it and exit with 2; inside ComfyUI it is the node's error.
+    """
+
+    def __init__(self, what: str, *, where: object = None, got: object = None, expected: object = None, fix: str | None = None):
+        parts = [what if where is None else f"{where}: {what}"]
+        if got is not None:
+            parts.append(f"got {got}")
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if fix is not None:
+            parts.append(fix)
+        super().__init__("; ".join(parts).replace("\n", " "))

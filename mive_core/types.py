@@ -1,0 +1,69 @@
+"""The frozen objects that stages hand to one another.
+
+F pixel frames (4n+1), H x W pixels; C latent channels, T x Y x X latent grid; B batch,
+K chosen layers, S tokens in the VLM sequence, D_vlm its width.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video in memory."""
+
+    frames: Tensor  # (F, H, W, 3) float32 in 0..1
+    fps: float
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """What a user asks for: three inputs, nothing else."""
+
+    source: Clip
+    reference: Tensor  # (H, W, 3) float32 in 0..1: the first frame, already edited
+    instruction: str
+
+
+@dataclass(frozen=True)
+class PairedEdit:
+    """An edit whose outcome is known: for training and for measuring."""
+
+    request: EditRequest
+    target: Tensor | None  # (F, H, W, 3) float32 in 0..1
+    mask: Tensor | None  # (F, H, W) bool, True where source and target are meant to differ
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class VLMInputs:
+    """What Qwen3-VL reads in one forward pass; every field as its processor names it."""
+
+    input_ids: Tensor  # (1, S) int64
+    attention_mask: Tensor  # (1, S)
+    mm_token_type_ids: Tensor  # (1, S) 0 text, 1 image, 2 video
+    pixel_values: Tensor  # (num_image_patches, patch_features)
+    image_grid_thw: Tensor  # (1, 3)
+    pixel_values_videos: Tensor  # (num_video_patches, patch_features)
+    video_grid_thw: Tensor  # (1, 3)
+
+    def to(self, device: torch.device | str) -> "VLMInputs":
+        return VLMInputs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Hidden states of the chosen layers for one prompt; independent of the timestep."""
+
+    states: Tensor  # (B, K, S, D_vlm)
+    layers: tuple[int, ...]  # resolved to 0..L, in the order of K
+
+
+@dataclass(frozen=True)
+class EditLatents:
+    """The clean latents that guide the denoising, normalised to unit variance."""
+
+    source: Tensor  # (B, C, T, Y, X)
+    reference: Tensor  # (B, C, 1, Y, X)
