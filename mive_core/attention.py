@@ -1,0 +1,22 @@
+"""Attention as a value: the DiT is given one of these at construction and never chooses by itself.
+
+The form is ComfyUI's, so that its own back ends fit unchanged.
+B batch, L tokens, H heads, d head width.
+"""
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class AttentionFn(Protocol):
+    """q, k, v (B, L, H*d), heads H, mask None or broadcastable to (B, H, L, L) -> (B, L, H*d)."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs) -> Tensor: ...
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs) -> Tensor:
+    """AttentionFn by torch's scaled_dot_product_attention, with the kernel that torch picks."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -1,0 +1,5 @@
+"""The diffusion transformer."""
+
+from .model import MiVEDiT
+
+__all__ = ["MiVEDiT"]

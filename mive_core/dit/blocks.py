@@ -1,0 +1,90 @@
+"""One block of the unified backbone: self-attention and feed-forward, each modulated by segment.
+
+Keys are Wan's, so that its weights and LoRAs fit. The sequence is [clean ; target]: clean tokens
+(condition and reference) are modulated at t = 0, target tokens at the current t. Two vectors per
+block serve for that; a (B, L, 6, D) tensor would be 5 GB at 720p x 81.
+B batch, L tokens, D model width, H heads, d head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import AttentionFn
+from .rope import rotate
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What the two timesteps do to the two segments of a sequence."""
+
+    clean: Tensor  # (1, n, D) from t = 0
+    target: Tensor  # (B, n, D) from the current t
+    num_clean: int  # N_c + N_ref
+
+    def offset(self, learned: Tensor) -> "Modulation":
+        """Adds a block's own (1, n, D) parameter, cast here because it may be stored in fp8."""
+        learned = learned.to(self.target)
+        return Modulation(self.clean + learned, self.target + learned, self.num_clean)
+
+    def row(self, i: int) -> "Modulation":
+        return Modulation(self.clean[:, i : i + 1], self.target[:, i : i + 1], self.num_clean)
+
+
+def modulate(x: Tensor, shift: Modulation, scale: Modulation) -> Tensor:
+    """(B, L, D) -> x * (1 + scale) + shift, each segment with its own."""
+    clean, target = x[:, : shift.num_clean], x[:, shift.num_clean :]
+    return torch.cat([torch.addcmul(shift.clean, clean, 1 + scale.clean),
+                      torch.addcmul(shift.target, target, 1 + scale.target)], dim=1)
+
+
+def gated_add(x: Tensor, update: Tensor, gate: Modulation) -> Tensor:
+    """(B, L, D) -> x + update * gate, each segment with its own."""
+    n = gate.num_clean
+    return torch.cat([torch.addcmul(x[:, :n], update[:, :n], gate.clean),
+                      torch.addcmul(x[:, n:], update[:, n:], gate.target)], dim=1)
+
+
+class SelfAttention(nn.Module):
+    """Wan's self-attention: RMS-normalised queries and keys over the whole width, rotary positions."""
+
+    def __init__(self, width: int, num_heads: int, eps: float, *, operations, attention: AttentionFn, device=None, dtype=None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention = attention
+        made = {"device": device, "dtype": dtype}
+        self.q = operations.Linear(width, width, **made)
+        self.k = operations.Linear(width, width, **made)
+        self.v = operations.Linear(width, width, **made)
+        self.o = operations.Linear(width, width, **made)
+        self.norm_q = operations.RMSNorm(width, eps=eps, **made)
+        self.norm_k = operations.RMSNorm(width, eps=eps, **made)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, **attention_options) -> Tensor:
+        """(B, L, D), cos and sin (1, L, 1, d/2) -> (B, L, D)."""
+        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(2)
+        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(2)
+        return self.o(self.attention(q, k, self.v(x), self.num_heads, **attention_options))
+
+
+class Block(nn.Module):
+    """Wan2.1's block without its cross-attention."""
+
+    def __init__(self, width: int, num_heads: int, ffn_width: int, eps: float, *, operations, attention: AttentionFn,
+                 device=None, dtype=None):
+        super().__init__()
+        made = {"device": device, "dtype": dtype}
+        self.norm1 = operations.LayerNorm(width, eps=eps, elementwise_affine=False, **made)
+        self.self_attn = SelfAttention(width, num_heads, eps, operations=operations, attention=attention, **made)
+        self.norm2 = operations.LayerNorm(width, eps=eps, elementwise_affine=False, **made)
+        self.ffn = nn.Sequential(operations.Linear(width, ffn_width, **made), nn.GELU(approximate="tanh"),
+                                 operations.Linear(ffn_width, width, **made))
+        self.modulation = nn.Parameter(torch.randn(1, 6, width, **made) / width**0.5)
+
+    def forward(self, x: Tensor, time: Modulation, cos: Tensor, sin: Tensor, **attention_options) -> Tensor:
+        """(B, L, D), time of 6 rows, cos and sin (1, L, 1, d/2) -> (B, L, D)."""
+        m = time.offset(self.modulation)
+        attended = self.self_attn(modulate(self.norm1(x), m.row(0), m.row(1)), cos, sin, **attention_options)
+        x = gated_add(x, attended, m.row(2))
+        return gated_add(x, self.ffn(modulate(self.norm2(x), m.row(3), m.row(4))), m.row(5))

@@ -1,0 +1,93 @@
+"""The MiVE diffusion transformer: one sequence, self-attention only.
+
+B batch, C latent channels, T x Y x X latent grid, K chosen layers, S = N_c condition tokens,
+D_vlm their width, D model width, P blocks.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..attention import AttentionFn
+from ..config import MiVEConfig
+from .blocks import Block, Modulation
+from .context import ContextProjection
+from .rope import rotary_table
+
+
+class MiVEDiT(nn.Module):
+    """Velocity of the target latents, given the source, the reference and the condition tokens (paper, stages 2 and 3).
+
+    `operations` is torch.nn or a module like it (ComfyUI's comfy.ops), `attention` an AttentionFn.
+    """
+
+    def __init__(self, config: MiVEConfig, *, operations, attention: AttentionFn, device=None, dtype=None):
+        super().__init__()
+        self.config = config
+        made = {"device": device, "dtype": dtype}
+        parts = {**made, "operations": operations}
+        width = config.width
+        self.patch_embedding = operations.Conv3d(2 * config.latent_channels, width, kernel_size=config.patch_size,
+                                                 stride=config.patch_size, **made)
+        self.context = ContextProjection(config.vlm_width, width, len(config.layers), config.eps, **parts)
+        self.time_embedding = nn.Sequential(operations.Linear(config.freq_dim, width, **made), nn.SiLU(),
+                                            operations.Linear(width, width, **made))
+        self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(width, 6 * width, **made))
+        self.blocks = nn.ModuleList(
+            Block(width, config.num_heads, config.ffn_width, config.eps, attention=attention, **parts)
+            for _ in range(config.num_blocks))
+        self.head = Head(width, config.latent_channels, config.patch_size, config.eps, **parts)
+
+    def embed_condition(self, states: Tensor) -> Tensor:
+        """(B, K, S, D_vlm) -> (B, N_c, D). Does not depend on t: once per sampling."""
+        return self.context(states, self.time_embedding[0].weight.dtype)
+
+    def forward(self, noisy: Tensor, source: Tensor, reference: Tensor, condition: Tensor, t: Tensor, **attention_options) -> Tensor:
+        """noisy and source (B, C, T, Y, X), reference (B, C, 1, Y, X), condition (B, N_c, D), t (B,) in 0..1 -> (B, C, T, Y, X)."""
+        latents = torch.cat([torch.cat([reference, noisy], dim=2), torch.cat([reference, source], dim=2)], dim=1)
+        patches = self.patch_embedding(latents)
+        grid = (patches.shape[2] - 1, *patches.shape[3:])
+        num_clean = condition.shape[1] + math.prod(grid[1:])
+
+        sequence = torch.cat([condition, patches.flatten(2).transpose(1, 2)], dim=1)
+        clean_time, target_time = self.embed_time(torch.zeros_like(t[:1]), sequence.dtype), self.embed_time(t, sequence.dtype)
+        time = Modulation(self.project_time(clean_time), self.project_time(target_time), num_clean)
+        cos, sin = rotary_table(condition.shape[1], grid, self.config.head_dim, self.config.rope_theta, sequence.device)
+        for block in self.blocks:
+            sequence = block(sequence, time, cos, sin, **attention_options)
+        return self.head(sequence[:, num_clean:], target_time, grid)
+
+    def embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) in 0..1 -> (B, D)."""
+        return self.time_embedding(sinusoid(1000.0 * t.float(), self.config.freq_dim).to(dtype))
+
+    def project_time(self, time: Tensor) -> Tensor:
+        """(B, D) -> (B, 6, D)."""
+        return self.time_projection(time).unflatten(1, (6, -1))
+
+
+class Head(nn.Module):
+    """Target tokens -> velocity, modulated at the current t."""
+
+    def __init__(self, width: int, channels: int, patch_size: tuple[int, int, int], eps: float, *, operations, device=None, dtype=None):
+        super().__init__()
+        self.patch_size = patch_size
+        self.norm = operations.LayerNorm(width, eps=eps, elementwise_affine=False, device=device, dtype=dtype)
+        self.head = operations.Linear(width, math.prod(patch_size) * channels, device=device, dtype=dtype)
+        self.modulation = nn.Parameter(torch.randn(1, 2, width, device=device, dtype=dtype) / width**0.5)
+
+    def forward(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """(B, N_target, D), time (B, D), patch grid -> (B, C, T, Y, X)."""
+        shift, scale = (self.modulation.to(time) + time[:, None]).chunk(2, dim=1)
+        patches = self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
+        (t, y, x), (pt, py, px) = grid, self.patch_size
+        return rearrange(patches, "b (t y x) (pt py px c) -> b c (t pt) (y py) (x px)", t=t, y=y, x=x, pt=pt, py=py, px=px)
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """(B,) -> (B, dim) float32, cosines first, as Wan has it."""
+    half = dim // 2
+    angles = torch.outer(t, torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,43 @@
+"""Rotary positions of the unified sequence [condition ; reference ; target].
+
+Scheme "wan_reference_before" (ours): target frames keep Wan's (t, y, x) from 0, the reference
+frame sits at t = -1 on the same (y, x), condition tokens get the identity rotation.
+L tokens, H heads, d head width, T x Y x X patch grid.
+"""
+
+import torch
+from torch import Tensor
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Head width d -> widths of the (t, y, x) parts, as Wan splits it."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """(N,) positions -> (N, dim/2) float32 angles; the frequencies are computed in float64 on the CPU (MPS has none)."""
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return torch.outer(positions.to(torch.float64), frequencies).to(torch.float32)
+
+
+def rotary_table(num_condition: int, grid: tuple[int, int, int], head_dim: int, theta: float, device=None) -> tuple[Tensor, Tensor]:
+    """N_c and the target's patch grid (T, Y, X) -> cos, sin, each (1, N_c + (T+1)*Y*X, 1, d/2) float32."""
+    num_frames, height, width = grid
+    axes = (torch.arange(-1, num_frames), torch.arange(height), torch.arange(width))
+    t, y, x = (axis_angles(p, dim, theta) for p, dim in zip(axes, axis_dims(head_dim)))
+    shape = (num_frames + 1, height, width)
+    visual = torch.cat([
+        t[:, None, None].expand(*shape, -1),
+        y[None, :, None].expand(*shape, -1),
+        x[None, None, :].expand(*shape, -1),
+    ], dim=-1).flatten(0, 2)
+    angles = torch.cat([visual.new_zeros(num_condition, head_dim // 2), visual])[None, :, None].to(device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, L, H, d), cos and sin (1, L, 1, d/2) -> (B, L, H, d): neighbouring features are the pairs that turn."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([torch.addcmul(even * cos, odd, sin, value=-1), torch.addcmul(even * sin, odd, cos)], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
