@@ -1,0 +1,23 @@
+"""Training: `train(recipe)` dispatches on the recipe's task."""
+
+from importlib import import_module
+from pathlib import Path
+
+from ..errors import UserError
+from .recipe import read_recipe
+
+TASKS = ("vae", "vlm", "dit")
+
+
+def train(recipe_path: str | Path) -> None:
+    """Trains the model that a YAML recipe describes; resumes where its output_dir holds a checkpoint.
+
+    Each task's module has `build(values: dict, where) -> Task`. Raises UserError for a recipe that does not fit.
+    """
+    values = read_recipe(recipe_path)
+    if values["task"] not in TASKS:
+        raise UserError("unknown task", where=recipe_path, got=values["task"], expected=" or ".join(TASKS))
+    module = import_module(f".{values['task']}", __package__)
+    from .loop import run
+
+    run(module.build(values, where=recipe_path))

@@ -1,0 +1,78 @@
+"""A training recipe: one YAML file, read into one frozen dataclass."""
+
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Mapping, TypeVar
+
+import yaml
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every task shares; each task adds its own fields by inheritance."""
+
+    task: str  # vae, vlm or dit
+    output_dir: str  # checkpoints and log.jsonl
+    export: str  # the finished model, written at the end
+    num_steps: int
+    seed: int = 0
+    num_threads: int = 1  # of torch, 0: torch's own choice
+    num_workers: int = 1  # data loading processes, 0: in the training process
+    checkpoint_every_s: float = 120.0
+    num_checkpoints: int = 2  # kept
+    log_every: int = 20  # steps
+    clip_norm: float = 1.0  # of the gradient, 0: none
+    ema: float = 0.0  # decay of the averaged weights, 0: none; the export takes them
+
+
+# Fields that may differ between the run that wrote a checkpoint and the one that resumes it.
+FREE_FIELDS = frozenset({"output_dir", "export", "num_threads", "num_workers", "checkpoint_every_s", "num_checkpoints", "log_every"})
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The mapping in a YAML file. Raises UserError where there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("no such recipe", where=path, fix="the recipes of the embedded models are in configs/")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("not YAML", where=path, got=str(error)) from error
+    if not isinstance(values, dict) or "task" not in values:
+        raise UserError("a recipe is a mapping with the key 'task'", where=path, got=type(values).__name__)
+    return values
+
+
+def parse_recipe(cls: type[AnyRecipe], values: Mapping, where: object = None) -> AnyRecipe:
+    """Checks names and types, lists become tuples. Raises UserError for unknown, missing or ill-typed keys."""
+    known = {field.name: field for field in fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError("unknown keys in the recipe", where=where, got=", ".join(unknown), expected=", ".join(known))
+    missing = [name for name, field in known.items() if field.default is MISSING and name not in values]
+    if missing:
+        raise UserError("keys missing from the recipe", where=where, expected=", ".join(missing))
+    return cls(**{name: _typed(name, value, known[name].type, where) for name, value in values.items()})
+
+
+def _typed(name: str, value: object, wanted: type, where: object) -> object:
+    if isinstance(value, list):
+        return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    if wanted is float and type(value) in (int, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            raise UserError(f"the recipe's {name} is not a number", where=where, got=repr(value)) from None
+    if wanted in (int, float, str, bool) and type(value) is not wanted:
+        raise UserError(f"the recipe's {name} has the wrong type", where=where, got=repr(value), expected=wanted.__name__)
+    return value
+
+
+def fingerprint(recipe: Recipe) -> dict:
+    """The fields that a checkpoint depends on, as JSON gives them back."""
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(recipe).items() if name not in FREE_FIELDS}

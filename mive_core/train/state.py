@@ -1,0 +1,89 @@
+"""The state of a training run on disk: one safetensors file, complete or absent."""
+
+import json
+import os
+from pathlib import Path
+from typing import Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+METADATA_KEY = "mive.training"
+PATTERN = "step_*.safetensors"
+
+
+def write_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Written beside, flushed to the disk, renamed: a reader finds the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, str(partial), metadata)
+    with open(partial, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Mapping[str, Tensor],
+         optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict, keep: int) -> Path:
+    """Everything that the step after `step` needs; older checkpoints beyond `keep` are removed."""
+    tensors = {f"module.{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    tensors |= {f"average.{key}": value for key, value in averages.items()}
+    scalars: dict[str, object] = {}
+    for name, optimizer in optimizers.items():
+        for index, entry in optimizer.state_dict()["state"].items():
+            for key, value in entry.items():
+                (tensors if isinstance(value, Tensor) else scalars)[f"optimizer.{name}.{index}.{key}"] = value
+    # Cloned, because tensors that share storage cannot be stored.
+    tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+    path = folder / f"step_{step:08d}.safetensors"
+    write_atomically(tensors, path, {METADATA_KEY: json.dumps({"step": step, "recipe": recipe, "scalars": scalars})})
+    for old in sorted(folder.glob(PATTERN))[:-keep]:
+        old.unlink()
+    return path
+
+
+def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, Tensor],
+            optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict) -> int:
+    """Loads the newest complete checkpoint and returns the first step to do, 0 where there is none.
+
+    Raises UserError where the checkpoint was written by another recipe.
+    """
+    tensors, state = _newest(folder)
+    if state is None:
+        return 0
+    differing = sorted(key for key in recipe.keys() | state["recipe"].keys() if recipe.get(key) != state["recipe"].get(key))
+    if differing:
+        raise UserError("the checkpoint there was written by another recipe", where=folder, got="different " + ", ".join(differing),
+                        fix="choose another output_dir, or remove that folder to start anew")
+    for name, module in modules.items():
+        module.load_state_dict(_below(tensors, f"module.{name}."))
+    for key, value in _below(tensors, "average.").items():
+        averages[key].copy_(value)
+    for name, optimizer in optimizers.items():
+        entries: dict[int, dict] = {}
+        for key, value in (_below(tensors, f"optimizer.{name}.") | _below(state["scalars"], f"optimizer.{name}.")).items():
+            index, _, field = key.partition(".")
+            entries.setdefault(int(index), {})[field] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+    return state["step"] + 1
+
+
+def _newest(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
+    """A file cut short by a crash of the machine is passed over for the one before it."""
+    for path in sorted(folder.glob(PATTERN), reverse=True):
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()[METADATA_KEY])
+        except SafetensorError:
+            continue
+    return {}, None
+
+
+def _below(values: Mapping, prefix: str) -> dict:
+    return {key[len(prefix):]: value for key, value in values.items() if key.startswith(prefix)}

@@ -1,0 +1,148 @@
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Dataset
+
+from mive_core.errors import UserError
+from mive_core.train import train
+from mive_core.train.loop import export_newest, run, step_seed
+from mive_core.train.recipe import Recipe, parse_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineRecipe(Recipe):
+    lr: float = 0.01
+
+
+class Points(Dataset):
+    """A noisy line: dataset[step] is the batch of that step."""
+
+    def __getitem__(self, step):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 3, generator=generator)
+        return x, x @ torch.tensor([1.0, -2.0, 0.5])
+
+
+class LineTask:
+    def __init__(self, recipe):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
+        self.recipe, self.modules, self.dataset = recipe, {"model": model}, Points()
+        self.optimizers = {"adamw": torch.optim.AdamW(model.parameters(), lr=recipe.lr),
+                           "unused": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)}
+
+    def rate(self, step):
+        return 1 - step / self.recipe.num_steps
+
+    def loss(self, step, batch, generator):
+        x, y = batch
+        x = x + 0.1 * torch.randn(x.shape, generator=generator)
+        return {"loss": (self.modules["model"](x)[:, 0] - y).square().mean()}
+
+    def after_step(self, step):
+        pass
+
+    def export(self, path):
+        save_file(self.modules["model"].state_dict(), str(path))
+
+
+def recipe(folder: Path, **changes) -> LineRecipe:
+    values = {"task": "line", "output_dir": str(folder / "run"), "export": str(folder / "model.safetensors"),
+              "num_steps": 30, "num_workers": 0, "checkpoint_every_s": 0.0, "log_every": 1, "ema": 0.9}
+    return parse_recipe(LineRecipe, values | changes)
+
+
+def exported(folder: Path, *, stop_at: int | None = None, damage=None, **changes) -> dict[str, torch.Tensor]:
+    if stop_at is not None:
+        run(LineTask(recipe(folder, **changes)), stop_at=stop_at)
+        if damage is not None:
+            damage(folder / "run")
+    run(LineTask(recipe(folder, **changes)))
+    return load_file(str(folder / "model.safetensors"))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_an_interrupted_run_ends_bit_equal(tmp_path):
+    assert same(exported(tmp_path / "a"), exported(tmp_path / "b", stop_at=17))
+
+
+def test_a_run_interrupted_between_checkpoints_repeats_the_lost_steps(tmp_path):
+    def lose_newest(folder):
+        max(folder.glob("step_*.safetensors")).unlink()
+
+    assert same(exported(tmp_path / "a"), exported(tmp_path / "b", stop_at=17, damage=lose_newest))
+
+
+def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
+    def truncate(folder):
+        newest = max(folder.glob("step_*.safetensors"))
+        newest.write_bytes(newest.read_bytes()[:-40])
+
+    assert same(exported(tmp_path / "a"), exported(tmp_path / "b", stop_at=17, damage=truncate))
+
+
+def test_a_loading_process_changes_nothing(tmp_path):
+    assert same(exported(tmp_path / "a"), exported(tmp_path / "b", num_workers=1))
+
+
+def test_another_recipe_does_not_resume(tmp_path):
+    run(LineTask(recipe(tmp_path)), stop_at=5)
+    with pytest.raises(UserError, match="different lr"):
+        run(LineTask(recipe(tmp_path, lr=0.5)))
+    run(LineTask(recipe(tmp_path, log_every=7)), stop_at=6)  # how it logs is free to change
+
+
+def test_the_log_holds_every_step_and_the_loss_falls(tmp_path):
+    exported(tmp_path, num_steps=200)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(200))
+    assert {"loss", "grad_norm", "seconds"} <= lines[0].keys()
+    assert sum(line["loss"] for line in lines[-20:]) < 0.5 * sum(line["loss"] for line in lines[:20])
+
+
+def test_only_the_newest_checkpoints_are_kept_and_nothing_partial(tmp_path):
+    exported(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "log.jsonl", "step_00000028.safetensors", "step_00000029.safetensors"]
+
+
+def test_an_unfinished_run_exports_its_averaged_weights(tmp_path):
+    run(LineTask(recipe(tmp_path)), stop_at=10)
+    task = LineTask(recipe(tmp_path))
+    assert export_newest(task, tmp_path / "early.safetensors") == 10
+    stored = load_file(str(max((tmp_path / "run").glob("step_*.safetensors"))))
+    early = load_file(str(tmp_path / "early.safetensors"))
+    assert same(early, {key: stored[f"average.model.{key}"] for key in early})
+    assert not torch.equal(early["0.weight"], stored["module.model.0.weight"])
+
+
+def test_step_seeds_differ():
+    assert len({step_seed(seed, step) for seed in range(50) for step in range(50)}) == 2500
+
+
+@pytest.mark.parametrize("text, message", [
+    ("task: vea\n", "unknown task"),
+    ("- 1\n", "mapping"),
+    ("task: [\n", "not YAML"),
+    ("task: vae\nnum_step: 3\n", "unknown keys.*num_step"),
+    ("task: vae\noutput_dir: a\nexport: b\n", "missing.*num_steps"),
+    ("task: vae\noutput_dir: a\nexport: b\nnum_steps: many\n", "num_steps has the wrong type"),
+])
+def test_a_wrong_recipe_is_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        train(path)
+
+
+def test_a_missing_recipe_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such recipe"):
+        train(tmp_path / "none.yaml")
