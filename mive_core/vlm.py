@@ -1,0 +1,166 @@
+"""VLM inputs -> hidden states of the chosen layers, with transformers' own Qwen3-VL.
+
+L decoder layers; hidden state 0 is the input embedding, k the output of decoder layer k before the
+DeepStack addition that follows it, L the last one after the final norm: transformers' hidden_states.
+S tokens in the sequence, D_vlm their width.
+"""
+
+import inspect
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .config import MiVEConfig
+from .errors import UserError
+from .prompt import build_inputs
+from .types import Condition, EditRequest, VLMInputs
+
+MODEL_TYPE = "qwen3_vl"
+MIN_TRANSFORMERS = "4.57"
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
+         "video_preprocessor_config.json")
+WEIGHTS = "model.safetensors"
+
+
+class VLM:
+    """A frozen Qwen3-VL body and its processor."""
+
+    def __init__(self, model: nn.Module, processor, name: str):
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.name = name
+
+    @classmethod
+    def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "VLM":
+        """Reads a Hugging Face folder of any Qwen3-VL size. Raises UserError that names what the folder lacks."""
+        folder = Path(folder)
+        check_folder(folder)
+        library = _transformers()
+        # the language head is not part of the body, so it is never read
+        model, info = library.Qwen3VLModel.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            key_mapping={r"^model\.": ""})
+        if info["missing_keys"]:
+            raise UserError("weights are missing", where=folder, got=f"no {sorted(info['missing_keys'])[0]}",
+                            expected="a whole Qwen3-VL checkpoint", fix="download it again")
+        return cls(model.to(device), load_processor(folder), folder.resolve().name)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.model.config.text_config.num_hidden_layers
+
+    @property
+    def width(self) -> int:
+        """D_vlm."""
+        return self.model.config.text_config.hidden_size
+
+    def condition(self, request: EditRequest, config: MiVEConfig) -> Condition:
+        """EditRequest -> states of config's layers (1, K, S, D_vlm)."""
+        inputs = build_inputs(request, self.processor, config).to(self.model.device)
+        return self.encode(inputs, config.resolved_layers)
+
+    def encode(self, inputs: VLMInputs, layers: tuple[int, ...]) -> Condition:
+        """One forward pass -> states (1, K, S, D_vlm) of `layers`, resolved to 0..L; runs no layer after the deepest."""
+        states = tap(self.model, inputs, layers)
+        return Condition(torch.stack([states[k] for k in layers], dim=1), tuple(layers))
+
+
+class _Reached(Exception):
+    """Ends a forward pass whose deepest chosen layer is known."""
+
+
+def tap(model: nn.Module, inputs: VLMInputs, layers: tuple[int, ...]) -> dict[int, Tensor]:
+    """Hidden states (B, S, D_vlm) of the chosen layers by number; the others are not kept, later ones not computed."""
+    text, deepest = model.language_model, max(layers)
+    states: dict[int, Tensor] = {}
+
+    def keep(k: int, state: Tensor) -> None:
+        if k in layers:
+            # transformers 4.57 adds DeepStack features into this very tensor
+            states[k] = state.clone()
+        if k == deepest < len(text.layers):
+            raise _Reached
+
+    hooks = [text.layers[0].register_forward_pre_hook(lambda _, args: keep(0, args[0]))]
+    for k, layer in enumerate(text.layers[:-1], start=1):
+        hooks.append(layer.register_forward_hook(lambda _, args, out, k=k: keep(k, out)))
+    hooks.append(text.norm.register_forward_hook(lambda _, args, out: keep(len(text.layers), out)))
+    try:
+        model(**_arguments(model, inputs), use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states
+
+
+def _arguments(model: nn.Module, inputs: VLMInputs) -> dict[str, Tensor]:
+    """The inputs under transformers' names, without those its version does not know."""
+    known = inspect.signature(model.forward).parameters
+    given = {name: value for name, value in vars(inputs).items() if name in known}
+    return given
+
+
+def new_model(folder: Path) -> nn.Module:
+    """A Qwen3-VL body of the folder's config with fresh weights, in float32."""
+    library = _transformers()
+    return library.Qwen3VLModel(library.Qwen3VLConfig.from_pretrained(folder, local_files_only=True))
+
+
+def load_processor(folder: Path):
+    """The folder's Qwen3VLProcessor."""
+    return _transformers().Qwen3VLProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError where the folder is no Qwen3-VL, or a file of it is missing or damaged."""
+    if not folder.is_dir():
+        raise UserError("no such VLM folder", where=folder, expected="a Hugging Face folder of Qwen3-VL")
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError("the VLM folder lacks files", where=folder, got=f"no {', '.join(missing)}",
+                        expected="a Hugging Face folder of Qwen3-VL", fix="download it again")
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("the model's config cannot be read", where=folder / "config.json", got=repr(error),
+                        fix="download it again") from error
+    if model_type != MODEL_TYPE:
+        raise UserError("this is another model", where=folder, got=model_type, expected=f"{MODEL_TYPE} (Qwen3-VL 2B to 32B)")
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except SafetensorError as error:
+            raise UserError("the weights are truncated or no safetensors file", where=path,
+                            got=f"{path.stat().st_size} bytes ({error})", fix="download the file again") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        names = [WEIGHTS]
+    else:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError("weights are missing", where=folder, got=f"no {', '.join(missing)}",
+                        expected=f"{len(names)} safetensors files", fix="download them again")
+    return [folder / name for name in names]
+
+
+def _transformers():
+    """transformers, imported when a VLM is first wanted."""
+    try:
+        import transformers
+        from transformers import Qwen3VLConfig, Qwen3VLModel, Qwen3VLProcessor  # noqa: F401
+    except ImportError as error:
+        raise UserError("Qwen3-VL needs transformers", got=str(error), expected=f"transformers>={MIN_TRANSFORMERS} and torchvision",
+                        fix=f'pip install "transformers>={MIN_TRANSFORMERS}" torchvision') from error
+    return transformers
