@@ -5,7 +5,7 @@ Sampling integrates from t = 1 to 0: x <- x + (t_next - t) v.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,17 +43,18 @@ def schedule(num_steps: int, shift: float) -> Tensor:
     return shift_time(torch.linspace(1, 0, num_steps + 1), shift)
 
 
-def euler(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, times: Tensor) -> Tensor:
+def euler(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, times: Tensor,
+          progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
     """Integrates dx/dt = velocity(x, t) from times[0] to times[-1]. Raises UserError where a step leaves the finite numbers."""
     x = noise
-    for step, (t, t_next) in enumerate(zip(times[:-1].tolist(), times[1:].tolist())):
+    for t, t_next in progress(list(zip(times[:-1].tolist(), times[1:].tolist()))):
         x = x + (t_next - t) * velocity(x, t)
         if not torch.isfinite(x).all():
-            raise UserError("the latents are no longer finite", where=f"sampling step {step + 1}",
+            raise UserError("the latents are no longer finite", where=f"sampling at t = {t:.3f}",
                             fix="lower cfg, or run the DiT in float32 or bfloat16")
     return x
 
 
-def guide(positive: Tensor, negative: Tensor, cfg: float) -> Tensor:
-    """Classifier-free guidance of two velocities: cfg 1 is the positive one alone."""
-    return negative + cfg * (positive - negative)
+def guide(positive: Tensor, negative: Tensor | None = None, *, cfg: float) -> Tensor:
+    """Classifier-free guidance of two velocities; without a negative one, the positive one alone."""
+    return positive if negative is None else negative + cfg * (positive - negative)

@@ -61,10 +61,10 @@ class SelfAttention(nn.Module):
         self.norm_q = operations.RMSNorm(width, eps=eps, **made)
         self.norm_k = operations.RMSNorm(width, eps=eps, **made)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, **attention_options) -> Tensor:
-        """(B, L, D), cos and sin (1, L, 1, d/2) -> (B, L, D)."""
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(2)
-        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.num_heads, -1)), cos, sin).flatten(2)
+    def forward(self, x: Tensor, rotary: Tensor, **attention_options) -> Tensor:
+        """(B, L, D), rotary (1, L, 1, d/2) -> (B, L, D)."""
+        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1)), rotary).flatten(2)
+        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.num_heads, -1)), rotary).flatten(2)
         return self.o(self.attention(q, k, self.v(x), self.num_heads, **attention_options))
 
 
@@ -82,9 +82,9 @@ class Block(nn.Module):
                                  operations.Linear(ffn_width, width, **made))
         self.modulation = nn.Parameter(torch.randn(1, 6, width, **made) / width**0.5)
 
-    def forward(self, x: Tensor, time: Modulation, cos: Tensor, sin: Tensor, **attention_options) -> Tensor:
-        """(B, L, D), time of 6 rows, cos and sin (1, L, 1, d/2) -> (B, L, D)."""
+    def forward(self, x: Tensor, time: Modulation, rotary: Tensor, **attention_options) -> Tensor:
+        """(B, L, D), time of 6 rows, rotary (1, L, 1, d/2) -> (B, L, D)."""
         m = time.offset(self.modulation)
-        attended = self.self_attn(modulate(self.norm1(x), m.row(0), m.row(1)), cos, sin, **attention_options)
+        attended = self.self_attn(modulate(self.norm1(x), m.row(0), m.row(1)), rotary, **attention_options)
         x = gated_add(x, attended, m.row(2))
         return gated_add(x, self.ffn(modulate(self.norm2(x), m.row(3), m.row(4))), m.row(5))

@@ -54,9 +54,9 @@ class MiVEDiT(nn.Module):
         sequence = torch.cat([condition, patches.flatten(2).transpose(1, 2)], dim=1)
         clean_time, target_time = self.embed_time(torch.zeros_like(t[:1]), sequence.dtype), self.embed_time(t, sequence.dtype)
         time = Modulation(self.project_time(clean_time), self.project_time(target_time), num_clean)
-        cos, sin = rotary_table(condition.shape[1], grid, self.config.head_dim, self.config.rope_theta, sequence.device)
+        rotary = rotary_table(condition.shape[1], grid, self.config.head_dim, self.config.rope_theta, sequence.device)
         for block in self.blocks:
-            sequence = block(sequence, time, cos, sin, **attention_options)
+            sequence = block(sequence, time, rotary, **attention_options)
         return self.head(sequence[:, num_clean:], target_time, grid)
 
     def embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:

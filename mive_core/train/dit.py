@@ -1,0 +1,130 @@
+"""Training the DiT on frozen features: flow matching on the target frames (paper, training).
+
+B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm their width.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..attention import torch_attention
+from ..checkpoint import save_dit
+from ..config import PRESETS, MiVEConfig
+from ..dit import MiVEDiT
+from ..flow import flow_path, shift_time
+from ..layers import parse_layers
+from .features import NUM_PER_SHARD, Bucket, EditFeatures, FeatureJob, prepare, read_shards
+from .loop import step_seed
+from .recipe import Recipe, parse_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTRecipe(Recipe):
+    """How a DiT is trained."""
+
+    preset: str
+    vae: str  # file
+    vlm: str  # folder
+    features_dir: str
+    buckets: tuple  # (width, height, frames, clips, share of the steps) each
+    layers: str = "first+last"
+    batch_size: int = 8
+    learning_rate: float = 1.2e-3
+    weight_decay: float = 0.01
+    num_warmup_steps: int = 80
+    decay_share: float = 0.25  # of the steps, at the end, linear to zero
+    time_shift: float = 3.0  # of the uniform t
+    edited_weight: float = 4.0  # of the loss in latent cells under the mask, against 1 elsewhere
+    num_feature_processes: int = 2
+
+
+class FeatureBatches(Dataset):
+    """dataset[step] is a batch of one size and one sequence length, so that nothing is padded."""
+
+    def __init__(self, buckets: list[tuple[Bucket, list[EditFeatures]]], batch_size: int, seed: int):
+        self.batch_size, self.seed = batch_size, seed
+        self.groups: list[list[EditFeatures]] = []
+        weights = []
+        for bucket, entries in buckets:
+            lengths: dict[int, list[EditFeatures]] = {}
+            for entry in entries:
+                lengths.setdefault(entry.states.shape[1], []).append(entry)
+            for _, group in sorted(lengths.items()):
+                self.groups.append(group)
+                weights.append(bucket.share * len(group) / len(entries))
+        self.weights = torch.tensor(weights)
+
+    def __getitem__(self, step: int) -> EditFeatures:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, step))
+        group = self.groups[torch.multinomial(self.weights, 1, generator=generator)]
+        chosen = torch.randint(len(group), (self.batch_size,), generator=generator).tolist()
+        return EditFeatures(**{name: torch.stack([getattr(group[i], name) for i in chosen]).float()
+                               for name in EditFeatures.__dataclass_fields__})
+
+
+class DiTTask:
+    """Task 'dit' of the training loop."""
+
+    def __init__(self, recipe: DiTRecipe, config: MiVEConfig, dataset: Dataset):
+        self.recipe, self.config, self.dataset = recipe, config, dataset
+        torch.manual_seed(recipe.seed)
+        self.model = MiVEDiT(config, operations=nn, attention=torch_attention)
+        initialise(self.model)
+        self.modules = {"dit": self.model}
+        self.optimizers = {"adamw": torch.optim.AdamW(self.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98),
+                                                      weight_decay=recipe.weight_decay, fused=True)}
+
+    def rate(self, step: int) -> float:
+        remaining = (self.recipe.num_steps - step) / max(self.recipe.decay_share * self.recipe.num_steps, 1)
+        return min((step + 1) / self.recipe.num_warmup_steps, remaining, 1.0)
+
+    def loss(self, step: int, batch: EditFeatures, generator: torch.Generator) -> dict[str, Tensor]:
+        """Weighted squared error of the velocity, and the unweighted one inside and outside the mask."""
+        noise = torch.randn(batch.target.shape, generator=generator)
+        t = shift_time(torch.rand(len(noise), generator=generator), self.recipe.time_shift)
+        path = flow_path(batch.target, noise, t)
+        velocity = self.model(path.x_t, batch.source, batch.reference, self.model.embed_condition(batch.states), t)
+        error = (velocity - path.velocity).square().mean(dim=1)
+        weight = 1 + (self.recipe.edited_weight - 1) * batch.mask
+        edited, kept = batch.mask.sum().clamp(min=1), (1 - batch.mask).sum().clamp(min=1)
+        return {"loss": (weight * error).sum() / weight.sum(),
+                "edited": (batch.mask * error).sum() / edited, "kept": ((1 - batch.mask) * error).sum() / kept}
+
+    def after_step(self, step: int) -> None:
+        """Nothing to bound."""
+
+    def export(self, path: Path) -> None:
+        """fp16 weights and the whole config."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_dit(path, self.model.state_dict(), self.config, torch.float16)
+
+
+@torch.no_grad()
+def initialise(model: MiVEDiT) -> None:
+    """Wan's own scheme: Xavier for linear layers, small time layers, a head that starts at zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
+    for layer in (model.time_embedding[0], model.time_embedding[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(model.head.head.weight)
+
+
+def build(values: dict, where: object = None) -> DiTTask:
+    """A recipe's values -> the task; computes the features that are missing first."""
+    recipe = parse_recipe(DiTRecipe, values, where)
+    config = PRESETS[recipe.preset]
+    config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers))
+    buckets = []
+    for width, height, num_frames, num_clips, share in recipe.buckets:
+        bucket = Bucket((width, height), num_frames, num_clips, share)
+        jobs = [FeatureJob(recipe.vae, recipe.vlm, config, recipe.seed, bucket, shard, recipe.features_dir)
+                for shard in range(-(-num_clips // NUM_PER_SHARD))]
+        prepare(jobs, recipe.num_feature_processes)
+        buckets.append((bucket, read_shards(jobs)))
+    return DiTTask(recipe, config, FeatureBatches(buckets, recipe.batch_size, recipe.seed))
