@@ -54,11 +54,11 @@ FAMILIES = (
 
 
 def rename(keys: dict[str, Tensor], table: dict[str, str], backwards: bool = False) -> dict[str, Tensor]:
-    """Keys of one family -> the other's, by the first entry of the table that fits; others keep their names."""
+    """Keys of one family -> the other's, by the longest entry of the table that fits; others keep their names."""
     pairs = [(b, a) if backwards else (a, b) for a, b in table.items()]
     renamed = {}
     for key, value in keys.items():
-        old, new = next(((a, b) for a, b in pairs if a in key), ("", ""))
+        old, new = max((pair for pair in pairs if pair[0] in key), key=lambda pair: len(pair[0]), default=("", ""))
         renamed[key.replace(old, new, 1) if old else key] = value
     return renamed
 

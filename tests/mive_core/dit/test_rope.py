@@ -1,0 +1,30 @@
+"""Rotary positions: Wan's for the target, t = -1 for the reference, none for the condition."""
+
+import torch
+
+from mive_core.dit.rope import axis_dims, rotary_table, rotate
+
+
+def test_condition_tokens_are_not_turned():
+    table = rotary_table(5, (2, 3, 4), 32, 10000.0)
+    assert table.shape == (1, 5 + 3 * 12, 1, 16)
+    assert (table[:, :5] == 1).all()
+
+
+def test_reference_sits_one_frame_before_the_target():
+    head_dim = 32
+    rotation = rotary_table(0, (2, 2, 3), head_dim, 10000.0).view(3, 2, 3, head_dim // 2)
+    time_pairs = axis_dims(head_dim)[0] // 2
+    assert torch.allclose(rotation[0, ..., :time_pairs], rotation[2, ..., :time_pairs].conj(), atol=1e-6)  # -1 against +1
+    assert torch.allclose(rotation[0, ..., time_pairs:], rotation[1, ..., time_pairs:])  # the same place
+    assert torch.allclose(rotation[1, 0, 0], torch.ones_like(rotation[1, 0, 0]))  # the target starts at the origin
+
+
+def test_turning_keeps_lengths_and_depends_on_distance_alone():
+    table = rotary_table(0, (4, 1, 1), 16, 100.0)
+    q = torch.randn(1, 1, 1, 16).expand(1, 5, 1, 16)
+    turned = rotate(q, table)
+    assert torch.allclose(turned.norm(dim=-1), q.norm(dim=-1), atol=1e-5)
+    scores = torch.einsum("blhd,bmhd->lm", turned, turned)
+    assert torch.allclose(scores.diagonal(1), scores[0, 1].expand(4), atol=1e-4)
+    assert abs(scores[0, 1] - scores[0, 2]) > 1e-3
