@@ -98,7 +98,6 @@ class DiTTask:
 
     def export(self, path: Path) -> None:
         """fp16 weights and the whole config."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_dit(path, self.model.state_dict(), self.config, torch.float16)
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint import write_tensors
 from ..config import MiVEConfig
+from ..tensors import write_tensors
 from ..types import PairedEdit
 from ..vae import VAE
 from ..vlm import VLM
@@ -104,7 +104,6 @@ def write_shard(job: FeatureJob) -> None:
         features = edit_features(edits.sample(index).pair, vae, vlm, job.config)
         tensors |= {f"{index}.{name}": value.to(torch.bfloat16 if name == "states" else torch.float16)
                     for name, value in vars(features).items()}
-    job.path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(job.path, tensors, {"fingerprint": job.fingerprint})
 
 

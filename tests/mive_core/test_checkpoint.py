@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mive_core import checkpoint
+from mive_core import checkpoint, files
 from mive_core.attention import torch_attention
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
@@ -134,8 +134,8 @@ def test_names_translate_to_diffusers_and_back(model):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(saved, model, monkeypatch):
     before = saved.read_bytes()
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(UserError, match="disk full"):
         checkpoint.save_dit(saved, model.state_dict(), CONFIG)
     assert saved.read_bytes() == before and len(list(saved.parent.iterdir())) == 1
 
