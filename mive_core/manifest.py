@@ -6,12 +6,12 @@ A path names a video file, a folder of frames or (reference, mask) one image. `t
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
-from .files import check_input, written_beside, written_folder
+from .files import check_input, check_output_folder, written_beside, written_folder
 from .pixels import fit_clip, fit_mask, fit_reference
 from .types import Clip, EditRequest, PairedEdit
 from .video import DEFAULT_FPS, read_clip, read_image, write_frames
@@ -85,26 +85,26 @@ class ManifestPairs(Sequence[PairedEdit]):
         return load_entry(self.entries[index], self.size, self.num_frames)
 
 
-def export_pairs(pairs: Iterable[PairedEdit], folder: str | os.PathLike, kinds: Iterable[str] | None = None) -> Path:
+def export_pairs(pairs: Iterable[tuple[PairedEdit, Mapping[str, str]]], folder: str | os.PathLike) -> Path:
     """Writes paired edits as folders of PNG frames with a pairs.jsonl beside them -> the manifest's path.
 
-    What is read back equals what was written, at 8 bits. `kinds` names each pair's group.
+    What is read back equals what was written, at 8 bits. The mapping holds a pair's `kind` and `edit`, where known.
+    Pairs of the folder that are not written again stay. Raises UserError where the folder cannot be written.
     """
-    folder = Path(folder)
-    kinds = iter(kinds) if kinds is not None else None
+    folder = check_output_folder(folder, "output")
     with written_folder(folder) as partial:
-        lines = [_write_pair(pair, partial, index, next(kinds) if kinds else "") for index, pair in enumerate(pairs)]
+        lines = [_write_pair(pair, labels, partial, index) for index, (pair, labels) in enumerate(pairs)]
         with written_beside(partial / "pairs.jsonl") as path:
-            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder / "pairs.jsonl"
 
 
-def _write_pair(pair: PairedEdit, folder: Path, index: int, kind: str) -> dict:
+def _write_pair(pair: PairedEdit, labels: Mapping[str, str], folder: Path, index: int) -> dict:
     stem = "-".join([f"{index:03d}", *re.findall(r"[A-Za-z0-9]+", pair.name)])[:80]
     request = pair.request
     write_frames(folder / stem / "source", request.source.frames)
     write_frames(folder / stem / "reference", request.reference[None])
-    line = {"name": pair.name or stem, "kind": kind, "source": f"{stem}/source", "reference": f"{stem}/reference/00000.png",
+    line = {"name": pair.name or stem, **labels, "source": f"{stem}/source", "reference": f"{stem}/reference/00000.png",
             "instruction": request.instruction, "fps": request.source.fps}
     for key, frames in (("target", pair.target), ("mask", pair.mask)):
         if frames is not None:

@@ -1,0 +1,291 @@
+"""The command line: parse, call, print where the result is. Bad input is one line on stderr and exit code 2."""
+
+import argparse
+import json
+import math
+import re
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+from . import __version__
+from .errors import UserError
+
+DEFAULT_MODELS = "tiny"
+MANY_TOKENS = 20_000
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command -> the exit code: 0, 2 for bad input, 130 for an interrupt."""
+    argv = sys.argv[1:] if argv is None else argv
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: _say("warning", message)
+        try:
+            arguments = build_parser().parse_args(argv)
+            arguments.command_line = shlex.join(["mive", *argv])
+            arguments.run(arguments)
+        except UserError as error:
+            _say("error", error)
+            return 2
+        except KeyboardInterrupt:
+            _say("error", "interrupted")
+            return 130
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Its complaints are user errors too: one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise UserError(message, fix=f"`{self.prog} --help` lists what it takes")
+
+
+class Once(argparse.Action):
+    """An option that may be given one time only."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"argument {option_string}: given more than once")
+        setattr(namespace, self.dest, value)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="mive", description="Reference-guided video editing.")
+    parser.add_argument("--version", action="version", version=f"mive {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    _add_edit(commands)
+    _add_eval(commands)
+    train = _command(commands, "train", run_train, "train a model from a recipe; resumes where it stopped")
+    train.add_argument("config", metavar="CONFIG.yaml", type=text)
+    inspect = _command(commands, "inspect", run_inspect, "say what a checkpoint, or a folder of them, is")
+    inspect.add_argument("path", metavar="FILE|DIR", type=text)
+    _add_bench(commands)
+    _add_data(commands)
+    demo = _command(commands, "demo", run_demo, "edit two clips with the embedded models")
+    demo.add_argument("--output", default="out/demo", type=text, metavar="DIR", help="default out/demo")
+    _add_sampling(demo)
+    return parser
+
+
+def _add_edit(commands) -> None:
+    edit = _command(commands, "edit", run_edit, "edit a video after an instruction and an edited first frame")
+    edit.add_argument("--source", required=True, action=Once, type=text, metavar="V", help="a video file or a folder of frames")
+    edit.add_argument("--reference", required=True, action=Once, type=text, metavar="I", help="the first frame, already edited")
+    edit.add_argument("--instruction", required=True, action=Once, type=text, metavar="T")
+    edit.add_argument("--output", required=True, action=Once, type=text, metavar="OUT.mp4", help=".mp4, .mov or .mkv")
+    edit.add_argument("--fps", type=positive, metavar="R", help="frame rate of a folder of frames, default 24")
+    edit.add_argument("--layers", type=text, metavar="SPEC", help="VLM layers to read: first+last, 1,-1, last, 0:36:6")
+    _add_fit(edit)
+    _add_sampling(edit)
+
+
+def _add_eval(commands) -> None:
+    evaluate = _command(commands, "eval", run_eval, "measure edits whose outcome is known")
+    evaluate.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
+    evaluate.add_argument("--output", required=True, type=text, metavar="DIR")
+    evaluate.add_argument("--layers", type=text, metavar="SPEC", help="VLM layers to read")
+    evaluate.add_argument("--reference-mode", default="given", choices=("given", "source_frame"),
+                          help="source_frame: the unedited first frame stands in for the reference")
+    evaluate.add_argument("--instruction-mode", default="given", choices=("given", "wrong", "empty"),
+                          help="wrong: another clip's instruction")
+    _add_fit(evaluate)
+    _add_sampling(evaluate)
+
+
+def _add_bench(commands) -> None:
+    bench = commands.add_parser("bench", help="measure speed").add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
+    dit = _command(bench, "dit", run_bench_dit, "our DiT beside diffusers' WanTransformer3DModel")
+    dit.add_argument("--preset", default="tiny", choices=("tiny", "1.3b", "14b"))
+    dit.add_argument("--tokens", type=count, default=2048)
+    dit.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
+    dit.add_argument("--repeats", type=count, default=7)
+    dit.add_argument("--threads", type=count)
+    dit.add_argument("--output", type=text, metavar="FILE.json", help="also write the figures there")
+
+
+def _add_data(commands) -> None:
+    data = commands.add_parser("data", help="make pairs to measure on").add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
+    synth = _command(data, "synth", run_data_synth, "drawn clips with their manifest")
+    synth.add_argument("--output", required=True, type=text, metavar="DIR")
+    synth.add_argument("--num", type=count, default=64)
+    synth.add_argument("--split", default="heldout", choices=("train", "heldout"))
+    synth.add_argument("--seed", type=integer, default=0)
+    synth.add_argument("--size", type=size, default=(96, 96), metavar="WxH")
+    synth.add_argument("--frames", type=count, default=17, metavar="N")
+    looks = _command(data, "looks", run_data_looks, "real footage under eight known looks, with its manifest")
+    looks.add_argument("--source", required=True, type=text, metavar="V")
+    looks.add_argument("--output", required=True, type=text, metavar="DIR")
+    _add_fit(looks)
+
+
+def _add_fit(parser: Parser) -> None:
+    parser.add_argument("--size", type=size, metavar="WxH", help="multiples of 16; default: the source's, to the nearest that fits")
+    parser.add_argument("--frames", type=count, metavar="N", help="4n+1; default: all, less 0 to 3 at the end")
+
+
+def _add_sampling(parser: Parser) -> None:
+    parser.add_argument("--models", default=DEFAULT_MODELS, type=text, metavar="tiny|DIR")
+    parser.add_argument("--steps", type=count, metavar="N", help="default: the checkpoint's")
+    parser.add_argument("--cfg", type=finite, metavar="X", help="guidance; 1 is none")
+    parser.add_argument("--shift", type=positive, metavar="X", help="of the timesteps")
+    parser.add_argument("--seed", type=integer, default=0, metavar="N")
+
+
+def _command(commands, name: str, run, summary: str) -> Parser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run_edit(arguments: argparse.Namespace) -> None:
+    from .files import check_input, check_output
+    from .manifest import ManifestEntry, load_entry
+    from .video import DEFAULT_FPS, VIDEO_SUFFIXES, write_video
+
+    output = check_output(arguments.output, "output", VIDEO_SUFFIXES)
+    source, reference = check_input(arguments.source, "source"), check_input(arguments.reference, "reference")
+    if output.exists() and (output.samefile(source) or output.samefile(reference)):
+        raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
+    request = load_entry(ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS),
+                         arguments.size, arguments.frames).request
+    num_frames, height, width = request.source.frames.shape[:3]
+    num_tokens = ((num_frames - 1) // 4 + 2) * (height // 16) * (width // 16)
+    if num_tokens > MANY_TOKENS and arguments.size is None:
+        warnings.warn(f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer")
+    from .evaluate import timed_edit
+    from .sample import Pipeline
+
+    edited, _ = timed_edit(Pipeline.load(arguments.models, arguments.layers), request, _settings(arguments))
+    sys.stdout.write(f"{write_video(output, edited)}\n")
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    from .files import check_output_folder
+    from .manifest import ManifestPairs, read_manifest
+
+    output = check_output_folder(arguments.output, "output")
+    entries = read_manifest(arguments.manifest)
+    pairs = ManifestPairs(entries, arguments.size, arguments.frames)
+    from .evaluate import evaluate
+    from .sample import Pipeline
+
+    evaluate(Pipeline.load(arguments.models, arguments.layers), pairs, output,
+             _settings(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
+             groups={"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]},
+             command=arguments.command_line)
+    sys.stdout.write(f"{output / 'report.json'}\n{output / 'sheet.png'}\n")
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from .files import check_input
+    from .train import train
+
+    train(check_input(arguments.config, "config"))
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    from .checkpoint import inspect
+    from .files import check_input
+
+    sys.stdout.write(json.dumps(inspect(check_input(arguments.path, "checkpoint")), indent=2) + "\n")
+
+
+def run_bench_dit(arguments: argparse.Namespace) -> None:
+    from .files import check_output
+
+    output = check_output(arguments.output, "output", (".json",)) if arguments.output else None
+    from .bench import bench_dit
+    from .evaluate import write_json
+
+    figures = bench_dit(arguments.preset, tokens=arguments.tokens, blocks=arguments.blocks, repeats=arguments.repeats, threads=arguments.threads)
+    if output:
+        write_json(output, figures | {"command": arguments.command_line})
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def run_data_synth(arguments: argparse.Namespace) -> None:
+    from .manifest import export_pairs
+    from .train.heldout import drawn_pairs
+    from .train.synth import PairedEdits
+
+    edits = PairedEdits(arguments.seed, arguments.split, arguments.size, arguments.frames)
+    sys.stdout.write(f"{export_pairs(drawn_pairs(edits, arguments.num), arguments.output)}\n")
+
+
+def run_data_looks(arguments: argparse.Namespace) -> None:
+    from .manifest import export_pairs
+    from .pixels import fit_clip
+    from .train.heldout import footage_pairs
+    from .video import read_clip
+
+    clip = fit_clip(read_clip(arguments.source, what="source", num_frames=arguments.frames), arguments.size, arguments.frames)
+    sys.stdout.write(f"{export_pairs(footage_pairs(clip), arguments.output)}\n")
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from .demo import run_demo as run
+
+    report = run(arguments.output, arguments.models, _settings(arguments), arguments.command_line)
+    sys.stdout.write(f"{Path(arguments.output) / 'edited.mp4'}\n{Path(arguments.output) / 'sheet.png'}\n"
+                     f"{Path(arguments.output) / 'report.json'}: {report['seconds']:.0f} s\n")
+
+
+def _settings(arguments: argparse.Namespace, **modes: str):
+    from .evaluate import EvaluationSettings
+
+    return EvaluationSettings(arguments.steps, arguments.cfg, arguments.shift, arguments.seed, **modes)
+
+
+def _say(kind: str, message: object) -> None:
+    sys.stderr.write(f"mive: {kind}: {' '.join(str(message).split())}\n")
+
+
+def text(value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"not valid Unicode: a lone surrogate at character {error.start}") from None
+    return value
+
+
+def count(value: str) -> int:
+    number = integer(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {value}; expected 1 or more")
+    return number
+
+
+def integer(value: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+        raise argparse.ArgumentTypeError(f"got {value[:40]!r}; expected a whole number")
+    return int(value)
+
+
+def finite(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"got {value[:40]!r}; expected a finite number")
+    return number
+
+
+def positive(value: str) -> float:
+    number = finite(value)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"got {value}; expected more than 0")
+    return number
+
+
+def size(value: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,6})[xX]([0-9]{1,6})", value)
+    if not match:
+        raise argparse.ArgumentTypeError(f"got {value[:40]!r}; expected WIDTHxHEIGHT, such as 192x112")
+    return int(match[1]), int(match[2])
