@@ -7,7 +7,7 @@ S tokens in the sequence, D_vlm their width.
 
 import inspect
 import json
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,8 +21,11 @@ from .types import Condition, EditRequest, VLMInputs
 
 MODEL_TYPE = "qwen3_vl"
 MIN_TRANSFORMERS = "4.57"
-FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
-         "video_preprocessor_config.json")
+CONFIG = "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# transformers 5 saves one file for the processors where Qwen publishes two
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
+JOINT_PROCESSOR_FILE = "processor_config.json"
 WEIGHTS = "model.safetensors"
 
 
@@ -91,7 +94,7 @@ def tap(model: nn.Module, inputs: VLMInputs, layers: tuple[int, ...]) -> dict[in
         hooks.append(layer.register_forward_hook(lambda _, args, out, k=k: keep(k, out)))
     hooks.append(text.norm.register_forward_hook(lambda _, args, out: keep(len(text.layers), out)))
     try:
-        model(**_arguments(model, inputs), use_cache=False)
+        model(**model_arguments(model, inputs), use_cache=False)
     except _Reached:
         pass
     finally:
@@ -100,11 +103,10 @@ def tap(model: nn.Module, inputs: VLMInputs, layers: tuple[int, ...]) -> dict[in
     return states
 
 
-def _arguments(model: nn.Module, inputs: VLMInputs) -> dict[str, Tensor]:
-    """The inputs under transformers' names, without those its version does not know."""
+def model_arguments(model: nn.Module, inputs: VLMInputs) -> dict[str, Tensor]:
+    """The inputs under transformers' names; 4.57 finds the kinds of token by itself."""
     known = inspect.signature(model.forward).parameters
-    given = {name: value for name, value in vars(inputs).items() if name in known}
-    return given
+    return {name: value for name, value in vars(inputs).items() if name in known}
 
 
 def new_model(folder: Path) -> nn.Module:
@@ -122,15 +124,9 @@ def check_folder(folder: Path) -> None:
     """Raises UserError where the folder is no Qwen3-VL, or a file of it is missing or damaged."""
     if not folder.is_dir():
         raise UserError("no such VLM folder", where=folder, expected="a Hugging Face folder of Qwen3-VL")
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise UserError("the VLM folder lacks files", where=folder, got=f"no {', '.join(missing)}",
-                        expected="a Hugging Face folder of Qwen3-VL", fix="download it again")
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError("the model's config cannot be read", where=folder / "config.json", got=repr(error),
-                        fix="download it again") from error
+    processors = () if (folder / JOINT_PROCESSOR_FILE).is_file() else PROCESSOR_FILES
+    _require(folder, (CONFIG, *TOKENIZER_FILES, *processors))
+    model_type = _read_json(folder / CONFIG).get("model_type")
     if model_type != MODEL_TYPE:
         raise UserError("this is another model", where=folder, got=model_type, expected=f"{MODEL_TYPE} (Qwen3-VL 2B to 32B)")
     for path in _weight_files(folder):
@@ -143,16 +139,31 @@ def check_folder(folder: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The one file of the weights, or every shard that the index names."""
     index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
-        names = [WEIGHTS]
-    else:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else [WEIGHTS]
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise UserError("a shard lies outside of the folder", where=index, got=repr(outside[0]), expected="names of files beside it")
+    _require(folder, names)
+    return [folder / name for name in names]
+
+
+def _require(folder: Path, names: Iterable[str]) -> None:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise UserError("weights are missing", where=folder, got=f"no {', '.join(missing)}",
-                        expected=f"{len(names)} safetensors files", fix="download them again")
-    return [folder / name for name in names]
+        raise UserError("the VLM folder lacks files", where=folder, got=f"no {', '.join(missing)}",
+                        expected="a Hugging Face folder of Qwen3-VL", fix="download it again")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("this is no JSON file", where=path, got=str(error), fix="download it again") from error
+    if not isinstance(content, dict):
+        raise UserError("this JSON file holds no mapping", where=path, got=type(content).__name__, fix="download it again")
+    return content
 
 
 def _transformers():
