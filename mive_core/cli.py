@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -19,6 +20,7 @@ MANY_TOKENS = 20_000
 def main(argv: list[str] | None = None) -> int:
     """Runs one command -> the exit code: 0, 2 for bad input, 130 for an interrupt."""
     argv = sys.argv[1:] if argv is None else argv
+    quiet_libraries()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)
@@ -34,6 +36,13 @@ def main(argv: list[str] | None = None) -> int:
             _say("error", "interrupted")
             return 130
     return 0
+
+
+def quiet_libraries() -> None:
+    """Model libraries, not yet imported: no network, and stderr left to us unless the user's environment says otherwise."""
+    for name, value in (("HF_HUB_OFFLINE", "1"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+                        ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
 
 
 class Parser(argparse.ArgumentParser):

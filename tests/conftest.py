@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mive_core.cli import quiet_libraries
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+quiet_libraries()  # as the command line does, before any test imports them
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,232 @@
+"""The command line on good and bad input: exit codes, one line on stderr, nothing left behind."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from PIL import Image
+from safetensors.torch import save_file
+
+from mive_core.attention import torch_attention
+from mive_core.checkpoint import save_dit
+from mive_core.cli import main
+from mive_core.config import PRESETS
+from mive_core.dit import MiVEDiT
+from mive_core.types import Clip
+from mive_core.video import read_clip, write_frames, write_video
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, vlm_folder) -> Path:
+    """The three models at their tiny sizes, weights random."""
+    folder = tmp_path_factory.mktemp("random") / "models"
+    folder.mkdir()
+    shutil.copytree(vlm_folder, folder / "vlm")
+    torch.manual_seed(1)
+    config = replace(PRESETS["tiny"], num_blocks=1, steps=2)
+    save_dit(folder / "dit.safetensors", MiVEDiT(config, operations=torch.nn, attention=torch_attention).state_dict(), config)
+    save_file(AutoencoderKLWan(base_dim=8).state_dict(), folder / "vae.safetensors")
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """A folder with a video, a folder of frames and a reference, and the process inside it."""
+    frames = torch.rand(6, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+    write_video(tmp_path / "clip.mp4", Clip(frames, 8.0))
+    write_frames(tmp_path / "frames", frames)
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "reference.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+EDIT = ["edit", "--source", "clip.mp4", "--reference", "reference.png", "--instruction", "make it red", "--output", "out.mp4"]
+
+
+def edit(**changes: str | None) -> list[str]:
+    """EDIT with options replaced, added or (None) taken away."""
+    options = dict(zip(EDIT[1::2], EDIT[2::2]))
+    options |= {f"--{name}": value for name, value in changes.items()}
+    return ["edit", *(text for name, value in options.items() if value is not None for text in (name, value))]
+
+
+def refused(capsys, arguments: list[str], folder: Path) -> str:
+    """Runs what must fail -> its one line on stderr."""
+    before = listing(folder)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("mive: error: ") and err.count("\n") == 1, err
+    assert listing(folder) == before
+    return err
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"source": None}, "required: --source"),
+    ({"reference": None}, "required: --reference"),
+    ({"source": "gone.mp4"}, "source 'gone.mp4': no such file"),
+    ({"reference": "gone.png"}, "reference 'gone.png': no such file"),
+    ({"reference": "frames"}, "is a folder; expected one image"),
+    ({"reference": "clip.mp4"}, "is not an image"),
+    ({"reference": "one.png"}, "got 1x1; expected sides of 16 to 16384"),
+    ({"reference": "long.png"}, "got 20000x16; expected sides of 16 to 16384"),
+    ({"source": "empty"}, "the folder holds no frames"),
+    ({"source": "page.mp4"}, "an HTML or XML page"),
+    ({"source": "cut.mp4"}, "not a video that can be read"),
+    ({"source": "C:\\clips\\a.mp4"}, "looks like a Windows path"),
+    ({"source": "a\0b"}, "NUL"),
+    ({"output": "gone/out.mp4"}, "its folder does not exist"),
+    ({"output": "out.avi"}, "unsupported file type"),
+    ({"output": "frames"}, "unsupported file type"),
+    ({"output": "D:\\out.mp4"}, "backslash"),
+    ({"output": "o\0.mp4"}, "NUL"),
+    ({"output": "clip.mp4"}, "would replace an input"),
+    ({"size": "100x96"}, "expected 96x96, the nearest that fits"),
+    ({"size": "96"}, "expected WIDTHxHEIGHT"),
+    ({"size": "0x0"}, "expected 16x16"),
+    ({"frames": "4"}, "expected 1 or 5"),
+    ({"frames": "17"}, "got 6 frames; expected 17; ask for 5 or fewer"),
+    ({"frames": "0"}, "expected 1 or more"),
+    ({"steps": "0"}, "expected 1 or more"),
+    ({"steps": "1e9"}, "expected a whole number"),
+    ({"cfg": "nan"}, "expected a finite number"),
+    ({"cfg": "inf"}, "expected a finite number"),
+    ({"shift": "nan"}, "expected a finite number"),
+    ({"shift": "-1"}, "expected more than 0"),
+    ({"shift": "0"}, "expected more than 0"),
+    ({"seed": "one"}, "expected a whole number"),
+    ({"instruction": "a\ud800b"}, "lone surrogate at character 1"),
+    ({"models": "gone"}, "no such folder of models"),
+    ({"fps": "0"}, "expected more than 0"),
+    ({"sauce": "x"}, "unrecognized arguments"),
+])
+def test_bad_input_to_edit(work, capsys, changes, says):
+    (work / "empty").mkdir()
+    (work / "page.mp4").write_text("<html>not found</html>")
+    (work / "cut.mp4").write_bytes((work / "clip.mp4").read_bytes()[:2000])
+    Image.new("L", (1, 1)).save(work / "one.png")
+    Image.new("1", (20000, 16)).save(work / "long.png")
+    assert says in refused(capsys, edit(**{"frames": "5", **changes}), work)
+
+
+
+def test_more_than_one_reference(work, capsys):
+    assert "given more than once" in refused(capsys, [*EDIT, "--reference", "other.png"], work)
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["data"], ["bench", "vae"], ["train"], ["eval"], ["inspect"]])
+def test_incomplete_commands(work, capsys, arguments):
+    assert "--help` lists what it takes" in refused(capsys, arguments, work)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["eval", "--manifest", "gone.jsonl", "--output", "out"], "no such file"),
+    (["eval", "--manifest", "bad.jsonl", "--output", "out"], "bad.jsonl:1: the key 'reference' is missing"),
+    (["eval", "--manifest", "bad.jsonl", "--output", "clip.mp4"], "'clip.mp4' is a file; expected a folder"),
+    (["eval", "--manifest", "bad.jsonl", "--output", "clip.mp4/out"], "is a file"),
+    (["eval", "--manifest", "bad.jsonl", "--output", "out", "--instruction-mode", "rude"], "invalid choice: 'rude'"),
+    (["train", "gone.yaml"], "no such file"),
+    (["train", "bad.jsonl"], "task"),
+    (["inspect", "gone.safetensors"], "no such file"),
+    (["inspect", "a\0b"], "NUL"),
+    (["inspect", "frames"], "no .safetensors file"),
+    (["bench", "dit", "--preset", "huge"], "invalid choice: 'huge'"),
+    (["bench", "dit", "--output", "gone/figures.json"], "its folder does not exist"),
+    (["data", "synth", "--output", "out", "--size", "90x90"], "got 90x90"),
+    (["data", "synth", "--output", "out", "--frames", "16"], "got 16 frames"),
+    (["data", "synth", "--output", "clip.mp4", "--num", "1"], "is a file"),
+    (["data", "looks", "--source", "gone.mp4", "--output", "out"], "no such file"),
+    (["demo", "--output", "clip.mp4"], "is a file"),
+])
+def test_bad_input_to_the_other_commands(work, capsys, arguments, says):
+    (work / "bad.jsonl").write_text('{"source": "clip.mp4"}\n')
+    assert says in refused(capsys, arguments, work)
+
+
+def test_edit(work, models, capsys):
+    arguments = edit(models=str(models), instruction="make the red circle blue 🎬 青 مرحبا", seed="3")
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out == "out.mp4\n"
+    assert err == "mive: warning: source 'clip.mp4': the model takes 4n+1 frames; 6 are trimmed to 5\n"
+    first = (work / "out.mp4").read_bytes()
+    assert read_clip("out.mp4").frames.shape == (5, 32, 48, 3) and read_clip("out.mp4").fps == 8
+    assert main(arguments) == 0 and (work / "out.mp4").read_bytes() == first
+    assert sorted(os.listdir(work)) == ["clip.mp4", "frames", "out.mp4", "reference.png"]
+
+
+@pytest.mark.parametrize("changes, frames", [
+    ({"source": "frames", "frames": "1", "fps": "8"}, (1, 32, 48, 3)),
+    ({"instruction": "", "frames": "5", "size": "32x32", "steps": "1"}, (5, 32, 32, 3)),
+    ({"layers": "last+first", "frames": "5", "cfg": "2"}, (5, 32, 48, 3)),
+    ({"source": "reference.png"}, (1, 32, 48, 3)),
+])
+def test_edit_with_options(work, models, capsys, changes, frames):
+    assert main(edit(models=str(models), **changes)) == 0
+    assert read_clip("out.mp4").frames.shape == frames
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"layers": "last"}, "not made for that many layers"),
+    ({"layers": "1,,2"}, "column 3"),
+    ({"layers": ""}, "column 1"),
+    ({"layers": "99,1"}, "99"),
+    ({"cfg": "1e30"}, "cfg"),
+])
+def test_what_only_the_models_can_refuse(work, models, capsys, changes, says):
+    assert says in refused(capsys, edit(models=str(models), frames="5", **changes), work)
+
+
+def test_eval(work, models, capsys):
+    assert main(["data", "looks", "--source", "clip.mp4", "--output", "set", "--frames", "5"]) == 0
+    manifest = capsys.readouterr().out.strip()
+    assert manifest == "set/pairs.jsonl" and len(Path(manifest).read_text().splitlines()) == 8
+    Path(manifest).write_text("".join(Path(manifest).read_text().splitlines(keepends=True)[:2]))
+    arguments = ["eval", "--manifest", manifest, "--output", "out", "--models", str(models), "--instruction-mode", "wrong"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "out/report.json\nout/sheet.png\n"
+    report = json.loads((work / "out" / "report.json").read_text())
+    assert report["clips"] == 2 and report["by_kind"]["footage"]["clips"] == 2 and report["psnr_kept"] is None
+    assert report["command"].startswith("mive eval --manifest set/pairs.jsonl") and report["settings"]["instruction_mode"] == "wrong"
+
+
+def test_data_synth(work, capsys):
+    assert main(["data", "synth", "--output", "set", "--num", "2", "--frames", "5", "--size", "64x48", "--seed", "4"]) == 0
+    lines = [json.loads(line) for line in (work / "set" / "pairs.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["heldout-4-0", "heldout-4-1"]
+    assert read_clip(f"set/{lines[1]['target']}").frames.shape == (5, 48, 64, 3)
+
+
+def test_inspect(models, capsys):
+    assert main(["inspect", str(models)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["dit.safetensors"]["family"] == "MiVE DiT" and report["dit.safetensors"]["layers"] == [1, -1]
+
+
+def test_an_interrupt_leaves_nothing(work, models, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mive_core.video._encode", interrupt)
+    before = listing(work)
+    assert main(edit(models=str(models), frames="5")) == 130
+    assert capsys.readouterr().err == "mive: error: interrupted\n"
+    assert listing(work) == before
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    assert main(edit(models=str(models), frames="5")) == 0
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["--version"], ["edit", "--help"], ["data", "looks", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
