@@ -16,7 +16,7 @@ from ..config import PRESETS, MiVEConfig
 from ..dit import MiVEDiT
 from ..flow import flow_path, shift_time
 from ..layers import parse_layers
-from .features import NUM_PER_SHARD, Bucket, EditFeatures, FeatureJob, prepare, read_shards
+from .features import Bucket, EditFeatures, prepare, read_shards, shards_of
 from .loop import step_seed
 from .recipe import Recipe, parse_recipe
 
@@ -122,8 +122,7 @@ def build(values: dict, where: object = None) -> DiTTask:
     buckets = []
     for width, height, num_frames, num_clips, share in recipe.buckets:
         bucket = Bucket((width, height), num_frames, num_clips, share)
-        jobs = [FeatureJob(recipe.vae, recipe.vlm, config, recipe.seed, bucket, shard, recipe.features_dir)
-                for shard in range(-(-num_clips // NUM_PER_SHARD))]
-        prepare(jobs, recipe.num_feature_processes)
-        buckets.append((bucket, read_shards(jobs)))
+        shards = shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.seed, folder=recipe.features_dir)
+        prepare(shards, recipe.num_feature_processes)
+        buckets.append((bucket, read_shards(shards)))
     return DiTTask(recipe, config, FeatureBatches(buckets, recipe.batch_size, recipe.seed))

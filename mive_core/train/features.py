@@ -48,29 +48,43 @@ class EditFeatures:
 
 
 @dataclass(frozen=True)
-class FeatureJob:
-    """Everything that a shard's content depends on, in plain values: it crosses into worker processes."""
+class Shard:
+    """Some features of some clips, and all that they depend on, in plain values: it crosses into worker processes."""
 
-    vae: str
-    vlm: str
+    part: str  # "latents" (target, source, reference, mask) or "states"
+    model: str  # the VAE's file or the VLM's folder
     config: MiVEConfig
     seed: int
     bucket: Bucket
-    shard: int
+    number: int
     folder: str
 
     @property
     def path(self) -> Path:
         (width, height), frames = self.bucket.size, self.bucket.num_frames
-        return Path(self.folder) / f"{width}x{height}x{frames}_{self.shard:05d}.safetensors"
+        return Path(self.folder) / f"{width}x{height}x{frames}_{self.part}_{self.number:05d}.safetensors"
+
+    @property
+    def indices(self) -> range:
+        first = self.number * NUM_PER_SHARD
+        return range(first, min(first + NUM_PER_SHARD, self.bucket.num_clips))
 
     @property
     def fingerprint(self) -> str:
-        """Of the two models' bytes and all settings."""
-        digest = hashlib.sha256(json.dumps([asdict(self.config), self.seed, self.bucket.size, self.bucket.num_frames, self.shard]).encode())
-        for path in (Path(self.vae), Path(self.vlm) / "model.safetensors"):
+        """Of the model's bytes and all settings."""
+        settings = [self.part, asdict(self.config), self.seed, self.bucket.size, self.bucket.num_frames, self.indices.stop]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        model = Path(self.model)
+        for path in sorted(model.iterdir()) if model.is_dir() else [model]:
             digest.update(path.read_bytes())
         return digest.hexdigest()
+
+
+def shards_of(bucket: Bucket, *, vae: str, vlm: str, config: MiVEConfig, seed: int, folder: str) -> list[Shard]:
+    """Both parts of every clip of a bucket, in order."""
+    numbers = range(-(-bucket.num_clips // NUM_PER_SHARD))
+    return [Shard(part, model, config, seed, bucket, number, folder) for number in numbers
+            for part, model in (("states", vlm), ("latents", vae))]
 
 
 def latent_mask(mask: Tensor) -> Tensor:
@@ -80,46 +94,49 @@ def latent_mask(mask: Tensor) -> Tensor:
     return torch.cat([first, rest], dim=1)[0]
 
 
-def edit_features(pair: PairedEdit, vae: VAE, vlm: VLM, config: MiVEConfig) -> EditFeatures:
-    """Pixels and words -> what the DiT trains on."""
-    condition = vlm.condition(pair.request, config)
-    target, source, reference = (vae.encode(frames)[0] for frames in
-                                 (pair.target, pair.request.source.frames, pair.request.reference[None]))
-    return EditFeatures(target, source, reference, condition.states[0], latent_mask(pair.mask))
+def states_of(pair: PairedEdit, vlm: VLM, config: MiVEConfig) -> dict[str, Tensor]:
+    """bf16, never fp16: single channels are thousands of times the rest."""
+    return {"states": vlm.condition(pair.request, config).states[0].to(torch.bfloat16)}
+
+
+def latents_of(pair: PairedEdit, vae: VAE) -> dict[str, Tensor]:
+    clips = {"target": pair.target, "source": pair.request.source.frames, "reference": pair.request.reference[None]}
+    latents = {name: vae.encode(frames)[0].to(torch.float16) for name, frames in clips.items()}
+    return latents | {"mask": latent_mask(pair.mask).to(torch.float16)}
 
 
 @torch.inference_mode()
-def write_shard(job: FeatureJob) -> None:
+def write_shard(shard: Shard) -> None:
     """Computes one shard, unless the same one is there."""
-    if job.path.is_file():
-        with safe_open(job.path, framework="pt") as file:
-            if (file.metadata() or {}).get("fingerprint") == job.fingerprint:
+    if shard.path.is_file():
+        with safe_open(shard.path, framework="pt") as file:
+            if (file.metadata() or {}).get("fingerprint") == shard.fingerprint:
                 return
     torch.set_num_threads(1)
-    vae, vlm = VAE.load(job.vae), VLM.load(job.vlm)
-    edits = PairedEdits(job.seed, split="train", size=job.bucket.size, num_frames=job.bucket.num_frames)
-    tensors = {}
-    first = job.shard * NUM_PER_SHARD
-    for index in range(first, min(first + NUM_PER_SHARD, job.bucket.num_clips)):
-        features = edit_features(edits.sample(index).pair, vae, vlm, job.config)
-        tensors |= {f"{index}.{name}": value.to(torch.bfloat16 if name == "states" else torch.float16)
-                    for name, value in vars(features).items()}
-    write_tensors(job.path, tensors, {"fingerprint": job.fingerprint})
+    if shard.part == "states":
+        vlm = VLM.load(shard.model)
+        features = lambda pair: states_of(pair, vlm, shard.config)
+    else:
+        vae = VAE.load(shard.model)
+        features = lambda pair: latents_of(pair, vae)
+    edits = PairedEdits(shard.seed, split="train", size=shard.bucket.size, num_frames=shard.bucket.num_frames)
+    tensors = {f"{index}.{name}": value for index in shard.indices for name, value in features(edits.sample(index).pair).items()}
+    write_tensors(shard.path, tensors, {"fingerprint": shard.fingerprint})
 
 
-def prepare(jobs: list[FeatureJob], num_processes: int) -> None:
+def prepare(shards: list[Shard], num_processes: int) -> None:
     """Computes the shards that are missing, in processes of one thread each."""
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(write_shard, jobs), total=len(jobs), desc="features", unit="shard"):
+        for _ in tqdm(pool.map(write_shard, shards), total=len(shards), desc="features", unit="shard"):
             pass
 
 
-def read_shards(jobs: list[FeatureJob]) -> list[EditFeatures]:
-    """Shards in the order of the jobs -> one entry a clip, in their stored dtypes."""
-    entries = []
-    for job in tqdm(jobs, desc="reading features", unit="shard"):
-        with safe_open(job.path, framework="pt") as file:
-            indices = sorted({int(key.split(".")[0]) for key in file.keys()})
-            entries += [EditFeatures(**{name: file.get_tensor(f"{index}.{name}") for name in EditFeatures.__dataclass_fields__})
-                        for index in indices]
-    return entries
+def read_shards(shards: list[Shard]) -> list[EditFeatures]:
+    """Both parts of a bucket's clips -> one entry a clip, in their stored dtypes."""
+    entries: dict[int, dict[str, Tensor]] = {}
+    for shard in tqdm(shards, desc="reading features", unit="shard"):
+        with safe_open(shard.path, framework="pt") as file:
+            for key in file.keys():
+                index, name = key.split(".")
+                entries.setdefault(int(index), {})[name] = file.get_tensor(key)
+    return [EditFeatures(**entries[index]) for index in sorted(entries)]

@@ -1,0 +1,83 @@
+"""Training the DiT: batches, loss, features, and a resume that changes nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mive_core.attention import torch_attention
+from mive_core.checkpoint import load_dit
+from mive_core.config import PRESETS
+from mive_core.errors import UserError
+from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches
+from mive_core.train.features import Bucket, EditFeatures, latent_mask
+from mive_core.train.loop import run
+from mive_core.train.recipe import parse_recipe
+
+CONFIG = replace(PRESETS["tiny"], num_blocks=1)
+VALUES = {"task": "dit", "preset": "tiny", "vae": "v", "vlm": "w", "features_dir": "f", "num_steps": 6, "batch_size": 2,
+          "buckets": [[32, 32, 5, 6, 1.0]], "learning_rate": "3e-3", "num_warmup_steps": 1, "num_workers": 0, "ema": 0.5,
+          "checkpoint_every_s": 0.0, "log_every": 1}
+
+
+def features(num_tokens, seed, grid=(2, 4, 4)):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator)
+    return EditFeatures(target=draw(16, *grid), source=draw(16, *grid), reference=draw(16, 1, *grid[1:]),
+                        states=draw(2, num_tokens, CONFIG.vlm_width), mask=(draw(*grid) > 0).float())
+
+
+def batches():
+    entries = [features(5 + i % 2, i) for i in range(6)]
+    small = [features(7, 9, (2, 2, 2))]
+    return FeatureBatches([(Bucket((32, 32), 5, 6, 0.7), entries), (Bucket((16, 16), 5, 1, 0.3), small)], batch_size=2, seed=3)
+
+
+def make_task(folder):
+    recipe = parse_recipe(DiTRecipe, VALUES | {"output_dir": str(folder / "run"), "export": str(folder / "dit.safetensors")})
+    return DiTTask(recipe, CONFIG, batches())
+
+
+def test_a_batch_is_of_one_size_and_one_length_and_a_function_of_the_step():
+    dataset = batches()
+    seen = set()
+    for step in range(40):
+        batch, again = dataset[step], dataset[step]
+        assert torch.equal(batch.target, again.target) and len(batch.target) == 2
+        seen.add((batch.states.shape[2], batch.target.shape[-1]))
+    assert seen == {(5, 4), (6, 4), (7, 2)}
+
+
+def test_latent_mask_gives_frame_0_a_cell_of_its_own():
+    mask = torch.zeros(9, 16, 16, dtype=torch.bool)
+    mask[0, 0, 0] = mask[5, 15, 8] = True
+    cells = latent_mask(mask)
+    assert cells.shape == (3, 2, 2)
+    assert cells.nonzero().tolist() == [[0, 0, 0], [2, 1, 1]]
+    assert latent_mask(mask[:1]).shape == (1, 2, 2)
+
+
+def test_the_loss_weighs_edited_cells(tmp_path):
+    task = make_task(tmp_path)
+    batch = task.dataset[0]
+    loss = lambda mask: task.loss(0, replace(batch, mask=mask), torch.Generator().manual_seed(0))
+    everywhere, nowhere = loss(torch.ones_like(batch.mask)), loss(torch.zeros_like(batch.mask))
+    assert torch.allclose(everywhere["loss"], nowhere["loss"])  # weights are relative
+    mixed = loss(batch.mask)
+    share = batch.mask.mean()
+    expected = (4 * share * mixed["edited"] + (1 - share) * mixed["kept"]) / (4 * share + 1 - share)
+    assert torch.allclose(mixed["loss"], expected, atol=1e-5)
+
+
+def test_resume_equals_uninterrupted_and_the_export_loads(tmp_path):
+    run(make_task(tmp_path / "whole"))
+    run(make_task(tmp_path / "halves"), stop_at=3)
+    run(make_task(tmp_path / "halves"))
+    whole, halves = (load_dit(tmp_path / name / "dit.safetensors", attention=torch_attention) for name in ("whole", "halves"))
+    assert whole.config == CONFIG
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True))
+
+
+def test_recipe_refuses_unknown_keys():
+    with pytest.raises(UserError, match="leraning_rate"):
+        parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "leraning_rate": 1.0})
