@@ -1,5 +1,6 @@
 """A training recipe: one YAML file, read into one frozen dataclass."""
 
+import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Mapping, TypeVar
@@ -74,5 +75,4 @@ def _typed(name: str, value: object, wanted: type, where: object) -> object:
 
 def fingerprint(recipe: Recipe) -> dict:
     """The fields that a checkpoint depends on, as JSON gives them back."""
-    return {name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(recipe).items() if name not in FREE_FIELDS}
+    return json.loads(json.dumps({name: value for name, value in asdict(recipe).items() if name not in FREE_FIELDS}))
