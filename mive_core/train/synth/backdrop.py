@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .pictures import Camera, film, is_gray, pyramid
+from .looks import Look
+from .pictures import Camera, film, is_gray, tones_of
 from .shapes import triangle_wave
 
 Colour = tuple[float, float, float]
@@ -22,13 +23,15 @@ class Backdrop:
     period: float = 0.25  # of stripes and checkers, in frame heights
     camera: Camera | None = None
     flip: bool = False
+    grade: Look | None = None  # of a picture
 
     def render(self, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Times (F,) -> (F, H, W, 3) float32 in 0..1."""
         first, second = np.array(self.first, np.float32), np.array(self.second, np.float32)
         if self.camera is not None:
             frames = film(self.style, self.camera, times, size, self.flip)
-            return first + frames * (second - first) if is_gray(self.style) else frames
+            frames = first + frames * (second - first) if is_gray(self.style) else frames
+            return self.grade(frames) if self.grade else frames
         width, height = size
         if self.style == "flat":
             return np.broadcast_to(first, (len(times), height, width, 3)).copy()
@@ -48,13 +51,14 @@ class Backdrop:
             along = along * np.clip(triangle_wave((x * dy - y * dx) * rate) * sharp, -1, 1)
         return np.float32(0.5) + np.float32(0.5) * along
 
-    def mean_colour(self) -> np.ndarray:
-        """(3,), for choosing colours that stand out."""
+    def tones(self) -> list[np.ndarray]:
+        """The colours that fill most of it, each (3,), for choosing colours that stand out."""
         first, second = np.array(self.first), np.array(self.second)
         if self.camera is None:
-            return first if self.style == "flat" else (first + second) / 2
-        mean = pyramid(self.style)[-1].mean(axis=(0, 1)) / 255
-        return first + mean * (second - first) if is_gray(self.style) else mean
+            return [first] if self.style == "flat" else [first, (first + second) / 2, second]
+        tones = tones_of(self.style)
+        tones = first + tones * (second - first) if is_gray(self.style) else tones
+        return list(self.grade(tones) if self.grade else tones)
 
 
 def draw_camera(rng: np.random.Generator) -> Camera:

@@ -39,6 +39,14 @@ def is_gray(name: str) -> bool:
     return bool((smallest == smallest[:, :, :1]).all())
 
 
+@lru_cache(maxsize=None)
+def tones_of(name: str) -> np.ndarray:
+    """Mean colours of the picture's dark, middle and light thirds: (3, 3) in 0..1."""
+    pixels = pyramid(name)[-1].reshape(-1, 3) / 255
+    thirds = np.array_split(pixels[np.argsort(pixels.sum(axis=1), kind="stable")], 3)
+    return np.stack([third.mean(axis=0) for third in thirds])
+
+
 @dataclass(frozen=True)
 class Camera:
     """A straight pan with a steady zoom over a picture, in fractions of what the picture allows."""

@@ -3,16 +3,12 @@
 import numpy as np
 
 from .backdrop import Backdrop, draw_camera
-from .looks import LOOKS_FN, draw_look
+from .labels import RGB
+from .looks import LOOKS_FN, draw_grade, draw_look
 from .pictures import PICTURES, is_gray
 from .scene import TIME_UNIT, Body, Motion, Scene, render
 from .shapes import DISTANCES, draw_texture
 
-RGB = {
-    "red": (0.86, 0.08, 0.10), "orange": (0.98, 0.52, 0.04), "yellow": (0.97, 0.90, 0.14), "green": (0.08, 0.62, 0.16),
-    "cyan": (0.12, 0.82, 0.88), "blue": (0.10, 0.20, 0.86), "pink": (0.96, 0.42, 0.74), "white": (0.96, 0.96, 0.96),
-    "black": (0.05, 0.05, 0.06),
-}
 STYLE_ODDS = {"flat": 0.22, "gradient": 0.2, "stripes": 0.05, "checkers": 0.05, "picture": 0.48}
 
 
@@ -25,7 +21,8 @@ def draw_backdrop(rng: np.random.Generator, style: str | None = None) -> Backdro
         first, second = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         if is_gray(style) and rng.uniform() < 0.7:
             first, second = _soft(rng, 0.0, 0.35), _soft(rng, 0.6, 1.0)
-        return Backdrop(style, first, second, camera=draw_camera(rng), flip=bool(rng.uniform() < 0.5))
+        grade = draw_grade(rng) if rng.uniform() < 0.4 else None
+        return Backdrop(style, first, second, camera=draw_camera(rng), flip=bool(rng.uniform() < 0.5), grade=grade)
     angle = rng.uniform(0, 2 * np.pi)
     first, second = _soft(rng, 0.05, 0.95), _soft(rng, 0.05, 0.95)
     if style in ("stripes", "checkers"):
@@ -50,14 +47,15 @@ def draw_motion(rng: np.random.Generator, size: tuple[int, int], start: tuple[fl
                   diameter / 2, float(rng.uniform(-0.12, 0.12)))
 
 
-def draw_places(rng: np.random.Generator, size: tuple[int, int], num: int) -> list[tuple[float, float]]:
-    """Centres in pixels that keep apart."""
-    places: list[np.ndarray] = []
+def draw_places(rng: np.random.Generator, size: tuple[int, int], num: int,
+                taken: list[tuple[float, float]] = ()) -> list[tuple[float, float]]:
+    """Centres in pixels that keep apart, from those already taken too."""
+    places = [np.array(place) for place in taken]
     for _ in range(num):
         candidates = rng.uniform(0.18, 0.82, (8, 2)) * size
         gaps = [min((float(np.hypot(*(c - p))) for p in places), default=0.0) for c in candidates]
-        places.append(candidates[int(np.argmax(gaps))] if places else candidates[0])
-    return [(float(x), float(y)) for x, y in places]
+        places.append(candidates[int(np.argmax(gaps))])
+    return [(float(x), float(y)) for x, y in places[len(taken):]]
 
 
 def tint(rng: np.random.Generator, colour: str, spread: float = 0.04) -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ from mive_core.train.synth.phrasing import NUM_HELD_OUT
 from mive_core.train.synth.pictures import PICTURES, pyramid
 from mive_core.train.synth.plan import EDIT_ODDS, KIND_ODDS, draw_plan, plan_odds
 
-NUM = 60
+NUM = 30
 
 
 @lru_cache(maxsize=None)
@@ -38,6 +38,7 @@ def digest(split="train", indices=(0, 5, 9)) -> str:
     return state.hexdigest()
 
 
+@lru_cache(maxsize=None)
 def plans(split, num=2000):
     rng, odds = np.random.default_rng(crc32(split.encode())), plan_odds(None, None)
     return [draw_plan(rng, odds, split == "heldout") for _ in range(num)]

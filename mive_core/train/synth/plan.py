@@ -1,0 +1,87 @@
+"""What a paired edit shall be, before anything is drawn: kind, edit, and the words for what changes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...errors import UserError
+from .labels import COLOURS, LOOKS, NONE, PICKS, SHAPES, EditLabels, is_held_out
+from .looks import LOOKS_FN
+
+KIND_ODDS = {"seen in reference": 0.57, "enters late": 0.14, "two alike": 0.11, "instruction only": 0.10, "no instruction": 0.08}
+_SEEN = {"recolour": 0.17, "replace": 0.14, "remove": 0.115, "add": 0.14, "background": 0.145, "look": 0.29}
+EDIT_ODDS = {
+    "seen in reference": _SEEN,
+    "no instruction": _SEEN,
+    "enters late": {"recolour": 0.35, "replace": 0.3, "remove": 0.2, "add": 0.15},
+    "two alike": {"recolour": 0.4, "replace": 0.35, "remove": 0.25},
+    "instruction only": {"recolour": 0.2, "replace": 0.15, "remove": 0.1, "add": 0.1, "background": 0.15, "look": 0.3},
+}
+BACKGROUND_ODDS = {"flat": 0.4, "gradient": 0.2, "stripes": 0.08, "checkers": 0.08,
+                   "bricks": 0.06, "grass": 0.06, "gravel": 0.06, "stars": 0.06}
+FROM_WORDS_ALONE = {"flat": 0.65, "gradient": 0.35}  # backgrounds that the instruction fixes completely
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The labels that chance decides first, and what no label holds."""
+
+    labels: EditLabels
+    second_colour: str = NONE  # of a gradient or a pattern that becomes the background
+    late: bool = False  # the edited object starts outside of the frame
+    side: str = NONE  # where something that comes in late comes from
+
+    @property
+    def reference_tells(self) -> bool:
+        return not self.late and self.labels.kind in ("seen in reference", "no instruction")
+
+
+def plan_odds(kinds: tuple[str, ...] | None, edits: tuple[str, ...] | None) -> dict[tuple[str, str], float]:
+    """(kind, edit) -> probability, under a restriction. Raises UserError where nothing is left."""
+    odds = {(kind, edit): KIND_ODDS[kind] * share for kind in KIND_ODDS for edit, share in EDIT_ODDS[kind].items()
+            if (kinds is None or kind in kinds) and (edits is None or edit in edits)}
+    if not odds:
+        raise UserError("no paired edit is of these kinds and edits", got=f"kinds {kinds}, edits {edits}",
+                        expected=f"kinds among {', '.join(KIND_ODDS)}; edits among {', '.join(_SEEN)}",
+                        fix="background and look edits never enter late and are never of two alike")
+    total = sum(odds.values())
+    return {key: value / total for key, value in odds.items()}
+
+
+def draw_plan(rng: np.random.Generator, odds: dict[tuple[str, str], float], held_out: bool) -> Plan:
+    """A plan whose combinations are all known from training, or one of them not."""
+    kind, edit = list(odds)[int(rng.choice(len(odds), p=list(odds.values())))]
+    while True:
+        plan = _draw(rng, kind, edit)
+        combinations = plan.labels.combinations()
+        if not combinations or held_out == any(is_held_out(c) for c in combinations):
+            return plan
+
+
+def _draw(rng: np.random.Generator, kind: str, edit: str) -> Plan:
+    if edit == "look":
+        named = kind == "instruction only" or rng.uniform() < 0.65
+        return Plan(EditLabels(kind, edit, look=_pick(rng, tuple(LOOKS_FN)) if named else LOOKS[1]))
+    shape, new_shape = (str(s) for s in rng.permutation(SHAPES[1:])[:2])
+    colour, new_colour = (str(c) for c in rng.permutation(COLOURS[1:])[:2])
+    if edit == "background":
+        odds = FROM_WORDS_ALONE if kind == "instruction only" else BACKGROUND_ODDS
+        style = str(rng.choice(list(odds), p=list(odds.values())))
+        plain = style in ("flat", "gradient", "stripes", "checkers")
+        return Plan(EditLabels(kind, edit, background=style, new_colour=colour if plain else NONE), second_colour=new_colour)
+    late = kind == "enters late" or (kind == "two alike" and rng.uniform() < 0.5)
+    place = _pick(rng, ("left", "right", "top", "bottom"))
+    pick = _pick(rng, PICKS[1:]) if kind == "two alike" else NONE
+    if edit == "recolour":
+        new_shape = shape
+    elif edit == "replace" and rng.uniform() < 0.6:
+        new_colour = colour
+    elif edit == "remove":
+        new_shape = new_colour = NONE
+    elif edit == "add":
+        shape = colour = NONE
+    return Plan(EditLabels(kind, edit, shape, colour, pick=pick, new_shape=new_shape, new_colour=new_colour), late=late, side=place)
+
+
+def _pick(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+    return words[int(rng.integers(len(words)))]
