@@ -12,7 +12,7 @@ from .sheet import make_band, write_sheet
 from .train.heldout import footage_pairs
 from .train.synth import PairedEdits
 from .types import PairedEdit
-from .video import read_clip, write_frames, write_video
+from .video import read_clip, write_image, write_video
 
 SAMPLE = Path(__file__).parent / "assets" / "samples" / "bigbuckbunny_33f.mp4"
 DRAWN_SEED, DRAWN_INDEX = 1, 0
@@ -36,7 +36,7 @@ def run_demo(output_dir: str | Path, models: str = "tiny", settings: EvaluationS
             rows.append(row)
             bands.append(make_band(pair.request, edited.frames, pair.target, notes=notes(row)))
         write_video(folder / "source.mp4", pairs[0].request.source)
-        write_frames(folder / "reference", pairs[0].request.reference[None])
+        write_image(folder / "reference.png", pairs[0].request.reference)
         write_sheet(folder / "sheet.png", bands)
         report = {**{key: value for key, value in summary(rows).items() if key not in BASELINES}, "per_clip": rows, "command": command,
                   "seconds_to_load": seconds_to_load, "seconds": time.perf_counter() - start, "peak_rss_bytes": peak_rss_bytes()}

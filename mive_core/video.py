@@ -87,7 +87,12 @@ def write_frames(folder: Path, frames: Tensor) -> None:
     if frames.dtype != torch.bool:
         frames = check_frames(frames, f"output {str(folder)!r}")
     for index, frame in enumerate(frames):
-        Image.fromarray(_eight_bit(frame)).save(folder / f"{index:05d}.png", compress_level=6)
+        write_image(folder / f"{index:05d}.png", frame)
+
+
+def write_image(path: Path, image: Tensor) -> None:
+    """(H, W, 3) in 0..1, or (H, W) bool -> PNG; lossless at 8 bits."""
+    Image.fromarray(_eight_bit(image)).save(path)
 
 
 def _image_pixels(image: Image.Image) -> np.ndarray:

@@ -2,36 +2,15 @@
 
 import json
 import os
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from PIL import Image
-from safetensors.torch import save_file
 
-from mive_core.attention import torch_attention
-from mive_core.checkpoint import save_dit
 from mive_core.cli import main
-from mive_core.config import PRESETS
-from mive_core.dit import MiVEDiT
 from mive_core.types import Clip
 from mive_core.video import read_clip, write_frames, write_video
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory, vlm_folder) -> Path:
-    """The three models at their tiny sizes, weights random."""
-    folder = tmp_path_factory.mktemp("random") / "models"
-    folder.mkdir()
-    shutil.copytree(vlm_folder, folder / "vlm")
-    torch.manual_seed(1)
-    config = replace(PRESETS["tiny"], num_blocks=1, steps=2)
-    save_dit(folder / "dit.safetensors", MiVEDiT(config, operations=torch.nn, attention=torch_attention).state_dict(), config)
-    save_file(AutoencoderKLWan(base_dim=8).state_dict(), folder / "vae.safetensors")
-    return folder
 
 
 @pytest.fixture
@@ -151,8 +130,8 @@ def test_bad_input_to_the_other_commands(work, capsys, arguments, says):
     assert says in refused(capsys, arguments, work)
 
 
-def test_edit(work, models, capsys):
-    arguments = edit(models=str(models), instruction="make the red circle blue 🎬 青 مرحبا", seed="3")
+def test_edit(work, random_models, capsys):
+    arguments = edit(models=str(random_models), instruction="make the red circle blue 🎬 青 مرحبا", seed="3")
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert out == "out.mp4\n"
@@ -169,8 +148,8 @@ def test_edit(work, models, capsys):
     ({"layers": "last+first", "frames": "5", "cfg": "2"}, (5, 32, 48, 3)),
     ({"source": "reference.png"}, (1, 32, 48, 3)),
 ])
-def test_edit_with_options(work, models, capsys, changes, frames):
-    assert main(edit(models=str(models), **changes)) == 0
+def test_edit_with_options(work, random_models, capsys, changes, frames):
+    assert main(edit(models=str(random_models), **changes)) == 0
     assert read_clip("out.mp4").frames.shape == frames
 
 
@@ -181,16 +160,16 @@ def test_edit_with_options(work, models, capsys, changes, frames):
     ({"layers": "99,1"}, "99"),
     ({"cfg": "1e30"}, "cfg"),
 ])
-def test_what_only_the_models_can_refuse(work, models, capsys, changes, says):
-    assert says in refused(capsys, edit(models=str(models), frames="5", **changes), work)
+def test_what_only_the_models_can_refuse(work, random_models, capsys, changes, says):
+    assert says in refused(capsys, edit(models=str(random_models), frames="5", **changes), work)
 
 
-def test_eval(work, models, capsys):
+def test_eval(work, random_models, capsys):
     assert main(["data", "looks", "--source", "clip.mp4", "--output", "set", "--frames", "5"]) == 0
     manifest = capsys.readouterr().out.strip()
     assert manifest == "set/pairs.jsonl" and len(Path(manifest).read_text().splitlines()) == 8
     Path(manifest).write_text("".join(Path(manifest).read_text().splitlines(keepends=True)[:2]))
-    arguments = ["eval", "--manifest", manifest, "--output", "out", "--models", str(models), "--instruction-mode", "wrong"]
+    arguments = ["eval", "--manifest", manifest, "--output", "out", "--models", str(random_models), "--instruction-mode", "wrong"]
     assert main(arguments) == 0
     assert capsys.readouterr().out == "out/report.json\nout/sheet.png\n"
     report = json.loads((work / "out" / "report.json").read_text())
@@ -205,24 +184,24 @@ def test_data_synth(work, capsys):
     assert read_clip(f"set/{lines[1]['target']}").frames.shape == (5, 48, 64, 3)
 
 
-def test_inspect(models, capsys):
-    assert main(["inspect", str(models)]) == 0
+def test_inspect(random_models, capsys):
+    assert main(["inspect", str(random_models)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["dit.safetensors"]["family"] == "MiVE DiT" and report["dit.safetensors"]["layers"] == [1, -1]
 
 
-def test_an_interrupt_leaves_nothing(work, models, capsys, monkeypatch):
+def test_an_interrupt_leaves_nothing(work, random_models, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mive_core.video._encode", interrupt)
     before = listing(work)
-    assert main(edit(models=str(models), frames="5")) == 130
+    assert main(edit(models=str(random_models), frames="5")) == 130
     assert capsys.readouterr().err == "mive: error: interrupted\n"
     assert listing(work) == before
     monkeypatch.undo()
     monkeypatch.chdir(work)
-    assert main(edit(models=str(models), frames="5")) == 0
+    assert main(edit(models=str(random_models), frames="5")) == 0
 
 
 def test_help_and_version(capsys):
