@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,55 @@ def test_help_and_version(capsys):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == 0
+
+
+def test_a_very_long_instruction_is_truncated_with_a_warning(work, random_models, capsys):
+    assert main(edit(models=str(random_models), frames="5", steps="1", instruction="make it red " * 8334)) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("mive: warning: ") and err.count("\n") == 1 and "token" in err and len(err) < 400
+
+
+def swapped(folder: Path) -> None:
+    """The VAE where the DiT belongs, and the other way round."""
+    (folder / "dit.safetensors").rename(folder / "x")
+    (folder / "vae.safetensors").rename(folder / "dit.safetensors")
+    (folder / "x").rename(folder / "vae.safetensors")
+
+
+def cut(name: str):
+    def damage(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:len(data) // 2])
+    return damage
+
+
+def page(name: str):
+    return lambda folder: (folder / name).write_bytes(b"<!DOCTYPE html><html>404</html>")
+
+
+def gone(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize("damage, says", [
+    (swapped, "this looks like a Wan VAE"),
+    (cut("dit.safetensors"), "dit.safetensors"),
+    (cut("vae.safetensors"), "vae.safetensors"),
+    (cut("vlm/model.safetensors"), "model.safetensors"),
+    (page("dit.safetensors"), "dit.safetensors"),
+    (page("vae.safetensors"), "vae.safetensors"),
+    (page("vlm/model.safetensors"), "model.safetensors"),
+    (gone("dit.safetensors"), "dit.safetensors"),
+    (gone("vae.safetensors"), "vae.safetensors"),
+    (gone("vlm/model.safetensors"), "model.safetensors"),
+])
+def test_damaged_models(work, random_models, capsys, damage, says):
+    shutil.copytree(random_models, work / "models")
+    damage(work / "models")
+    assert says in refused(capsys, edit(models="models", frames="5"), work)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt"])
+def test_pickles_are_never_read(work, capsys, name):
+    torch.save({"weight": torch.zeros(3)}, work / name)
+    assert name in refused(capsys, ["inspect", name], work)
