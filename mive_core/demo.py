@@ -15,7 +15,7 @@ from .types import PairedEdit
 from .video import read_clip, write_image, write_video
 
 SAMPLE = Path(__file__).parent / "assets" / "samples" / "bigbuckbunny_33f.mp4"
-DRAWN_SEED, DRAWN_INDEX = 1, 0
+DRAWN_SEED, DRAWN_INDEX = 1, 3
 FOOTAGE_LOOK, FOOTAGE_FRAMES = "night", 17
 
 
@@ -46,7 +46,7 @@ def run_demo(output_dir: str | Path, models: str = "tiny", settings: EvaluationS
 
 def demo_pairs() -> list[PairedEdit]:
     """The drawn clip and the footage, with their truths."""
-    drawn = PairedEdits(DRAWN_SEED, "heldout").sample(DRAWN_INDEX).pair
+    drawn = PairedEdits(DRAWN_SEED, "heldout", kinds=("seen in reference",), edits=("recolour", "replace")).sample(DRAWN_INDEX).pair
     clip = fit_clip(read_clip(SAMPLE), num_frames=FOOTAGE_FRAMES)
     (footage, _), = footage_pairs(clip, (FOOTAGE_LOOK,))
     return [drawn, footage]
