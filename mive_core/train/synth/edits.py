@@ -16,7 +16,8 @@ from .scene import TIME_UNIT, compose, render_body, visible
 from .stage import clip_times
 
 SPLITS = ("train", "heldout")
-LEAST_AREA = 0.025  # of the frame, that a local edit must change
+MAX_ATTEMPTS = 12
+LEAST_AREA = 0.025  # of a square of the shorter side, that a local edit must change
 SETTLED = 0.7  # seconds after which what comes in late must be seen
 
 
@@ -58,9 +59,12 @@ class PairedEdits:
         """The edit of that index, any integer >= 0."""
         held_out = self.split == "heldout"
         rng = np.random.default_rng((self.seed, crc32(self.split.encode()), index))
-        plan = draw_plan(rng, self.odds, held_out)
         times = clip_times(self.num_frames, self.fps)
-        cast, rendered = draw_visible(rng, plan, times, self.size)
+        visible_cast = None
+        while visible_cast is None:
+            plan = draw_plan(rng, self.odds, held_out)
+            visible_cast = draw_visible(rng, plan, times, self.size)
+        cast, rendered = visible_cast
         instruction = instruct(rng, plan, cast, _tracks(cast, times, self.size), held_out)
         source, target = torch.from_numpy(rendered.source), torch.from_numpy(rendered.target)
         seen = target if plan.reference_tells or plan.late else source
@@ -70,13 +74,14 @@ class PairedEdits:
         return SyntheticEdit(PairedEdit(request, target, mask, f"{self.split}-{self.seed}-{index}"), labels)
 
 
-def draw_visible(rng: np.random.Generator, plan: Plan, times: np.ndarray, size: tuple[int, int]) -> tuple[Cast, Rendered]:
-    """Draw until the edit can be seen; all but one in some hundred succeed at once."""
-    while True:
+def draw_visible(rng: np.random.Generator, plan: Plan, times: np.ndarray, size: tuple[int, int]) -> tuple[Cast, Rendered] | None:
+    """Draw until the edit can be seen; None where a plan does not fit the frame, as a few do not."""
+    for _ in range(MAX_ATTEMPTS):
         cast = draw_cast(rng, plan, size, float(times[-1]))
         rendered = render_cast(cast, times, size)
         if shows(plan, rendered.footprint, times):
             return cast, rendered
+    return None
 
 
 def render_cast(cast: Cast, times: np.ndarray, size: tuple[int, int]) -> Rendered:
@@ -112,7 +117,8 @@ def uncovered(layers: list, shape: tuple[int, int, int]) -> np.ndarray:
 
 def shows(plan: Plan, footprint: np.ndarray, times: np.ndarray) -> bool:
     """Whether enough of the edit can be seen, and, of what comes late, nothing in frame 0."""
-    areas = (footprint > 0.5).mean(axis=(1, 2))
+    # of a square of the frame's shorter side, which is what bodies are measured by
+    areas = (footprint > 0.5).sum(axis=(1, 2)) / min(footprint.shape[1:]) ** 2
     if plan.late:
         settled = areas[times * TIME_UNIT >= min(SETTLED, times[-1] * TIME_UNIT)]
         return not (footprint[0] > 0).any() and bool(settled.min() >= 0.6 * LEAST_AREA and settled.mean() >= LEAST_AREA)
