@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import MiVEConfig
 from .errors import UserError
 from .prompt import build_inputs
+from .tensors import read_header, resolve, shard_files
 from .types import Condition, EditRequest, VLMInputs
 
 MODEL_TYPE = "qwen3_vl"
@@ -129,24 +129,8 @@ def check_folder(folder: Path) -> None:
     model_type = _read_json(folder / CONFIG).get("model_type")
     if model_type != MODEL_TYPE:
         raise UserError("this is another model", where=folder, got=model_type, expected=f"{MODEL_TYPE} (Qwen3-VL 2B to 32B)")
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except SafetensorError as error:
-            raise UserError("the weights are truncated or no safetensors file", where=path,
-                            got=f"{path.stat().st_size} bytes ({error})", fix="download the file again") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The one file of the weights, or every shard that the index names."""
-    index = folder / f"{WEIGHTS}.index.json"
-    names = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else [WEIGHTS]
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise UserError("a shard lies outside of the folder", where=index, got=repr(outside[0]), expected="names of files beside it")
-    _require(folder, names)
-    return [folder / name for name in names]
+    for path in shard_files(resolve(folder, WEIGHTS)):
+        read_header(path)
 
 
 def _require(folder: Path, names: Iterable[str]) -> None:

@@ -109,27 +109,41 @@ class Heads(nn.Module):
         self.last = nn.Linear(width, 4)  # layer L, each video token: edited, colour after
         self.first_norm = nn.LayerNorm(width)
 
-    def forward(self, first: Tensor, last: Tensor, inputs: VLMInputs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """States (B, S, D_vlm) of layers 1 and L -> logits of each field (B, num_words), and (B, V, 4) of each layer."""
+    def forward(self, first: Tensor, last: Tensor, inputs: VLMInputs) -> "Readings":
+        """States (B, S, D_vlm) of layers 1 and L -> what they say."""
         batch = torch.arange(len(last))
+        kinds = inputs.mm_token_type_ids
+        heard = last[batch, (kinds == 1).int().argmax(dim=1) - 1]  # the marker between instruction and reference
         end = last[batch, inputs.attention_mask.sum(dim=1) - 1]
-        video = inputs.mm_token_type_ids == 2
-        seen_first, seen_last = (states[video].view(len(last), -1, states.shape[-1]) for states in (first, last))
-        return {field: head(end) for field, head in self.words.items()}, self.first(self.first_norm(seen_first)), self.last(seen_last)
+        seen_first, seen_last = (states[kinds == 2].view(len(last), -1, states.shape[-1]) for states in (first, last))
+        return Readings(*({field: head(state) for field, head in self.words.items()} for state in (heard, end)),
+                        self.first(self.first_norm(seen_first)), self.last(seen_last))
 
 
-def losses(outputs: tuple[dict[str, Tensor], Tensor, Tensor], truth: Lesson) -> dict[str, Tensor]:
-    """Scalars: words, where, becomes, first (its where and colour), and their weighted sum as 'loss'."""
-    words, first, last = outputs
-    spelled = [F.cross_entropy(words[field], truth.labels[:, i]) for i, field in enumerate(VOCABULARIES)]
+@dataclass(frozen=True)
+class Readings:
+    """What the heads read; logits but for the colours."""
+
+    heard: dict[str, Tensor]  # each field (B, num_words), where only the instruction has been read
+    words: dict[str, Tensor]  # each field (B, num_words), at the end
+    first: Tensor  # (B, V, 4) layer 1: edited, colour before
+    last: Tensor  # (B, V, 4) layer L: edited, colour after
+
+
+def losses(readings: Readings, truth: Lesson) -> dict[str, Tensor]:
+    """Scalars: heard, words, where, becomes, first (its where and colour), and their weighted sum as 'loss'."""
+    first, last = readings.first, readings.last
+    heard, words = (torch.stack([F.cross_entropy(logits[field], truth.labels[:, i]) for i, field in enumerate(VOCABULARIES)]).mean()
+                    for logits in (readings.heard, readings.words))
     found = {
-        "words": torch.stack(spelled).mean(),
+        "heard": heard,
+        "words": words,
         "where": F.binary_cross_entropy_with_logits(last[..., 0], truth.edited),
         # what the edit changes counts five times what it keeps
         "becomes": ((last[..., 1:] - truth.after).abs().mean(-1) * (1 + 4 * truth.edited)).mean(),
         "first": F.binary_cross_entropy_with_logits(first[..., 0], truth.edited) + (first[..., 1:] - truth.before).abs().mean(),
     }
-    found["loss"] = found["words"] + 2 * found["where"] + 2 * found["becomes"] + 0.3 * found["first"]
+    found["loss"] = 2 * found["heard"] + 3 * found["words"] + 2 * found["where"] + 2 * found["becomes"] + 0.3 * found["first"]
     return found
 
 

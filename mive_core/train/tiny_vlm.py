@@ -32,6 +32,7 @@ MODEL = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
+        "initializer_range": 0.06,  # Qwen's 0.02 is meant for widths in the thousands
         "max_position_embeddings": 32768,
         "rope_theta": 10000.0,
         # temporal, height, width: they share half of head_dim
@@ -44,6 +45,7 @@ MODEL = {
         "hidden_size": 64,
         "intermediate_size": 192,
         "num_heads": 4,
+        "initializer_range": 0.06,
         "patch_size": 8,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..types import VLMInputs
 from ..vlm import WEIGHTS, load_processor, new_model, tap
-from .lessons import Example, Heads, Lesson, batch_of, example, losses, phrases
+from .lessons import Example, Heads, Lesson, Readings, batch_of, example, losses, phrases
 from .recipe import Recipe, parse_recipe
 from .state import write_atomically
 from .synth import PairedEdits
@@ -102,7 +102,7 @@ class VLMTask:
             os.chmod(path / name, 0o644)
 
 
-def read(model: torch.nn.Module, heads: Heads, inputs: VLMInputs) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def read(model: torch.nn.Module, heads: Heads, inputs: VLMInputs) -> Readings:
     """VLM inputs of a batch -> what the heads read in layers 1 and L."""
     last = len(model.language_model.layers)
     states = tap(model, inputs, (1, last))

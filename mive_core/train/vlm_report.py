@@ -35,13 +35,13 @@ def measure(vlm: VLM, heads: Heads, split: str, num_clips: int, kinds: tuple[str
     """Shares of words named right, and how well the edit is located, over clips of one split."""
     words, found = defaultdict(list), defaultdict(list)
     for truth in lessons(vlm, split, num_clips, kinds):
-        named, first, last = read(vlm.model, heads, truth.inputs)
+        said = read(vlm.model, heads, truth.inputs)
         for i, field in enumerate(VOCABULARIES):
             given = truth.labels[:, i] > 0  # where there is something to name
-            words[field] += (named[field].argmax(-1) == truth.labels[:, i])[given].tolist()
-        found["mask_iou"] += overlap(last[..., 0], truth.edited)
-        found["mask_iou_layer_1"] += overlap(first[..., 0], truth.edited)
-        error = (last[..., 1:] - truth.after).abs().mean(-1)
+            words[field] += (said.words[field].argmax(-1) == truth.labels[:, i])[given].tolist()
+        found["mask_iou"] += overlap(said.last[..., 0], truth.edited)
+        found["mask_iou_layer_1"] += overlap(said.first[..., 0], truth.edited)
+        error = (said.last[..., 1:] - truth.after).abs().mean(-1)
         found["colour_error_edited"] += ((error * truth.edited).sum(1) / truth.edited.sum(1).clamp(min=1e-6)).tolist()
     return {"clips": num_clips, **{f"{field}_accuracy": mean(hits) for field, hits in words.items()},
             **{name: mean(values) for name, values in found.items()}}

@@ -143,7 +143,7 @@ def test_a_shard_outside_of_the_folder_is_refused(vlm_folder, tmp_path):
     folder = sharded(vlm_folder, tmp_path / "sharded")
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("model-00002", "../model-00002"))
-    with pytest.raises(UserError, match="a shard lies outside of the folder"):
+    with pytest.raises(UserError, match="a shard lies outside"):
         VLM.load(folder)
 
 

@@ -55,8 +55,8 @@ def test_a_padded_batch_reads_each_prompt_as_if_alone(vlm):
     together = read(vlm.model, heads, batch_of(examples, pad_token).inputs)
     for i, one in enumerate(examples):
         alone = read(vlm.model, heads, batch_of([one], pad_token).inputs)
-        torch.testing.assert_close(together[0]["edit"][i], alone[0]["edit"][0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(together[2][i], alone[2][0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together.words["edit"][i], alone.words["edit"][0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together.last[i], alone.last[0], atol=1e-4, rtol=1e-4)
 
 
 def test_lessons_are_a_function_of_the_step(values):
