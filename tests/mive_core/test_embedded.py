@@ -1,0 +1,71 @@
+"""The embedded models: what they are, and that they still do what the card says, on clips they never saw."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mive_core.checkpoint import inspect
+from mive_core.evaluate import in_and_out, mean, psnr
+from mive_core.sample import EMBEDDED, Pipeline
+from mive_core.train.synth import PairedEdits
+
+FOLDER = EMBEDDED["tiny"]
+MAX_BYTES = 24 * 2**20
+NUM_CLIPS = 6
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    edits = PairedEdits(11, "heldout", (96, 96), 17, kinds=("seen in reference",))
+    return [edits.sample(i).pair for i in range(NUM_CLIPS)]
+
+
+def test_they_fit_in_the_repository_and_say_what_they_are():
+    files = [p for p in FOLDER.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= MAX_BYTES
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".jinja", ".md"}
+    report = inspect(FOLDER)
+    assert report["dit.safetensors"]["family"] == "MiVE DiT" and report["vae.safetensors"]["family"] == "Wan VAE"
+    assert report["dit.safetensors"]["layers"] == [1, 4]
+
+
+def test_latents_have_unit_variance(pipeline, pairs):
+    latents = torch.cat([pipeline.vae.encode(pair.target) for pair in pairs])
+    assert 0.7 < latents.std() < 1.3 and latents.mean().abs() < 0.3
+
+
+def test_edits_pass_the_gate(pipeline, pairs):
+    """Means over a few clips, so the bounds are below the card's figures."""
+    figures = {"ours": [], "copy": [], "ceiling": []}
+    for pair in pairs:
+        edited = pipeline.edit(pair.request, seed=0).frames
+        assert edited.shape == pair.target.shape and torch.isfinite(edited).all()
+        figures["ours"].append(in_and_out(edited, pair.target, pair.mask))
+        figures["copy"].append(in_and_out(pair.request.source.frames, pair.target, pair.mask))
+        figures["ceiling"].append(in_and_out(pipeline.vae.decode(pipeline.vae.encode(pair.target)), pair.target, pair.mask))
+    means = {name: {key: mean([row[key] for row in rows]) for key in ("psnr_edited", "psnr_kept")} for name, rows in figures.items()}
+    assert means["ours"]["psnr_edited"] >= means["copy"]["psnr_edited"] + 5.0, means
+    assert means["ours"]["psnr_kept"] >= means["ceiling"]["psnr_kept"] - 5.0, means
+
+
+def test_the_same_seed_gives_the_same_video_and_another_gives_another(pipeline):
+    request = PairedEdits(12, "heldout", (64, 64), 5).sample(0).pair.request
+    first, again, other = (pipeline.edit(request, steps=2, seed=seed).frames for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_guidance_reads_the_empty_instruction(pipeline):
+    request = PairedEdits(12, "heldout", (64, 64), 5).sample(1).pair.request
+    plain, guided = (pipeline.edit(request, steps=2, cfg=cfg).frames for cfg in (1.0, 3.0))
+    assert torch.isfinite(guided).all() and psnr(guided, plain, torch.ones(5, 64, 64, dtype=torch.bool)) < 60
+
+
+def test_one_frame_works(pipeline):
+    request = PairedEdits(12, "heldout", (64, 64), 1, kinds=("seen in reference",)).sample(0).pair.request
+    assert pipeline.edit(request, steps=1).frames.shape == (1, 64, 64, 3)
