@@ -106,6 +106,12 @@ def test_every_kind_and_edit_can_be_drawn_alone_in_both_splits():
                 assert (labels.kind, labels.edit) == (kind, edit)
 
 
+def test_the_smallest_of_two_alike_is_drawn_in_a_wide_frame_too():
+    """Areas were once measured against the whole frame, so that a small star in a wide one was redrawn for ever."""
+    edits = PairedEdits(6, size=(192, 64), num_frames=5, kinds=("two alike",))
+    assert {edits.sample(i).labels.pick for i in range(20)} >= {"smaller", "larger"}
+
+
 def test_the_mixture_is_as_published():
     for split in ("train", "heldout"):
         kinds, edits = (Counter(getattr(p.labels, name) for p in plans(split)) for name in ("kind", "edit"))
