@@ -1,0 +1,173 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mive_core.errors import UserError
+from mive_core.train.wan_vae import WholeClipVAE, decode_clips, encode_clips
+from mive_core.vae import LATENTS_MEAN, LATENTS_STD, VAE
+
+
+def random_network(dim: int = 4) -> WholeClipVAE:
+    """Every weight non-zero, and the signal neither vanishes nor grows."""
+    torch.manual_seed(dim)
+    network = WholeClipVAE(dim)
+    for name, parameter in network.named_parameters():
+        spread = 0.3 if parameter.ndim == 1 or name.endswith("gamma") else parameter[0].numel() ** -0.5
+        parameter.data = torch.randn(parameter.shape) * spread + (1.0 if name.endswith("gamma") else 0.0)
+    return network
+
+
+@pytest.fixture(scope="module")
+def network():
+    return random_network()
+
+
+@pytest.fixture(scope="module")
+def path(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    save_file(network.state_dict(), str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def vae(path):
+    return VAE.load(path)
+
+
+@torch.no_grad()
+def test_the_training_network_equals_diffusers(network, vae):
+    frames = torch.rand(2, 13, 32, 48, 3)
+    latents = vae.encode(frames)
+    assert latents.shape == (2, 16, 4, 4, 6) and latents.std() > 0.1
+    torch.testing.assert_close(encode_clips(network, frames), latents, atol=1e-5, rtol=1e-5)
+    decoded = vae.decode_batch(latents)
+    assert decoded.shape == frames.shape and decoded.std() > 0.05
+    torch.testing.assert_close(decode_clips(network, latents), decoded, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_frames", [1, 5])
+def test_short_clips_too(network, vae, num_frames):
+    frames = torch.rand(1, num_frames, 16, 16, 3)
+    latents = vae.encode(frames)
+    torch.testing.assert_close(encode_clips(network, frames), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decode_clips(network, latents), vae.decode_batch(latents), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_planar_convolutions_equal_diffusers_own(network, vae):
+    from diffusers import AutoencoderKLWan
+
+    plain = AutoencoderKLWan(base_dim=4)
+    plain.load_state_dict(vae.network.state_dict())
+    frames = torch.rand(5, 16, 32, 3)
+    torch.testing.assert_close(VAE(plain).encode(frames), vae.encode(frames), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(VAE(plain).decode(vae.encode(frames)), vae.decode(vae.encode(frames)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_causality(vae):
+    frames = torch.rand(9, 16, 16, 3)
+    changed = torch.cat([frames[:5], torch.rand(4, 16, 16, 3)])
+    a, b = vae.encode(frames), vae.encode(changed)
+    assert torch.equal(a[:, :, :2], b[:, :, :2]) and not torch.allclose(a[:, :, 2], b[:, :, 2])
+    assert torch.allclose(vae.encode(frames[:1])[:, :, 0], a[:, :, 0], atol=1e-6)
+    mixed = torch.cat([a[:, :, :2], torch.randn_like(a[:, :, 2:])], dim=2)
+    x, y = vae.decode(a), vae.decode(mixed)
+    assert torch.equal(x[:5], y[:5]) and not torch.allclose(x[5:], y[5:])
+
+
+@torch.no_grad()
+def test_latents_are_normalised_by_wans_statistics(vae):
+    frames = torch.rand(1, 16, 16, 3)
+    raw = vae.network.encode(frames.permute(3, 0, 1, 2)[None] * 2 - 1).latent_dist.mean
+    expected = (raw - torch.tensor(LATENTS_MEAN).view(1, -1, 1, 1, 1)) / torch.tensor(LATENTS_STD).view(1, -1, 1, 1, 1)
+    torch.testing.assert_close(vae.encode(frames), expected)
+    assert vae.network.config.latents_mean == list(LATENTS_MEAN) and vae.network.config.latents_std == list(LATENTS_STD)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_files_compute_in_float32(network, vae, tmp_path, dtype):
+    save_file({key: value.to(dtype) for key, value in network.state_dict().items()}, str(tmp_path / "half.safetensors"))
+    frames = torch.rand(5, 16, 16, 3)
+    latents = VAE.load(tmp_path / "half.safetensors").encode(frames)
+    assert latents.dtype == torch.float32 and (latents - vae.encode(frames)).abs().max() < 0.1
+
+
+@torch.no_grad()
+def test_diffusers_layout_and_folders(vae, tmp_path):
+    from diffusers import AutoencoderKLWan
+
+    plain = AutoencoderKLWan(base_dim=4)
+    plain.load_state_dict(vae.network.state_dict())
+    plain.save_pretrained(tmp_path / "pipeline" / "vae")
+    frames = torch.rand(5, 16, 16, 3)
+    for place in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
+        assert torch.equal(VAE.load(place).encode(frames), vae.encode(frames))
+
+
+@pytest.mark.parametrize("shape, message", [
+    ((6, 32, 32, 3), "4n.1.*keep the first 5"), ((4, 32, 32, 3), "keep the first 1"), ((0, 32, 32, 3), "4n.1"),
+    ((5, 24, 32, 3), "32x24.*16"), ((5, 32, 0, 3), "16"), ((5, 32, 32, 4), "not video frames"), ((32, 32, 3), "not video frames"),
+])
+def test_frames_it_cannot_hold_are_refused(vae, shape, message):
+    with pytest.raises(UserError, match=message):
+        vae.encode(torch.zeros(shape))
+
+
+def test_values_that_are_not_finite_are_refused(vae):
+    frames, latents = torch.zeros(5, 16, 16, 3), torch.zeros(1, 16, 2, 2, 2)
+    frames[2, 3, 4, 0], latents[0, 5, 1, 0, 0] = float("nan"), float("inf")
+    with pytest.raises(UserError, match="finite"):
+        vae.encode(frames)
+    with pytest.raises(UserError, match="finite"):
+        vae.decode(latents)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 2, 2, 2), (1, 4, 2, 2, 2), (16, 2, 2, 2), (1, 16, 0, 2, 2)])
+def test_what_is_not_one_clip_of_latents_is_refused(vae, shape):
+    with pytest.raises(UserError, match="latents"):
+        vae.decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("key, message", [
+    ("encoder.down.0.block.0.conv1.weight", "Stable Diffusion"), ("patch_embedding.weight", "Wan diffusion model"),
+    ("encoder.downsamples.0.downsamples.0.residual.0.gamma", "Wan 2.2"), ("something.weight", "something.weight"),
+])
+def test_other_models_are_named(tmp_path, key, message):
+    save_file({key: torch.zeros(2, 2)}, str(tmp_path / "other.safetensors"))
+    with pytest.raises(UserError, match=f"not a Wan 2.1 VAE.*{message}"):
+        VAE.load(tmp_path / "other.safetensors")
+
+
+def test_a_vae_that_is_not_whole_is_refused(network, tmp_path):
+    weights = network.state_dict()
+    weights.pop("decoder.middle.1.proj.bias")
+    save_file(weights, str(tmp_path / "part.safetensors"))
+    with pytest.raises(UserError, match="not whole.*1 missing.*attentions.0.proj.bias"):
+        VAE.load(tmp_path / "part.safetensors")
+    weights = network.state_dict() | {"extra": torch.zeros(1)}
+    save_file(weights, str(tmp_path / "more.safetensors"))
+    with pytest.raises(UserError, match="extra"):
+        VAE.load(tmp_path / "more.safetensors")
+
+
+def test_other_latent_channels_are_refused(tmp_path):
+    save_file(WholeClipVAE(4, latent_channels=8).state_dict(), str(tmp_path / "eight.safetensors"))
+    with pytest.raises(UserError, match="8 latent channels"):
+        VAE.load(tmp_path / "eight.safetensors")
+
+
+def test_broken_and_missing_files_are_refused(path, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-100])
+    (tmp_path / "text.safetensors").write_text(json.dumps({"a": 1}))
+    for name in ("cut.safetensors", "text.safetensors"):
+        with pytest.raises(UserError, match="not a complete safetensors file"):
+            VAE.load(tmp_path / name)
+    (tmp_path / "vae.pth").write_bytes(b"")
+    for place, message in ((tmp_path / "vae.pth", "unsupported file type"), (tmp_path / "none", "no such"), (tmp_path, "cannot tell")):
+        with pytest.raises(UserError, match=message):
+            VAE.load(place)

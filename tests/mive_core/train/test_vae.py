@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+
+from mive_core.train.clips import ClipCrops, Phase
+from mive_core.train.loop import run
+from mive_core.train.optim import Muon, orthogonalise
+from mive_core.train.textures import natural_clip
+from mive_core.train.vae import as_video, build, distortion, fold_statistics, initialise, stream_weights
+from mive_core.train.wan_vae import WholeClipVAE, decode_clips, encode_clips, read_whole_clip_vae
+from mive_core.vae import LATENTS_MEAN, LATENTS_STD, VAE
+
+
+def values(folder, **changes):
+    return {"task": "vae", "output_dir": str(folder / "run"), "export": str(folder / "vae.safetensors"), "num_steps": 6, "dim": 8,
+            "num_clips": 4, "num_workers": 0, "phases": [[0.5, 2, 5, 16], [1.0, 1, 5, 32]], "num_statistics_clips": 2,
+            "checkpoint_every_s": 0.0, "log_every": 1} | changes
+
+
+def video(num_clips: int = 2) -> torch.Tensor:
+    clips = [torch.from_numpy(natural_clip(seed, (32, 32), 9)) for seed in range(num_clips)]
+    return torch.stack(clips).permute(0, 4, 1, 2, 3) * 2 - 1
+
+
+@torch.no_grad()
+def test_the_colour_path_is_there_before_training():
+    torch.manual_seed(0)
+    vae = WholeClipVAE(8)
+    initialise(vae)
+    clip = video()
+    means = F.avg_pool2d(clip[:, :, 0], 8)
+    latents = vae.encode(clip)[0]
+    assert torch.corrcoef(torch.stack([latents[:, :3, 0].flatten(), means.flatten()]))[0, 1] > 0.97
+    blurred = F.interpolate(F.avg_pool2d(clip.transpose(1, 2).flatten(0, 1), 8), scale_factor=8)
+    error = vae.decode(latents).transpose(1, 2).flatten(0, 1) - blurred
+    assert error.square().mean() < 0.2 * blurred.square().mean()
+
+
+@torch.no_grad()
+def test_folding_moves_the_statistics_and_nothing_else():
+    torch.manual_seed(0)
+    vae = WholeClipVAE(8)
+    initialise(vae)
+    clip = video(4)
+    latents = vae.encode(clip)[0]
+    before = vae.decode(latents)
+    weights = {key: value.clone() for key, value in vae.state_dict().items()}
+    flat = latents.transpose(0, 1).flatten(1)
+    fold_statistics(weights, flat.mean(1), flat.std(1))
+    vae.load_state_dict(weights)
+    folded, log_variance = vae.encode(clip)
+    flat = folded.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(flat.mean(1), torch.tensor(LATENTS_MEAN), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(flat.std(1), torch.tensor(LATENTS_STD), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(vae.decode(folded), before, atol=1e-4, rtol=1e-4)
+    assert log_variance.isfinite().all()
+
+
+def test_a_run_exports_a_vae_that_loads_everywhere(tmp_path):
+    task = build(values(tmp_path))
+    run(task)
+    path = tmp_path / "vae.safetensors"
+    with safe_open(str(path), framework="pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}
+    fast, vae = read_whole_clip_vae(path), VAE.load(path)
+    frames = torch.from_numpy(natural_clip(5, (32, 48), 9))
+    with torch.no_grad():
+        latents = vae.encode(frames)
+        assert (encode_clips(fast, frames[None]) - latents).abs().max() < 1e-4
+        assert (decode_clips(fast, latents)[0] - vae.decode(latents)).abs().max() < 1e-4
+
+
+def test_an_interrupted_run_ends_bit_equal(tmp_path):
+    run(build(values(tmp_path / "a")))
+    run(build(values(tmp_path / "b")), stop_at=4)
+    run(build(values(tmp_path / "b")))
+    assert (tmp_path / "a" / "vae.safetensors").read_bytes() == (tmp_path / "b" / "vae.safetensors").read_bytes()
+
+
+def test_the_decoder_alone_leaves_the_latents_as_they_are(tmp_path):
+    run(build(values(tmp_path)))
+    first = VAE.load(tmp_path / "vae.safetensors")
+    changes = {"start_from": str(tmp_path / "vae.safetensors"), "export": str(tmp_path / "second.safetensors")}
+    run(build(values(tmp_path, **changes, output_dir=str(tmp_path / "second"))))
+    second = VAE.load(tmp_path / "second.safetensors")
+    frames = torch.rand(5, 32, 32, 3)
+    with torch.no_grad():
+        latents = first.encode(frames)
+        assert torch.equal(latents, second.encode(frames))
+        assert not torch.equal(first.decode(latents), second.decode(latents))
+
+
+def test_stream_weights_do_not_outgrow_their_bound(tmp_path):
+    task = build(values(tmp_path, max_growth=1.0))
+    before = [float(weight.detach().norm()) for weight in stream_weights(task.vae)]
+    with torch.no_grad():
+        for weight in stream_weights(task.vae):
+            weight.mul_(3)
+    task.after_step(0)
+    assert len(before) == 17 - 2
+    assert [float(w.detach().norm()) for w in stream_weights(task.vae)] == pytest.approx(before, rel=1e-4)
+
+
+def test_crops_follow_the_curriculum_and_the_seed(tmp_path):
+    phases = (Phase(0.5, 2, 5, 16), Phase(1.0, 1, 9, 32))
+    crops = ClipCrops(tmp_path, 4, 10, phases, seed=3)
+    assert [tuple(crops[step].shape) for step in (0, 4, 5, 9)] == [(2, 5, 16, 16, 3)] * 2 + [(1, 9, 32, 32, 3)] * 2
+    again = ClipCrops(tmp_path, 4, 10, phases, seed=3)
+    assert torch.equal(crops[7], again[7]) and not torch.equal(crops[7], crops[8])
+    assert crops[0].dtype == torch.uint8
+
+
+def test_distortion_of_equal_clips_is_zero():
+    clip = as_video(torch.randint(0, 256, (1, 5, 16, 16, 3), dtype=torch.uint8))
+    assert all(value == 0 for value in distortion(clip, clip).values())
+    assert distortion(clip + 0.5, clip)["edges"] < 1e-6 < 0.49 < distortion(clip + 0.5, clip)["blocks"]
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (32, 8), (16, 16)])
+def test_orthogonalised_matrices_have_even_singular_values(shape):
+    matrix = torch.randn(shape)
+    values = torch.linalg.svdvals(orthogonalise(matrix))
+    assert 0.5 < values.min() and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert F.cosine_similarity(orthogonalise(matrix).flatten(), (u @ v).flatten(), dim=0) > 0.97
+
+
+def test_muon_moves_a_weight_by_the_stated_fraction_and_learns():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, 4, 3, 3, 3))
+    target = weight.detach() + 0.3 * torch.randn(weight.shape)
+    muon = Muon([weight], lr=0.01)
+    losses, moved = [], []
+    for _ in range(60):
+        before = weight.detach().clone()
+        loss = (weight - target).square().sum()
+        muon.zero_grad()
+        loss.backward()
+        muon.step()
+        losses.append(float(loss.detach()))
+        moved.append(float((weight.detach() - before).norm() / before.norm()))
+    assert moved == pytest.approx([0.01] * 60, rel=1e-3)
+    assert losses[-1] < 0.5 * losses[0] and all(math.isfinite(loss) for loss in losses)
