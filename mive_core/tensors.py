@@ -19,6 +19,8 @@ from .files import written_beside
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+ARCHIVE_STARTS = (b"PK", b"\x80\x02")
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # a family's name and a key that only its files have, most specific first
 FAMILIES = (
@@ -80,8 +82,8 @@ def read_header(path: Path) -> TensorFile:
     with open(path, "rb") as file:
         start = file.read(512)
         header_size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-        if start.startswith(b"PK\x03\x04") or start.startswith(b"\x80\x02") or start.lstrip()[:1] == b"<" or not 2 <= header_size:
-            kind = ("a zip archive or a pickle" if start[:2] in (b"PK", b"\x80\x02") else "a web page" if start.lstrip()[:1] == b"<" else "no safetensors file")
+        if start[:2] in ARCHIVE_STARTS or start.lstrip()[:1] == b"<" or not 2 <= header_size <= MAX_HEADER_BYTES:
+            kind = "a zip archive or a pickle" if start[:2] in ARCHIVE_STARTS else "a web page" if start.lstrip()[:1] == b"<" else "no safetensors file"
             raise UserError(f"this is {kind}", where=path, got=f"{size} bytes", expected="a .safetensors file", fix="download it again")
         if header_size + 8 > size:
             raise UserError("the file is truncated", where=path, got=f"{size} bytes", expected=f"at least {header_size + 8} bytes", fix="download it again")

@@ -95,7 +95,8 @@ def test_other_models_are_called_by_name(tmp_path, keys, family):
     (b"PK\x03\x04" + bytes(64), "a zip archive"),
     (b"", "no safetensors"),
     (b"abc", "no safetensors"),
-    (struct.pack("<Q", 10**9) + b"{", "truncated"),
+    (struct.pack("<Q", 10**7) + b"{", "truncated"),
+    (b"mive mive mive mive", "no safetensors"),
     (struct.pack("<Q", 4) + b"{abc", "header cannot be read"),
 ])
 def test_files_that_are_no_safetensors(tmp_path, content, message):
