@@ -5,8 +5,10 @@ B batch, S tokens in the VLM sequence, D_vlm width, V video tokens of a clip, N 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,8 +19,10 @@ from .synth import PHRASINGS, VOCABULARIES, SyntheticEdit
 from .synth import phrasing
 
 CONFIG = PRESETS["tiny"]
+HEADS = "heads.safetensors"
 TOKEN_SIDE = 16  # pixels: two patches of eight, merged
 PER_TOKEN = 2  # sampled frames in a token
+MATCH_WIDTH = 48
 HALF = 127.5  # bytes to the processor's -1..1
 
 
@@ -108,16 +112,27 @@ class Heads(nn.Module):
         self.first = nn.Linear(width, 4)  # layer 1, each video token: edited, colour before
         self.last = nn.Linear(width, 4)  # layer L, each video token: edited, colour after
         self.first_norm = nn.LayerNorm(width)
+        # layer 1: how much each video token is meant by the instruction
+        self.asked, self.offered, self.bias = nn.Linear(width, MATCH_WIDTH), nn.Linear(width, MATCH_WIDTH), nn.Linear(width, 1)
 
     def forward(self, first: Tensor, last: Tensor, inputs: VLMInputs) -> "Readings":
         """States (B, S, D_vlm) of layers 1 and L -> what they say."""
         batch = torch.arange(len(last))
         kinds = inputs.mm_token_type_ids
-        heard = last[batch, (kinds == 1).int().argmax(dim=1) - 1]  # the marker between instruction and reference
+        marker = (kinds == 1).int().argmax(dim=1) - 1  # between instruction and reference
         end = last[batch, inputs.attention_mask.sum(dim=1) - 1]
         seen_first, seen_last = (states[kinds == 2].view(len(last), -1, states.shape[-1]) for states in (first, last))
-        return Readings(*({field: head(state) for field, head in self.words.items()} for state in (heard, end)),
-                        self.first(self.first_norm(seen_first)), self.last(seen_last))
+        seen_first, asked = self.first_norm(seen_first), self.first_norm(first[batch, marker])
+        meant = (self.offered(seen_first) @ self.asked(asked).unsqueeze(-1)).squeeze(-1) / MATCH_WIDTH**0.5 + self.bias(asked)
+        return Readings(*({field: head(state) for field, head in self.words.items()} for state in (last[batch, marker], end)),
+                        meant, self.first(seen_first), self.last(seen_last))
+
+
+def load_heads(folder: Path, width: int) -> Heads:
+    """The linear readers that were trained with the folder's model."""
+    heads = Heads(width)
+    heads.load_state_dict({name: value.float() for name, value in load_file(folder / HEADS).items()})
+    return heads
 
 
 @dataclass(frozen=True)
@@ -126,25 +141,38 @@ class Readings:
 
     heard: dict[str, Tensor]  # each field (B, num_words), where only the instruction has been read
     words: dict[str, Tensor]  # each field (B, num_words), at the end
+    meant: Tensor  # (B, V) layer 1: edited, by the affinity of instruction and video tokens
     first: Tensor  # (B, V, 4) layer 1: edited, colour before
     last: Tensor  # (B, V, 4) layer L: edited, colour after
 
 
-def losses(readings: Readings, truth: Lesson) -> dict[str, Tensor]:
-    """Scalars: heard, words, where, becomes, first (its where and colour), and their weighted sum as 'loss'."""
+def losses(readings: Readings, truth: Lesson, weights: Sequence[float]) -> dict[str, Tensor]:
+    """Scalars: heard, words, meant, where, becomes, first (its where and colour), and their sum under the weights as 'loss'."""
     first, last = readings.first, readings.last
     heard, words = (torch.stack([F.cross_entropy(logits[field], truth.labels[:, i]) for i, field in enumerate(VOCABULARIES)]).mean()
                     for logits in (readings.heard, readings.words))
     found = {
         "heard": heard,
         "words": words,
-        "where": F.binary_cross_entropy_with_logits(last[..., 0], truth.edited),
+        "meant": located(readings.meant, truth.edited),
+        "where": located(last[..., 0], truth.edited),
         # what the edit changes counts five times what it keeps
         "becomes": ((last[..., 1:] - truth.after).abs().mean(-1) * (1 + 4 * truth.edited)).mean(),
         "first": F.binary_cross_entropy_with_logits(first[..., 0], truth.edited) + (first[..., 1:] - truth.before).abs().mean(),
     }
-    found["loss"] = 2 * found["heard"] + 3 * found["words"] + 2 * found["where"] + 2 * found["becomes"] + 0.3 * found["first"]
+    found["loss"] = sum(weight * value for weight, value in zip(weights, list(found.values()), strict=True))
     return found
+
+
+def located(logits: Tensor, edited: Tensor) -> Tensor:
+    """(B, V), (B, V) -> scalar; the overlap counts small objects as much as large ones."""
+    return F.binary_cross_entropy_with_logits(logits, edited) + 1 - overlap(logits, edited).mean()
+
+
+def overlap(logits: Tensor, edited: Tensor) -> Tensor:
+    """(B, V), (B, V) -> (B,) intersection over union of the edited fractions of each clip's tokens."""
+    guess = logits.sigmoid()
+    return torch.minimum(guess, edited).sum(1) / torch.maximum(guess, edited).sum(1)
 
 
 def phrases() -> Iterator[str]:

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..types import VLMInputs
-from ..vlm import WEIGHTS, load_processor, new_model, tap
-from .lessons import Example, Heads, Lesson, Readings, batch_of, example, losses, phrases
+from ..vlm import VLM, WEIGHTS, load_processor, new_model, tap
+from .lessons import HEADS, Example, Heads, Lesson, Readings, batch_of, example, load_heads, losses, phrases
 from .recipe import Recipe, parse_recipe
 from .state import write_atomically
 from .synth import PairedEdits
 from .tiny_vlm import write_tiny_folder
 
-HEADS = "heads.safetensors"
+LOCAL_EDITS = ("recolour", "replace", "remove", "add")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,9 @@ class VLMRecipe(Recipe):
     weight_decay: float = 0.01
     sizes: tuple = ((96, 96), (160, 96), (192, 112))  # width, height
     odds: tuple = (0.86, 0.09, 0.05)  # of each size
+    local_odds: float = 0.0  # of a step whose new edits are all of single objects
+    weights: tuple = (2.0, 3.0, 0.0, 2.0, 2.0, 0.3)  # of the losses heard, words, meant, where, becomes, first
+    initial: str = ""  # an exported folder to begin with
 
 
 class Lessons(Dataset):
@@ -40,7 +43,7 @@ class Lessons(Dataset):
 
     def __init__(self, recipe: VLMRecipe, folder: Path):
         self.recipe, self.processor = recipe, load_processor(folder)
-        self.edits = [PairedEdits(recipe.seed, size=size) for size in recipe.sizes]
+        self.edits = [[PairedEdits(recipe.seed, size=size, edits=edits) for edits in (None, LOCAL_EDITS)] for size in recipe.sizes]
         self.drawn: dict[int, list[Example]] = {}
 
     def __getitem__(self, step: int) -> Lesson:
@@ -58,7 +61,8 @@ class Lessons(Dataset):
 
     def half(self, step: int) -> list[Example]:
         if step not in self.drawn:
-            edits, num = self.edits[self.size_of(step)], self.recipe.half_batch
+            local = int(self.random(step, 2).uniform() < self.recipe.local_odds)
+            edits, num = self.edits[self.size_of(step)][local], self.recipe.half_batch
             self.drawn[step] = [example(edits.sample(step * num + j), j % 3, self.processor) for j in range(num)]
         return self.drawn[step]
 
@@ -71,8 +75,12 @@ class VLMTask:
         self.folder = Path(recipe.output_dir) / "folder"
         write_tiny_folder(self.folder, phrases())
         torch.manual_seed(recipe.seed)
-        self.model = new_model(self.folder).train()
-        self.heads = Heads(self.model.config.text_config.hidden_size)
+        if recipe.initial:
+            vlm = VLM.load(recipe.initial)
+            self.model, self.heads = vlm.model.requires_grad_(True).train(), load_heads(Path(recipe.initial), vlm.width)
+        else:
+            self.model = new_model(self.folder).train()
+            self.heads = Heads(self.model.config.text_config.hidden_size)
         self.modules = {"vlm": self.model, "heads": self.heads}
         decayed = [p for module in self.modules.values() for p in module.parameters() if p.ndim > 1]
         kept = [p for module in self.modules.values() for p in module.parameters() if p.ndim <= 1]
@@ -87,7 +95,7 @@ class VLMTask:
         return self.recipe.final_lr + (1 - self.recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
     def loss(self, step: int, batch: Lesson, generator: torch.Generator) -> dict[str, Tensor]:
-        return losses(read(self.model, self.heads, batch.inputs), batch)
+        return losses(read(self.model, self.heads, batch.inputs), batch, self.recipe.weights)
 
     def after_step(self, step: int) -> None:
         pass

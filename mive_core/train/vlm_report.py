@@ -9,26 +9,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from tqdm import tqdm
 
 from ..vlm import VLM
-from .lessons import Heads, Lesson, batch_of, example
+from .lessons import Heads, Lesson, batch_of, example, load_heads, overlap
 from .synth import KINDS, VOCABULARIES, PairedEdits
-from .vlm import HEADS, read
+from .vlm import read
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "vlm"
 BATCH = 8
 SEED = 90_001  # of clips that no training uses
-
-
-def load_heads(folder: Path, width: int) -> Heads:
-    """The linear readers that were trained with the folder's model."""
-    heads = Heads(width)
-    heads.load_state_dict({name: value.float() for name, value in load_file(folder / HEADS).items()})
-    return heads.eval().requires_grad_(False)
 
 
 def measure(vlm: VLM, heads: Heads, split: str, num_clips: int, kinds: tuple[str, ...] | None = None) -> dict:
@@ -39,8 +29,9 @@ def measure(vlm: VLM, heads: Heads, split: str, num_clips: int, kinds: tuple[str
         for i, field in enumerate(VOCABULARIES):
             given = truth.labels[:, i] > 0  # where there is something to name
             words[field] += (said.words[field].argmax(-1) == truth.labels[:, i])[given].tolist()
-        found["mask_iou"] += overlap(said.last[..., 0], truth.edited)
-        found["mask_iou_layer_1"] += overlap(said.first[..., 0], truth.edited)
+        found["mask_iou"] += overlap(said.last[..., 0], truth.edited).tolist()
+        found["mask_iou_layer_1"] += overlap(said.first[..., 0], truth.edited).tolist()
+        found["mask_iou_affinity_layer_1"] += overlap(said.meant, truth.edited).tolist()
         error = (said.last[..., 1:] - truth.after).abs().mean(-1)
         found["colour_error_edited"] += ((error * truth.edited).sum(1) / truth.edited.sum(1).clamp(min=1e-6)).tolist()
     return {"clips": num_clips, **{f"{field}_accuracy": mean(hits) for field, hits in words.items()},
@@ -54,12 +45,6 @@ def lessons(vlm: VLM, split: str, num_clips: int, kinds: tuple[str, ...] | None)
         yield batch_of(examples, vlm.processor.tokenizer.pad_token_id)
 
 
-def overlap(logits: Tensor, edited: Tensor) -> list[float]:
-    """(B, V), (B, V) -> each clip's intersection over union of the edited fractions of its tokens."""
-    guess = logits.sigmoid()
-    return (torch.minimum(guess, edited).sum(1) / torch.maximum(guess, edited).sum(1)).tolist()
-
-
 def mean(values: list) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
 
@@ -67,7 +52,7 @@ def mean(values: list) -> float | None:
 def report(folder: Path, num_clips: int) -> dict:
     """Figures on known combinations, on held-out ones, and on each kind of edit among the held-out."""
     vlm = VLM.load(folder)
-    heads = load_heads(folder, vlm.width)
+    heads = load_heads(folder, vlm.width).requires_grad_(False)
     return {
         "known_combinations": measure(vlm, heads, "train", num_clips),
         "held_out": measure(vlm, heads, "heldout", num_clips),

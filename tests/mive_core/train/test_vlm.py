@@ -3,10 +3,10 @@ from dataclasses import fields
 import pytest
 import torch
 
-from mive_core.train.lessons import Heads, as_typed, batch_of, example, losses, per_token, phrases
+from mive_core.train.lessons import HEADS, Heads, as_typed, batch_of, example, losses, per_token, phrases
 from mive_core.train.synth import VOCABULARIES, PairedEdits
 from mive_core.train.tiny_vlm import FIRST_SPECIAL, SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer
-from mive_core.train.vlm import HEADS, Lessons, VLMTask, VLMRecipe, build, read
+from mive_core.train.vlm import Lessons, VLMTask, VLMRecipe, build, read
 from mive_core.types import VLMInputs
 from mive_core.vlm import VLM
 
@@ -88,7 +88,7 @@ def test_a_few_steps_reduce_the_loss_on_a_few_clips(values):
 
 def test_every_weight_of_the_model_is_taught(values):
     task = VLMTask(VLMRecipe(**values))
-    losses(read(task.model, task.heads, task.dataset[0].inputs), task.dataset[0])["loss"].backward()
+    losses(read(task.model, task.heads, task.dataset[0].inputs), task.dataset[0], task.recipe.weights)["loss"].backward()
     idle = [name for name, p in task.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert idle == []
 
