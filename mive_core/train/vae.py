@@ -17,6 +17,7 @@ from ..tensors import write_tensors
 from ..vae import LATENTS_MEAN, LATENTS_STD
 from .clips import ClipCrops, Phase
 from .optim import Muon
+from .principal import initialise_principal
 from .recipe import Recipe, parse_recipe
 from .wan_vae import AttentionBlock, Downsample, ResidualBlock, Upsample, WholeClipVAE, read_whole_clip_vae
 
@@ -35,6 +36,9 @@ class VAERecipe(Recipe):
     kl_weight: float = 5e-4
     max_growth: float = 1.25  # of a stream weight's norm over its initial one
     num_statistics_clips: int = 96  # clips that the latents' mean and deviation are measured on
+    num_basis_clips: int = 0  # clips whose principal components are the start; 0: the colour path
+    path_steps: int = 0  # at first the residual branches are left out
+    frozen_encoder: bool = False  # the encoder stays as initialised, so latents are known before the training
     start_from: str = ""  # an exported VAE: its encoder stays bit for bit, so do latents, and the decoder learns on
 
 
@@ -44,13 +48,17 @@ class VAETask:
     def __init__(self, recipe: VAERecipe):
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
-        if recipe.start_from:
-            self.vae = read_whole_clip_vae(recipe.start_from)
+        self.dataset = ClipCrops(Path(recipe.output_dir), recipe.num_clips, recipe.num_steps,
+                                 tuple(Phase(*phase) for phase in recipe.phases), recipe.seed)
+        self.frozen = recipe.frozen_encoder or bool(recipe.start_from)
+        self.vae = read_whole_clip_vae(recipe.start_from) if recipe.start_from else WholeClipVAE(recipe.dim)
+        if recipe.num_basis_clips and not recipe.start_from:
+            initialise_principal(self.vae, as_video(self.clips(recipe.num_basis_clips)))
+        elif not recipe.start_from:
+            initialise(self.vae)
+        if self.frozen:
             self.vae.encoder.requires_grad_(False)
             self.vae.conv1.requires_grad_(False)
-        else:
-            self.vae = WholeClipVAE(recipe.dim)
-            initialise(self.vae)
         self.modules = {"vae": self.vae}
         learned = [p for p in self.vae.parameters() if p.requires_grad]
         matrices = [p for p in learned if p.ndim >= 4 and min(p.flatten(1).shape) > 1 and not _is_gamma(p)]
@@ -60,9 +68,11 @@ class VAETask:
             "adamw": torch.optim.AdamW([p for p in learned if id(p) not in chosen], lr=recipe.adamw_lr,
                                        betas=(0.9, 0.99), weight_decay=0.0),
         }
-        self.dataset = ClipCrops(Path(recipe.output_dir), recipe.num_clips, recipe.num_steps,
-                                 tuple(Phase(*phase) for phase in recipe.phases), recipe.seed)
         self.bounds = [(weight, weight.detach().norm() * recipe.max_growth) for weight in stream_weights(self.vae) if weight.requires_grad]
+
+    def clips(self, num_clips: int) -> Tensor:
+        """(B, F, H, W, 3) uint8, the first of the pool."""
+        return torch.from_numpy(self.dataset.pool[:num_clips].copy())
 
     def rate(self, step: int) -> float:
         return min(1.0, (step + 1) / self.recipe.warmup) * 0.5 * (1 + math.cos(math.pi * step / self.recipe.num_steps))
@@ -70,7 +80,10 @@ class VAETask:
     def loss(self, step: int, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """(B, F, H, W, 3) uint8 -> the training loss and its parts."""
         video = as_video(batch)
-        with torch.set_grad_enabled(not self.recipe.start_from):
+        for module in self.vae.modules():
+            if isinstance(module, (ResidualBlock, AttentionBlock)):
+                module.active = step >= self.recipe.path_steps
+        with torch.set_grad_enabled(not self.frozen):
             mean, log_variance = self.vae.encode(video)
         log_variance = log_variance.clamp(-20, 5)
         latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)

@@ -46,6 +46,8 @@ class RMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
+    active = True  # False: only what the stream carries passes
+
     def __init__(self, in_width: int, out_width: int):
         super().__init__()
         self.residual = nn.Sequential(
@@ -54,13 +56,17 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(in_width, out_width, 1) if in_width != out_width else None
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
+        stream = x if self.shortcut is None else self.shortcut(x, batch)
+        if not self.active:
+            return stream
         norm1, silu, conv1, norm2, _, _, conv2 = self.residual
-        branch = conv2(silu(norm2(conv1(silu(norm1(x)), batch))), batch)
-        return branch + (x if self.shortcut is None else self.shortcut(x, batch))
+        return stream + conv2(silu(norm2(conv1(silu(norm1(x)), batch))), batch)
 
 
 class AttentionBlock(nn.Module):
     """One head, within each frame."""
+
+    active = True
 
     def __init__(self, width: int):
         super().__init__()
@@ -69,6 +75,8 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
+        if not self.active:
+            return x
         q, k, v = rearrange(self.to_qkv(self.norm(x)), "n (three c) h w -> three n 1 (h w) c", three=3).contiguous()
         mixed = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(rearrange(mixed, "n 1 (h w) c -> n c h w", h=x.shape[2]))

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from mive_core.train.clips import ClipCrops, Phase
 from mive_core.train.loop import run
 from mive_core.train.optim import Muon, orthogonalise
+from mive_core.train.principal import initialise_principal
 from mive_core.train.textures import natural_clip
 from mive_core.train.vae import as_video, build, distortion, fold_statistics, initialise, stream_weights
 from mive_core.train.wan_vae import WholeClipVAE, decode_clips, encode_clips, read_whole_clip_vae
@@ -37,6 +38,22 @@ def test_the_colour_path_is_there_before_training():
     blurred = F.interpolate(F.avg_pool2d(clip.transpose(1, 2).flatten(0, 1), 8), scale_factor=8)
     error = vae.decode(latents).transpose(1, 2).flatten(0, 1) - blurred
     assert error.square().mean() < 0.2 * blurred.square().mean()
+
+
+@torch.no_grad()
+def test_the_principal_start_codes_better_than_means():
+    torch.manual_seed(0)
+    vae = WholeClipVAE(8)
+    clip = video(6)
+    initialise_principal(vae, clip)
+    for module in vae.modules():
+        if hasattr(module, "active"):
+            module.active = False
+    latents = vae.encode(clip)[0]
+    assert latents[:, :15].std(dim=(0, 2, 3, 4)).min() > 0.05
+    means = F.avg_pool2d(clip.transpose(1, 2).flatten(0, 1), 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    error = (vae.decode(latents).transpose(1, 2).flatten(0, 1) - clip.transpose(1, 2).flatten(0, 1)).square().mean()
+    assert error < (means - clip.transpose(1, 2).flatten(0, 1)).square().mean()
 
 
 @torch.no_grad()
