@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..config import MiVEConfig
 from ..tensors import read_tensors, write_tensors
 from ..types import PairedEdit
-from ..vlm import VLM
+from ..vlm import VLM, WEIGHTS
 from .synth import PairedEdits
 from .wan_vae import WholeClipVAE, encode_clips, read_whole_clip_vae
 
@@ -75,8 +75,8 @@ class Shard:
         settings = [self.part, asdict(self.config), self.seed, self.bucket.size, self.bucket.num_frames, self.indices.stop]
         digest = hashlib.sha256(json.dumps(settings).encode())
         if self.part == "states":
-            for path in sorted(Path(self.model).iterdir()):
-                digest.update(path.read_bytes())
+            for name in (WEIGHTS, "tokenizer.json", "config.json"):
+                digest.update((Path(self.model) / name).read_bytes())
         else:
             for key, value in sorted(read_tensors(Path(self.model)).items()):
                 if key.startswith(("encoder.", "conv1.")):
