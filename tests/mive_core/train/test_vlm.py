@@ -76,14 +76,14 @@ def test_a_few_steps_reduce_the_loss_on_a_few_clips(values):
     batch = task.dataset[0]
     optimizer = task.optimizers["adamw"]
     found = []
-    for step in range(25):
+    for step in range(12):
         loss = task.loss(step, batch, torch.Generator())["loss"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
         optimizer.step()
         found.append(loss.item())
-    assert found[-1] < 0.5 * found[0], found
+    assert found[-1] < 0.7 * found[0], found
 
 
 def test_every_weight_of_the_model_is_taught(values):
