@@ -76,6 +76,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _flush_folder(path.parent)
     except OSError as error:
         raise UserError(f"could not be written ({error.strerror or error})", where=path, fix="check space and permissions") from error
     finally:
@@ -104,6 +105,15 @@ def written_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"could not be written ({error.strerror or error})", where=path, fix="check space and permissions") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a rename last through a power cut, where folders can be opened."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _check_spelling(path: str | os.PathLike, where: str) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import UserError
 from .files import check_input
 from .planes import convolve_in_planes
+from .tensors import read_tensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -61,7 +60,7 @@ class VAE:
         Raises UserError where the file is not a whole Wan 2.1 VAE.
         """
         path = _weights_file(check_input(path, "VAE"))
-        weights = {key: value.to(device, dtype) for key, value in _read(path).items()}
+        weights = {key: value.to(device, dtype) for key, value in read_tensors(path).items()}
         return cls(_network(weights, path))
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -114,13 +113,6 @@ def _weights_file(path: Path) -> Path:
         raise UserError("unsupported file type", where=path, got=repr(path.suffix), expected=".safetensors",
                         fix="convert pickled weights with safetensors first: they can run code when read")
     return path
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(str(path))
-    except (SafetensorError, OSError) as error:
-        raise UserError("not a complete safetensors file", where=path, got=str(error), fix="download or copy it again") from error
 
 
 def _network(weights: dict[str, Tensor], path: Path) -> AutoencoderKLWan:

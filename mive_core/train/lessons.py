@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import PRESETS
 from ..prompt import build_inputs, sample_frames
+from ..tensors import read_tensors
 from ..types import VLMInputs
 from .synth import PHRASINGS, VOCABULARIES, SyntheticEdit
 from .synth import phrasing
@@ -131,7 +131,7 @@ class Heads(nn.Module):
 def load_heads(folder: Path, width: int) -> Heads:
     """The linear readers that were trained with the folder's model."""
     heads = Heads(width)
-    heads.load_state_dict({name: value.float() for name, value in load_file(folder / HEADS).items()})
+    heads.load_state_dict({name: value.float() for name, value in read_tensors(folder / HEADS).items()})
     return heads
 
 

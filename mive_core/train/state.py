@@ -1,32 +1,18 @@
 """The state of a training run on disk: one safetensors file, complete or absent."""
 
 import json
-import os
 from pathlib import Path
 from typing import Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..tensors import write_tensors
 
 METADATA_KEY = "mive.training"
 PATTERN = "step_*.safetensors"
-
-
-def write_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Written beside, flushed to the disk, renamed: a reader finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, str(partial), metadata)
-    with open(partial, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Mapping[str, Tensor],
@@ -42,7 +28,7 @@ def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Ma
     # Cloned, because tensors that share storage cannot be stored.
     tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
     path = folder / f"step_{step:08d}.safetensors"
-    write_atomically(tensors, path, {METADATA_KEY: json.dumps({"step": step, "recipe": recipe, "scalars": scalars})})
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps({"step": step, "recipe": recipe, "scalars": scalars})})
     for old in sorted(folder.glob(PATTERN))[:-keep]:
         old.unlink()
     return path

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..tensors import write_tensors
 from ..types import VLMInputs
 from ..vlm import VLM, WEIGHTS, load_processor, new_model, tap
 from .lessons import HEADS, Example, Heads, Lesson, Readings, batch_of, example, load_heads, losses, phrases
 from .recipe import Recipe, parse_recipe
-from .state import write_atomically
 from .synth import PairedEdits
 from .tiny_vlm import write_tiny_folder
 
@@ -104,8 +104,8 @@ class VLMTask:
         """The folder, its weights in float16 under the names of Qwen's own checkpoints, and the heads beside it."""
         write_tiny_folder(path, phrases())
         weights = {f"model.{name}": value.half() for name, value in self.model.state_dict().items()}
-        write_atomically(weights, path / WEIGHTS, {"format": "pt"})
-        write_atomically({name: value.half() for name, value in self.heads.state_dict().items()}, path / HEADS, {"format": "pt"})
+        write_tensors(path / WEIGHTS, weights, {"format": "pt"})
+        write_tensors(path / HEADS, {name: value.half() for name, value in self.heads.state_dict().items()}, {"format": "pt"})
         for name in (WEIGHTS, HEADS):
             os.chmod(path / name, 0o644)
 

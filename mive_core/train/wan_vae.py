@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..tensors import read_tensors
 from ..vae import LATENTS_MEAN, LATENTS_STD
 
 MULTIPLIERS = (1, 2, 4, 4)
@@ -188,7 +188,7 @@ class WholeClipVAE(nn.Module):
 
 def read_whole_clip_vae(path: str | Path) -> WholeClipVAE:
     """The network of an exported file, in float32."""
-    weights = {key: value.float() for key, value in load_file(str(path)).items()}
+    weights = {key: value.float() for key, value in read_tensors(Path(path)).items()}
     vae = WholeClipVAE(weights["encoder.conv1.weight"].shape[0], weights["conv2.weight"].shape[0])
     vae.load_state_dict(weights)
     return vae
