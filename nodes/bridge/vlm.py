@@ -15,8 +15,7 @@ from ...mive_core.types import Condition, EditRequest
 from ...mive_core.vlm import VLM
 
 ACTIVATIONS_PER_TOKEN = 32  # numbers held at once, in widths of the VLM: an upper bound
-CASTING = {nn.Linear: comfy.ops.manual_cast.Linear, nn.LayerNorm: comfy.ops.manual_cast.LayerNorm,
-           nn.Embedding: comfy.ops.manual_cast.Embedding, nn.Conv3d: comfy.ops.manual_cast.Conv3d}
+CASTING = {nn.Linear: comfy.ops.manual_cast.Linear, nn.Embedding: comfy.ops.manual_cast.Embedding}
 
 
 class Body(nn.Module):
@@ -42,8 +41,7 @@ class HostedVLM:
         if dtype is None:
             dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
         vlm = VLM.load(folder, dtype=dtype)
-        for module in vlm.model.modules():
-            module.__class__ = CASTING.get(type(module), type(module))  # weights that stay behind are cast where they are used
+        cast_at_use(vlm.model)
         patcher = comfy.model_patcher.ModelPatcher(Body(vlm.model), load_device=device,
                                                    offload_device=comfy.model_management.text_encoder_offload_device())
         return cls(vlm, patcher)
@@ -55,3 +53,11 @@ class HostedVLM:
         needed = inputs.input_ids.shape[1] * self.vlm.width * itemsize * ACTIVATIONS_PER_TOKEN
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
         return self.vlm.encode(inputs.to(self.patcher.load_device), layers)
+
+
+def cast_at_use(model: nn.Module) -> None:
+    """Lets ComfyUI leave the matrices behind and bring each over when it is used; transformers calls them, never reads them."""
+    for module in model.modules():
+        if type(module) in CASTING:
+            module.__class__ = CASTING[type(module)]
+            module.bias = getattr(module, "bias", None)  # ComfyUI's Embedding has one, which is None
