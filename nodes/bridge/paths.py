@@ -3,7 +3,9 @@
 An entry of a dropdown is a path relative to one of its roots, so that a workflow holds no machine's paths.
 """
 
+import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +15,20 @@ from ...mive_core.errors import UserError
 from ...mive_core.sample import EMBEDDED
 
 ASSETS = EMBEDDED["tiny"].parent  # embedded entries read `tiny/...`
+SAMPLE, SAMPLE_INPUT = ASSETS / "samples" / "bigbuckbunny_33f.mp4", "mive_sample.mp4"
 LLM = "LLM"
 
 
 def register() -> None:
-    """Adds the embedded VAE to the stock VAE loader's list, and models/LLM to the folders that ComfyUI knows."""
+    """Adds the embedded VAE to the stock VAE loader's list, models/LLM to the known folders, the sample clip to the inputs."""
     folder_paths.add_model_folder_path("vae", str(ASSETS))
     folder_paths.add_model_folder_path(LLM, os.path.join(folder_paths.models_dir, LLM))
+    sample = Path(folder_paths.get_input_directory()) / SAMPLE_INPUT
+    try:
+        if not sample.exists():
+            shutil.copyfile(SAMPLE, sample)
+    except OSError as error:
+        logging.warning("MiVE: the quickstart's sample clip could not be put into the input folder: %s", error)
 
 
 def list_dits() -> dict[str, Path]:
