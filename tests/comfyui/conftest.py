@@ -24,6 +24,9 @@ from mive_core.train.tiny_vlm import write_tiny_folder
 from mive_core.types import Clip, EditRequest
 from mive_core.vlm import new_model
 
+sys.path.append(str(Path(__file__).parent))
+from serving import Server  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 PHRASES = ["make the red circle blue", "remove the green square on the left", "turn the scene into night"]
 DIT, VAE, VLM = "random.safetensors", "random.safetensors", "Qwen3-VL-random"
@@ -172,3 +175,11 @@ def loaded(pack, request_) -> Loaded:
     positive, negative, latent = pack.run("MiVEReferenceLatents", positive=encoded[0], negative=encoded[1], vae=vae,
                                           width=64, height=48, length=17, **pictures)
     return Loaded(model, vlm, vae, positive, negative, latent)
+
+
+@pytest.fixture(scope="session")
+def server(comfyui, base):
+    """A running server on the tests' base folder."""
+    running = Server.start(comfyui, base)
+    yield running
+    running.stop()
