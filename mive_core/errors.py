@@ -7,6 +7,8 @@ class UserError(ValueError):
     Command-line programs print it and exit with 2; inside ComfyUI it is the node's error.
     """
 
+    __module__ = "mive_core.errors"  # hosts that mount the package under a path would show that path
+
     def __init__(self, what: str, *, where: object = None, got: object = None, expected: object = None, fix: str | None = None):
         parts = [what if where is None else f"{where}: {what}"]
         if got is not None:

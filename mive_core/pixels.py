@@ -87,7 +87,7 @@ def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | 
     frames = clip.frames
     if num_frames is not None:
         check_request_frames(num_frames)
-        if len(frames) < num_frames:
+        if 0 < len(frames) < num_frames:
             raise UserError("the clip is shorter than asked", where=where, got=f"{len(frames)} frames",
                             expected=f"{num_frames}", fix=f"ask for {_trimmed(len(frames))} or fewer")
         frames = frames[:num_frames]

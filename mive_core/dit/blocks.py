@@ -24,12 +24,17 @@ class Modulation:
     num_clean: int  # N_c + N_ref
 
     def offset(self, learned: Tensor) -> "Modulation":
-        """Adds a block's own (1, n, D) parameter, cast here because it may be stored in fp8."""
+        """Adds a block's own (1, n, D) parameter, cast here because it may be stored in another dtype."""
         learned = learned.to(self.target)
         return Modulation(self.clean + learned, self.target + learned, self.num_clean)
 
     def row(self, i: int) -> "Modulation":
         return Modulation(self.clean[:, i : i + 1], self.target[:, i : i + 1], self.num_clean)
+
+
+def bare_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of a bare parameter in a model of `dtype`: 8 bits are for what `operations` casts at use."""
+    return torch.float32 if dtype is not None and dtype.itemsize == 1 else dtype
 
 
 def modulate(x: Tensor, shift: Modulation, scale: Modulation) -> Tensor:
@@ -80,7 +85,7 @@ class Block(nn.Module):
         self.norm2 = operations.LayerNorm(width, eps=eps, elementwise_affine=False, **made)
         self.ffn = nn.Sequential(operations.Linear(width, ffn_width, **made), nn.GELU(approximate="tanh"),
                                  operations.Linear(ffn_width, width, **made))
-        self.modulation = nn.Parameter(torch.randn(1, 6, width, **made) / width**0.5)
+        self.modulation = nn.Parameter(torch.randn(1, 6, width, device=device, dtype=bare_dtype(dtype)) / width**0.5)
 
     def forward(self, x: Tensor, time: Modulation, rotary: Tensor, **attention_options) -> Tensor:
         """(B, L, D), time of 6 rows, rotary (1, L, 1, d/2) -> (B, L, D)."""

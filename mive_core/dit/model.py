@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionFn
 from ..config import MiVEConfig
-from .blocks import Block, Modulation
+from .blocks import Block, Modulation, bare_dtype
 from .context import ContextProjection
 from .rope import rotary_table
 
@@ -76,7 +76,7 @@ class Head(nn.Module):
         self.patch_size = patch_size
         self.norm = operations.LayerNorm(width, eps=eps, elementwise_affine=False, device=device, dtype=dtype)
         self.head = operations.Linear(width, math.prod(patch_size) * channels, device=device, dtype=dtype)
-        self.modulation = nn.Parameter(torch.randn(1, 2, width, device=device, dtype=dtype) / width**0.5)
+        self.modulation = nn.Parameter(torch.randn(1, 2, width, device=device, dtype=bare_dtype(dtype)) / width**0.5)
 
     def forward(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """(B, N_target, D), time (B, D), patch grid -> (B, C, T, Y, X)."""

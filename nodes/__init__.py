@@ -1,0 +1,20 @@
+"""The nodes, gathered for ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import dit, inspect, latents, sampling, vlm
+from .bridge.paths import register
+
+MODULES = (vlm, dit, latents, sampling, inspect)
+
+
+class MiVEExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [node for module in MODULES for node in module.NODES]
+
+
+async def comfy_entrypoint() -> MiVEExtension:
+    return MiVEExtension()

@@ -1,0 +1,1 @@
+"""What the library and ComfyUI each expect of the other."""

@@ -1,0 +1,46 @@
+"""Where the method's inputs travel in ComfyUI's CONDITIONING.
+
+The tensor of a CONDITIONING holds the raw states of the chosen layers, (B, S, K * D_vlm), so that stock nodes
+can pass it on; its dict says which layers they are, and holds the VAE's latents of source and reference.
+B batch, K chosen layers, S VLM tokens, D_vlm their width.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ...mive_core.config import MiVEConfig
+from ...mive_core.errors import UserError
+from ...mive_core.types import Condition
+
+LAYERS = "mive_layers"  # the numbers of the K layers
+VLM_NAME = "mive_vlm"
+GUIDES = {"source": "mive_source_latents", "reference": "mive_reference_latents"}  # as the VAE node gives them
+
+
+def to_conditioning(condition: Condition, vlm_name: str) -> list:
+    """Condition -> CONDITIONING, in float32: the states hold values that float16 cannot."""
+    states = rearrange(condition.states.to("cpu", torch.float32), "b k s d -> b s (k d)")
+    return [[states, {LAYERS: condition.layers, VLM_NAME: vlm_name}]]
+
+
+def states_of(cond: dict, config: MiVEConfig) -> Tensor:
+    """One of ComfyUI's conds -> states (B, K, S, D_vlm). Raises UserError unless it is whole and fits the DiT."""
+    layers = cond.get(LAYERS)
+    if layers is None:
+        raise UserError("this conditioning was not made for MiVE", expected="the output of the MiVE Encode node")
+    missing = [name for name, key in GUIDES.items() if cond.get(key) is None]
+    if missing:
+        raise UserError(f"the conditioning has no {' and no '.join(missing)}", fix="put the MiVE Reference Latents node between MiVE Encode and the sampler")
+    if len(layers) != len(config.layers):
+        raise UserError("the DiT was not made for that many layers", got=f"{len(layers)} ({_listed(layers)})",
+                        expected=f"{len(config.layers)} ({_listed(config.resolved_layers)})", fix="choose them in MiVE Layer Select")
+    states = rearrange(cond["cross_attn"], "b s (k d) -> b k s d", k=len(layers))
+    if states.shape[-1] != config.vlm_width:
+        raise UserError("the DiT was made for another VLM", got=f"{cond.get(VLM_NAME)} of width {states.shape[-1]}",
+                        expected=f"{config.vlm} of width {config.vlm_width}")
+    return states
+
+
+def _listed(layers) -> str:
+    return ", ".join(map(str, layers))

@@ -1,0 +1,45 @@
+"""What an edit will cost, before it is run: tokens, memory, time."""
+
+import math
+import time
+
+import comfy.model_management
+import torch
+
+from ...mive_core.bench import Layout, block_flops, edge_flops
+from ...mive_core.config import MiVEConfig
+from ...mive_core.vae import LATENT_CHANNELS
+
+SIDE = 512  # of the matrices that the device's speed is measured with on a CPU
+GPU_SIDE = 8192
+
+
+def describe_cost(num_frames: int, height: int, width: int, steps: int, patcher=None) -> list[str]:
+    """Lines of a report. Without a MODEL only the tokens are counted."""
+    grid = ((num_frames - 1) // 4 + 1, height // 16, width // 16)
+    config = MiVEConfig() if patcher is None else patcher.model.config
+    layout = Layout(config.max_video_tokens + config.max_instruction_tokens + grid[1] * grid[2] // 4, grid)
+    lines = [f"tokens: {math.prod(grid)} target, {grid[1] * grid[2]} reference, at most about {layout.num_condition} condition"]
+    if patcher is None:
+        return lines
+    shape = [1, LATENT_CHANNELS, grid[0], 2 * grid[1], 2 * grid[2]]
+    weights, activations = patcher.model_size(), patcher.model.memory_required(shape, {"condition": [[1, layout.num_condition, config.width]]})
+    flops = config.num_blocks * block_flops(config, layout.num_tokens) + edge_flops(config, layout, ours=True)
+    seconds = flops / measure_speed(patcher.load_device, patcher.model.get_dtype_inference())
+    free = comfy.model_management.get_free_memory(patcher.load_device)
+    return [*lines, f"memory: {_size(weights)} of weights and at most {_size(activations)} for one step; {_size(free)} free on {patcher.load_device}",
+            f"time: at best {seconds:.2g} s a step, {steps * seconds:.2g} s for {steps} steps; twice that where cfg is not 1"]
+
+
+def measure_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large matrix product, which is the most that the model can reach."""
+    side = SIDE if comfy.model_management.is_device_cpu(device) else GPU_SIDE
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    float((a @ a)[0, 0])  # warms up; reading a number waits for the device
+    start = time.perf_counter()
+    float((a @ a)[0, 0])
+    return 2 * side**3 / (time.perf_counter() - start)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MB"

@@ -1,0 +1,47 @@
+"""A MiVE checkpoint -> ComfyUI's ModelPatcher, by the last steps of ComfyUI's own loader.
+
+ComfyUI's detection is passed over: by its keys it would take the file for plain Wan.
+"""
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+
+from ...mive_core.attention import torch_attention
+from ...mive_core.checkpoint import check_fit, read_config
+from ...mive_core.dit import MiVEDiT
+from .model import MiVESupport
+
+
+def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: bool = False, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """A checkpoint file -> MODEL. `dtype` None lets ComfyUI choose by device and file; fp8 types only store.
+
+    Raises UserError for files that are damaged or something else.
+    """
+    config = read_config(Path(path))
+    state = comfy.utils.load_torch_file(str(path), safe_load=True)
+    with torch.device("meta"):
+        expected = MiVEDiT(config, operations=torch.nn, attention=torch_attention).state_dict()
+    check_fit(Path(path), {k: tuple(v.shape) for k, v in state.items()}, {k: tuple(v.shape) for k, v in expected.items()})
+
+    support = MiVESupport(config)
+    device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    if dtype is None:
+        dtype = comfy.model_management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(state), supported_dtypes=list(support.supported_inference_dtypes),
+            weight_dtype=comfy.utils.weight_dtype(state))
+    cast = comfy.model_management.unet_manual_cast(dtype, device, support.supported_inference_dtypes)
+    support.set_inference_dtype(dtype, cast, device=device)
+    support.optimizations["fp8"] = fp8_matmul
+
+    model = support.get_model(state)
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=device, offload_device=offload_device)
+    if not comfy.model_management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(state, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_dit, (path, dtype, fp8_matmul))
+    return patcher

@@ -1,0 +1,111 @@
+"""MiVE as a model that ComfyUI samples, patches, offloads and windows as its own.
+
+B batch, C latent channels, T x Y x X latent grid; K chosen layers, S = N_c condition tokens, D_vlm their width, D model width.
+"""
+
+import comfy.conds
+import comfy.context_windows
+import comfy.latent_formats
+import comfy.model_base
+import comfy.patcher_extension
+import comfy.supported_models_base
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ...mive_core.config import MiVEConfig
+from ...mive_core.dit import MiVEDiT
+from ...mive_core.errors import UserError
+from .conditioning import GUIDES, states_of
+
+CELLS_PER_TOKEN = 4  # latent cells in a patch of 1 x 2 x 2
+
+
+class HostedDiT(MiVEDiT):
+    """The library's DiT behind the call that ComfyUI makes; its keys are unchanged, so LoRAs and offloading see them."""
+
+    def __init__(self, config: MiVEConfig, *, operations, device=None, dtype=None):
+        super().__init__(config, operations=operations, attention=optimized_attention, device=device, dtype=dtype)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor, t: Tensor, context=None, control=None, transformer_options={}, *,
+                source: Tensor, reference: Tensor, condition: Tensor, **kwargs) -> Tensor:
+        """x (B, C, T, Y, X), t (B,) in 0..1 -> velocity (B, C, T, Y, X), through the wrappers that patches have added."""
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._velocity, self, wrappers)
+        return executor.execute(x, t, source, reference, condition, transformer_options=transformer_options)
+
+    def _velocity(self, x, t, source, reference, condition, transformer_options={}):
+        return super().forward(x, source, reference, condition, t, transformer_options=transformer_options)
+
+
+class MiVEModel(comfy.model_base.BaseModel):
+    """Flow matching over the target's latents, guided by a source, a reference and condition tokens."""
+
+    def __init__(self, model_config, device=None):
+        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostedDiT)
+        self.config: MiVEConfig = model_config.unet_config["config"]
+
+    def process_timestep(self, timestep: Tensor, **kwargs) -> Tensor:
+        """ComfyUI's timestep -> t = sigma in 0..1, whatever multiplier a sampling patch has set; Flux's has none."""
+        return timestep / getattr(self.model_sampling, "multiplier", 1.0)
+
+    def extra_conds_shapes(self, **cond) -> dict[str, list[int]]:
+        """Called before any weight is loaded, so what is missing or does not fit is refused here."""
+        states = states_of(cond, self.config)
+        return {"condition": [states.shape[0], states.shape[2], self.config.width]}
+
+    def extra_conds(self, **cond) -> dict[str, comfy.conds.CONDRegular]:
+        """Once per sampling: the guides as the VAE's normalised latents, the raw states as condition tokens."""
+        noise, device = cond["noise"], cond["device"]
+        guides = {name: self.process_latent_in(cond[key].to(device, torch.float32)) for name, key in GUIDES.items()}
+        check_shapes(noise, guides["source"], guides["reference"])
+        condition = self.diffusion_model.context(states_of(cond, self.config).to(device), self.get_dtype_inference())
+        return {name: comfy.conds.CONDRegular(value) for name, value in {**guides, "condition": condition}.items()}
+
+    def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
+        """The source is cut with the window; the reference and the condition belong to every window."""
+        if cond_key == "source":
+            return cond_value._copy_with(window.get_tensor(cond_value.cond, device, dim=window.dim, retain_index_list=retain_index_list))
+        if cond_key in ("reference", "condition"):
+            return cond_value._copy_with(cond_value.cond.to(device))
+        return super().resize_cond_for_context_window(cond_key, cond_value, window, x_in, device, retain_index_list)
+
+    def memory_required(self, input_shape, cond_shapes={}) -> float:
+        """Bytes for target, reference and condition tokens: the whole of the sequence."""
+        batch, channels, frames, height, width = input_shape
+        num_condition = max((shape[1] for shape in cond_shapes.get("condition", [])), default=0)
+        return super().memory_required([batch, channels, (frames + 1) * height * width + CELLS_PER_TOKEN * num_condition])
+
+
+class MiVESupport(comfy.supported_models_base.BASE):
+    """What ComfyUI asks of a kind of model before it is built."""
+
+    unet_extra_config = {}
+    latent_format = comfy.latent_formats.Wan21
+    supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+
+    def __init__(self, config: MiVEConfig):
+        super().__init__({"config": config})
+        self.sampling_settings["shift"] = config.shift
+        self.memory_usage_factor = config.width / 2222  # as ComfyUI counts Wan's
+
+    def get_model(self, state_dict, prefix="", device=None) -> MiVEModel:
+        return MiVEModel(self, device=device)
+
+
+def check_shapes(noise: Tensor, source: Tensor, reference: Tensor) -> None:
+    """Raises UserError unless source and reference lie over the latent that is to be sampled."""
+    frames, height, width = noise.shape[2:]
+    if source.shape[2:] != noise.shape[2:]:
+        raise UserError("the source and the latent differ", got=f"source latents of {_grid(source)}, a latent of {_grid(noise)}",
+                        expected="the same", fix="take the LATENT of the MiVE Reference Latents node that made the conditioning")
+    if reference.shape[2:] != (1, height, width):
+        raise UserError("the reference and the latent differ", got=f"reference latents of {_grid(reference)}",
+                        expected=f"1 x {height} x {width} (frames x rows x columns)")
+    if height % 2 or width % 2:
+        raise UserError("the latent's sides are odd", got=_grid(noise), fix="choose sides in pixels that are multiples of 16")
+
+
+def _grid(latents: Tensor) -> str:
+    return " x ".join(str(side) for side in latents.shape[2:]) + " (frames x rows x columns)"

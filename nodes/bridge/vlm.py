@@ -1,0 +1,63 @@
+"""The VLM under ComfyUI's memory management: loaded when needed, in part where memory is short, offloaded after."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from torch import nn
+
+from ...mive_core.config import MiVEConfig
+from ...mive_core.prompt import build_inputs
+from ...mive_core.types import Condition, EditRequest
+from ...mive_core.vlm import VLM
+
+ACTIVATIONS_PER_TOKEN = 32  # numbers held at once, in widths of the VLM: an upper bound
+CASTING = {nn.Linear: comfy.ops.manual_cast.Linear, nn.Embedding: comfy.ops.manual_cast.Embedding}
+
+
+class Body(nn.Module):
+    """Holds transformers' module, whose own `device` cannot be set, where ComfyUI wants to set one."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.device = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class HostedVLM:
+    """What a MIVE_VLM wire carries."""
+
+    vlm: VLM
+    patcher: comfy.model_patcher.ModelPatcher
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "HostedVLM":
+        """A Hugging Face folder -> the VLM, on the CPU until it is used. Raises UserError."""
+        device = device or comfy.model_management.text_encoder_device()
+        if dtype is None:
+            dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
+        vlm = VLM.load(folder, dtype=dtype)
+        cast_at_use(vlm.model)
+        patcher = comfy.model_patcher.ModelPatcher(Body(vlm.model), load_device=device,
+                                                   offload_device=comfy.model_management.text_encoder_offload_device())
+        return cls(vlm, patcher)
+
+    def condition(self, request: EditRequest, config: MiVEConfig, layers: tuple[int, ...]) -> Condition:
+        """EditRequest -> states of `layers`, resolved to 0..L, (1, K, S, D_vlm)."""
+        inputs = build_inputs(request, self.vlm.processor, config)
+        itemsize = self.vlm.model.dtype.itemsize
+        needed = inputs.input_ids.shape[1] * self.vlm.width * itemsize * ACTIVATIONS_PER_TOKEN
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
+        return self.vlm.encode(inputs.to(self.patcher.load_device), layers)
+
+
+def cast_at_use(model: nn.Module) -> None:
+    """Lets ComfyUI leave the matrices behind and bring each over when it is used; transformers calls them, never reads them."""
+    for module in model.modules():
+        if type(module) in CASTING:
+            module.__class__ = CASTING[type(module)]
+            module.bias = getattr(module, "bias", None)  # ComfyUI's Embedding has one, which is None

@@ -1,0 +1,66 @@
+"""Source video and reference image -> what guides the denoising, by any stock VAE of Wan 2.1."""
+
+import comfy.model_management
+import node_helpers
+import torch
+from comfy_api.latest import io
+
+from ..mive_core.errors import UserError
+from ..mive_core.pixels import fit_clip, fit_reference
+from ..mive_core.types import Clip
+from ..mive_core.vae import LATENT_CHANNELS, TEMPORAL_FACTOR
+from .bridge.conditioning import GUIDES, LAYERS
+from .bridge.said import logged
+
+ANY_FPS = 1.0  # the VAE does not ask
+
+
+class MiVEReferenceLatents(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MiVEReferenceLatents", display_name="MiVE Reference Latents", category="MiVE",
+            description="Encodes source video and reference image, puts them into both conditionings and makes the empty latent to sample.",
+            search_aliases=["vae encode video", "video edit latent", "reference", "source video"],
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="From MiVE Encode, with the instruction."),
+                io.Conditioning.Input("negative", tooltip="From MiVE Encode, with an empty instruction. It is not read where cfg is 1."),
+                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE: wan_2.1_vae.safetensors, or tiny/vae.safetensors for the embedded models."),
+                io.Image.Input("source", tooltip="The video to edit, as frames. Scaled to cover width x height, cropped at the centre, cut to length."),
+                io.Image.Input("reference", tooltip="One image: the video's first frame, already edited. Scaled and cropped as the source is."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Of the edited video, in pixels; a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Of the edited video, in pixels; a multiple of 16."),
+                io.Int.Input("length", default=81, min=1, max=8193, step=4, tooltip="Frames of the edited video; 4n+1, at most as many as the source has."),
+            ],
+            outputs=[io.Conditioning.Output(display_name="positive", tooltip="With the latents of source and reference."),
+                     io.Conditioning.Output(display_name="negative", tooltip="With the same latents."),
+                     io.Latent.Output(display_name="latent", tooltip="Empty, of the source's size.")],
+        )
+
+    @classmethod
+    def execute(cls, positive, negative, vae, source, reference, width: int, height: int, length: int) -> io.NodeOutput:
+        for name, conditioning in (("positive", positive), ("negative", negative)):
+            if any(LAYERS not in values for _, values in conditioning):
+                raise UserError("this conditioning was not made for MiVE", where=name, expected="the output of the MiVE Encode node")
+        with logged():
+            clip = fit_clip(Clip(source, ANY_FPS), (width, height), length)
+            image = fit_reference(reference, (width, height))
+        guides = {GUIDES["source"]: encode(vae, clip.frames), GUIDES["reference"]: encode(vae, image[None])}
+        shape = guides[GUIDES["source"]].shape
+        expected = (1, LATENT_CHANNELS, (length - 1) // TEMPORAL_FACTOR + 1, height // 8, width // 8)
+        if tuple(shape) != expected:
+            raise UserError("this is not a Wan 2.1 VAE", where="vae", got=f"latents of shape {tuple(shape)}", expected=expected)
+        latent = torch.zeros(shape, device=comfy.model_management.intermediate_device())
+        return io.NodeOutput(node_helpers.conditioning_set_values(positive, guides),
+                             node_helpers.conditioning_set_values(negative, guides), {"samples": latent})
+
+
+def encode(vae, frames: torch.Tensor) -> torch.Tensor:
+    """(F, H, W, 3) in 0..1 -> (1, C, T, Y, X) as the VAE gives them. Raises UserError where they are not finite."""
+    latents = vae.encode(frames)
+    if not latents.isfinite().all():
+        raise UserError("the VAE gives NaN or infinity", where="vae", fix="start ComfyUI with --fp32-vae or --bf16-vae, or download the VAE again")
+    return latents
+
+
+NODES = [MiVEReferenceLatents]

@@ -1,0 +1,274 @@
+"""Each node on its own: what it gives, and what it says to bad input."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+DIT, VLM = "random.safetensors", "Qwen3-VL-random"
+
+
+def clip(num_frames: int = 17, height: int = 48, width: int = 64, channels: int = 3) -> torch.Tensor:
+    return torch.rand(num_frames, height, width, channels, generator=torch.Generator().manual_seed(1))
+
+
+def refused(pack, name: str, **inputs) -> str:
+    """The message of the error that a node raises."""
+    with pytest.raises(ValueError) as caught:
+        pack.run(name, **inputs)
+    assert type(caught.value).__name__ == "UserError", repr(caught.value)
+    return str(caught.value)
+
+
+def guides(pack, loaded, **changed):
+    inputs = dict(positive=loaded.positive, negative=loaded.negative, vae=loaded.vae, source=clip(), reference=clip(1), width=64, height=48, length=17)
+    return {**inputs, **changed}
+
+
+# Layer Select
+
+@pytest.mark.parametrize("preset, layers", [("first + last (paper)", (1, 4)), ("first", (1,)), ("last", (4,))])
+def test_layer_presets(pack, loaded, preset, layers):
+    choice, text = pack.run("MiVELayerSelect", preset=preset, vlm=loaded.vlm)
+    assert choice.resolve(4) == layers
+    assert text == f"layers {', '.join(map(str, layers))} of 4 ({VLM})"
+
+
+def test_evenly_spaced_layers(pack):
+    choice, text = pack.run("MiVELayerSelect", preset="evenly spaced", count=4)
+    assert choice.resolve(36) == (1, 13, 24, 36) and choice.resolve(4) == (1, 2, 3, 4) and text == "4 evenly spaced layers"
+
+
+@pytest.mark.parametrize("spec, said", [("31..2", "column 1"), ("1,,2", "column 3"), ("", "column 1"), ("1e9", "column 1"), ("1,1", "column 3")])
+def test_bad_specs_are_refused_when_the_prompt_is_checked(pack, spec, said):
+    verdict = pack.node("MiVELayerSelect").validate_inputs(preset="custom", custom=spec)
+    assert isinstance(verdict, str) and said in verdict
+    assert pack.node("MiVELayerSelect").validate_inputs(preset="first", custom=spec) is True
+
+
+def test_layers_that_the_vlm_lacks(pack, loaded):
+    assert "no layer 99" in refused(pack, "MiVELayerSelect", preset="custom", custom="99", vlm=loaded.vlm)
+    assert "got 9; expected at most 4" in refused(pack, "MiVELayerSelect", preset="evenly spaced", count=9, vlm=loaded.vlm)
+
+
+# Encode
+
+def encoded(pack, loaded, **changed):
+    inputs = dict(vlm=loaded.vlm, source=clip(), reference=clip(1), instruction="make it blue", fps=8.0)
+    return pack.run("MiVEEncode", **{**inputs, **changed})[0]
+
+
+def test_chosen_layers_travel_with_their_numbers(pack, loaded):
+    choice, _ = pack.run("MiVELayerSelect", preset="custom", custom="0:5")
+    (states, values), = encoded(pack, loaded, layers=choice)
+    assert values["mive_layers"] == (0, 1, 2, 3, 4) and states.shape[-1] == 5 * 128 and states.dtype == torch.float32
+
+
+def test_instruction_may_be_anything(pack, loaded, caplog):
+    for text in ("", "🎈 make the balloon blue", "اجعل السماء زرقاء", "把天空变成蓝色"):
+        assert encoded(pack, loaded, instruction=text)[0][0].isfinite().all()
+    inputs = dict(vlm=loaded.vlm, source=clip(), reference=clip(1), fps=8.0)
+    assert "a lone surrogate at character 5" in refused(pack, "MiVEEncode", instruction="make \ud800", **inputs)
+    caplog.clear()
+    short = encoded(pack, loaded, instruction="blue " * 20000)
+    assert "is ignored" in caplog.text and short[0][0].shape[1] < 2000
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"source": clip()[:0]}, "source: the clip holds 0 frames"),
+    ({"reference": clip(2)}, "reference: one reference is needed; got 2 images"),
+    ({"reference": clip(1, 1, 1)}, "reference: the picture's size is out of bounds; got 1x1"),
+    ({"reference": clip(1, 20000, 16)}, "16x20000"),
+    ({"source": clip().index_fill(0, torch.tensor(3), float("nan"))}, "NaN or infinite pixels; got frame 3"),
+])
+def test_bad_pictures(pack, loaded, changed, said):
+    inputs = dict(vlm=loaded.vlm, source=clip(), reference=clip(1), instruction="", fps=8.0)
+    assert said in refused(pack, "MiVEEncode", **{**inputs, **changed})
+    assert said in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, **changed))
+
+
+def test_mended_pictures_are_told_of(pack, loaded, caplog):
+    encoded(pack, loaded, source=clip(channels=4))
+    assert "transparent pixels are composited over black" in caplog.text
+    encoded(pack, loaded, source=clip(channels=1))
+    encoded(pack, loaded, source=clip() * 2)
+    assert "clamped to 0..1" in caplog.text
+
+
+# Reference Latents and the sampler
+
+def test_short_clips_are_refused_with_both_counts(pack, loaded):
+    assert "got 17 frames; expected 33; ask for 17 or fewer" in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, length=33))
+
+
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(pack, loaded):
+    assert "got 16; expected 13 or 17" in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, length=16))
+    assert "got 60x48; expected 64x48" in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, width=60))
+
+
+def test_one_frame_works(pack, loaded):
+    positive, negative, latent = pack.run("MiVEReferenceLatents", **guides(pack, loaded, source=clip(1), length=1))
+    assert latent["samples"].shape == (1, 16, 1, 6, 8)
+    result, = pack.run("MiVESampler", model=loaded.model, positive=positive, negative=negative, latent=latent, steps=1)
+    assert result["samples"].isfinite().all()
+
+
+def sampler(loaded, **changed) -> dict:
+    return {**dict(model=loaded.model, positive=loaded.positive, negative=loaded.negative, latent=loaded.latent, steps=1), **changed}
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"cfg": float("nan")}, "cfg: the guidance scale must be a number; got nan"),
+    ({"shift": float("inf")}, "shift: the timestep shift must be a positive number; got inf"),
+    ({"latent": {"samples": torch.zeros(1, 16, 3, 6, 8)}}, "source latents of 5 x 6 x 8 (frames x rows x columns), a latent of 3 x 6 x 8"),
+    ({"latent": {"samples": torch.zeros(1, 16, 5, 8, 8)}}, "a latent of 5 x 8 x 8"),
+])
+def test_bad_settings_of_the_sampler(pack, loaded, changed, said):
+    assert said in refused(pack, "MiVESampler", **sampler(loaded, **changed))
+
+
+def test_foreign_wires_are_named(pack, loaded):
+    from comfy.model_patcher import ModelPatcher
+
+    text = [[torch.zeros(1, 77, 768), {"pooled_output": None}]]
+    assert "expected the output of the MiVE Encode node" in refused(pack, "MiVESampler", **sampler(loaded, positive=text))
+    assert "positive: this conditioning was not made for MiVE" in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, positive=text))
+    unguided = [[loaded.positive[0][0], {k: v for k, v in loaded.positive[0][1].items() if "latents" not in k}]]
+    assert "the conditioning has no source and no reference; put the MiVE Reference Latents node" in refused(pack, "MiVESampler", **sampler(loaded, positive=unguided))
+    other = ModelPatcher(torch.nn.Linear(2, 2), torch.device("cpu"), torch.device("cpu"))
+    assert "this MODEL is not MiVE's; got Linear" in refused(pack, "MiVESampler", **sampler(loaded, model=other))
+
+
+def test_another_number_of_layers_or_width(pack, loaded):
+    states, values = loaded.positive[0]
+    three = [[states[..., :1].expand(-1, -1, 3 * 128), {**values, "mive_layers": (1, 2, 4)}]]
+    assert "got 3 (1, 2, 4); expected 2 (1, 4)" in refused(pack, "MiVESampler", **sampler(loaded, positive=three))
+    wide = [[states.repeat(1, 1, 2), values]]
+    assert f"got {VLM} of width 256; expected Qwen3-VL-tiny of width 128" in refused(pack, "MiVESampler", **sampler(loaded, positive=wide))
+
+
+@torch.inference_mode()
+def test_the_stock_sampler_says_the_same(loaded):
+    """No node of ours stands between: the MODEL itself refuses, before its weights are loaded."""
+    import nodes
+
+    text = [[torch.zeros(1, 77, 768), {"pooled_output": None}]]
+    with pytest.raises(ValueError, match="this conditioning was not made for MiVE"):
+        nodes.KSampler().sample(loaded.model, 0, 1, 1.0, "euler", "simple", text, text, loaded.latent)
+    with pytest.raises(ValueError, match="a latent of 3 x 6 x 8"):
+        nodes.KSampler().sample(loaded.model, 0, 1, 1.0, "euler", "simple", loaded.positive, loaded.negative, {"samples": torch.zeros(1, 16, 3, 6, 8)})
+
+
+# Loaders
+
+def test_missing_files_are_refused_with_the_folder(pack):
+    for name, folder in (("MiVELoadDiT", "models/diffusion_models"), ("MiVELoadVLM", "models/text_encoders")):
+        for model in ("gone.safetensors", "../secret.safetensors", "/etc/passwd", "C:\\x.safetensors", "a\0b"):
+            verdict = pack.node(name).validate_inputs(model=model)
+            assert isinstance(verdict, str) and folder in verdict
+        assert folder in refused(pack, name, model="gone.safetensors")
+
+
+def test_wrong_files_are_named(pack, base):
+    folder = base / "models" / "diffusion_models"
+    whole = (folder / DIT).read_bytes()
+    cases = {
+        "vae": ((base / "models" / "vae" / "random.safetensors").read_bytes(), "this looks like a Wan VAE"),
+        "truncated": (whole[:-1000], f"got {len(whole) - 1000} bytes; expected {len(whole)} bytes"),
+        "page": (b"<!DOCTYPE html><html></html>", "this is a web page"),
+        "zip": (b"PK\x03\x04" + bytes(600), "this is a zip archive or a pickle"),
+        "empty": (b"", "this is no safetensors file"),
+    }
+    for name, (content, said) in cases.items():
+        (folder / f"{name}.safetensors").write_bytes(content)
+        assert said in refused(pack, "MiVELoadDiT", model=f"{name}.safetensors")
+        (folder / f"{name}.safetensors").unlink()
+
+
+@pytest.mark.parametrize("added, said", [("blocks.0.cross_attn.q.weight", "a Wan T2V checkpoint"), ("img_emb.proj.0.weight", "a Wan I2V checkpoint")])
+def test_wan_is_named(pack, base, added, said):
+    path = base / "models" / "diffusion_models" / "wan.safetensors"
+    state = {k: v for k, v in load_file(base / "models" / "diffusion_models" / DIT).items() if not k.startswith("context.")}
+    save_file({**state, added: torch.zeros(1)}, path)
+    assert f"this looks like {said}" in refused(pack, "MiVELoadDiT", model=path.name)
+    path.unlink()
+
+
+def test_pickles_are_not_offered(pack, base):
+    path = base / "models" / "diffusion_models" / "old.ckpt"
+    path.write_bytes(b"\x80\x02")
+    assert isinstance(pack.node("MiVELoadDiT").validate_inputs(model="old.ckpt"), str)
+    path.unlink()
+
+
+def test_damaged_vlm_folders(pack, base):
+    folder = base / "models" / "text_encoders" / "broken"
+    shutil.copytree(base / "models" / "text_encoders" / VLM, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "truncated" in refused(pack, "MiVELoadVLM", model="broken")
+    weights.unlink()
+    assert "no model.safetensors" in refused(pack, "MiVELoadVLM", model="broken")
+    shutil.rmtree(folder)
+
+
+def test_vlm_is_managed(pack, loaded):
+    """The matrices can stay behind and are cast where they are used; the states do not change by it."""
+    import comfy.model_management
+
+    body = loaded.vlm.patcher.model.model
+    linear = body.language_model.layers[0].self_attn.q_proj
+    assert linear.comfy_cast_weights and body.language_model.embed_tokens.comfy_cast_weights
+    before = encoded(pack, loaded)[0][0]
+    assert loaded.vlm.patcher in [m.model for m in comfy.model_management.current_loaded_models]
+    comfy.model_management.unload_all_models()
+    assert torch.equal(encoded(pack, loaded)[0][0], before)
+
+
+def test_embedded_files_are_offered(pack):
+    """Those that are there: the VAE in the stock loader's list, the others in ours."""
+    import nodes
+
+    assets = Path(pack.base / "custom_nodes" / "mive" / "mive_core" / "assets" / "tiny")
+    paths = pack.submodule("nodes.bridge.paths")
+    for name, offered in (("vae.safetensors", nodes.VAELoader.vae_list(nodes.VAELoader)), ("dit.safetensors", paths.list_dits()), ("vlm", paths.list_vlms())):
+        assert (f"tiny/{name}" in offered) == (assets / name).exists(), name
+
+
+# Preflight and drift
+
+def test_preflight_trims_and_pads(pack, caplog):
+    video, width, height, length, report = pack.run("MiVEPreflight", video=clip(16, 50, 70))
+    assert (width, height, length) == (64, 48, 13) and video.shape == (13, 48, 64, 3)
+    assert "trimmed to 13" in report and "cropped to 64x48" in report and "tokens: 48 target, 12 reference" in report
+    video, *_, length, report = pack.run("MiVEPreflight", video=clip(16), policy="pad")
+    assert length == 17 and torch.equal(video[16], video[15]) and "padded by 1 frames" in report
+
+
+def test_preflight_takes_size_and_length(pack):
+    video, width, height, length, _ = pack.run("MiVEPreflight", video=clip(17), width=32, height=0, length=9)
+    assert (width, height, length) == (32, 48, 9)
+    assert "got 40x48; expected 48x48" in refused(pack, "MiVEPreflight", video=clip(17), width=40)
+    assert "0 frames" in refused(pack, "MiVEPreflight", video=clip(17)[:0])
+
+
+def test_preflight_counts_the_models_cost(pack, loaded):
+    report = pack.run("MiVEPreflight", video=clip(), model=loaded.model, steps=6)[-1]
+    assert "of weights" in report and "s for 6 steps" in report
+
+
+def test_drift_report(pack):
+    source = clip()
+    edited = source.clone()
+    edited[:, :24] += 0.1
+    edited = edited.clamp(0, 1)
+    mask = torch.zeros(1, 48, 64)
+    mask[:, :24] = 1
+    plot, report = pack.run("MiVEDriftReport", source=source, edited=edited, mask=mask)
+    assert plot.shape[0] == 1 and plot.shape[-1] == 3 and "changes by 0.00 on average" in report
+    _, report = pack.run("MiVEDriftReport", source=source, edited=edited)
+    assert "changes by 0.00" not in report
+    assert "got 13 frames of 64x48; expected 17 frames of 64x48" in refused(pack, "MiVEDriftReport", source=source, edited=edited[:13])

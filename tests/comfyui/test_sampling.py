@@ -1,0 +1,220 @@
+"""The MODEL among ComfyUI's own nodes, held against the library standing alone."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+DIT, STEPS, TOLERANCE = "random.safetensors", 4, 1e-5
+
+
+def settings(loaded, **changed) -> dict:
+    own = dict(model=loaded.model, positive=loaded.positive, negative=loaded.negative, latent=loaded.latent, seed=11, steps=STEPS, cfg=1.0)
+    return {**own, **changed}
+
+
+def sample(pack, loaded, **changed) -> torch.Tensor:
+    return pack.run("MiVESampler", **settings(loaded, **changed))[0]["samples"]
+
+
+@torch.inference_mode()
+def stock(loaded, shift: float = 3.0, **changed) -> torch.Tensor:
+    """ModelSamplingSD3 and KSampler."""
+    import nodes
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    given = settings(loaded, **changed)
+    model, = ModelSamplingSD3().patch(given["model"], shift)
+    return nodes.KSampler().sample(model, given["seed"], given["steps"], given["cfg"], "euler", "simple", given["positive"],
+                                   given["negative"], given["latent"])[0]["samples"]
+
+
+def test_condition_equals_the_librarys(pack, loaded, pipeline, request_):
+    states, values = loaded.positive[0]
+    expected = pipeline.vlm.condition(request_, pipeline.config)
+    assert values["mive_layers"] == expected.layers
+    assert torch.equal(states, expected.states.movedim(1, 2).flatten(2))
+
+
+def test_latents_equal_the_librarys(loaded, pipeline, request_):
+    expected = pipeline.encode(request_)
+    values = loaded.positive[0][1]
+    normalise = loaded.model.model.process_latent_in
+    for name in ("source", "reference"):
+        got = normalise(values[f"mive_{name}_latents"])
+        assert (got - getattr(expected, name)).abs().max() <= TOLERANCE
+
+
+@torch.inference_mode()
+def test_dit_equals_the_librarys(loaded, pipeline):
+    torch.manual_seed(0)
+    noisy, source, reference = torch.randn(2, 16, 5, 6, 8), torch.randn(2, 16, 5, 6, 8), torch.randn(2, 16, 1, 6, 8)
+    condition, t = torch.randn(2, 30, pipeline.config.width), torch.tensor([0.3, 0.9])
+    expected = pipeline.dit(noisy, source, reference, condition, t)
+    got = loaded.model.model.diffusion_model(noisy, t, source=source, reference=reference, condition=condition)
+    assert expected.std() > 0.01
+    assert (got - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_frames_equal_the_librarys(pack, loaded, pipeline, request_, cfg):
+    import nodes
+
+    expected = pipeline.edit(request_, steps=STEPS, cfg=cfg, shift=3.0, seed=11).frames
+    with torch.inference_mode():
+        got, = nodes.VAEDecode().decode(loaded.vae, {"samples": sample(pack, loaded, cfg=cfg, shift=3.0)})
+    assert got.shape == expected.shape and expected.std() > 0.01
+    assert (got - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_one_node_equals_the_stock_chain(pack, loaded, cfg):
+    assert torch.equal(sample(pack, loaded, cfg=cfg, shift=5.0), stock(loaded, shift=5.0, cfg=cfg))
+
+
+def test_shift_is_the_checkpoints_own_where_none_is_given(pack, loaded, pipeline):
+    assert torch.equal(sample(pack, loaded), sample(pack, loaded, shift=pipeline.config.shift))
+
+
+@torch.inference_mode()
+def test_custom_sampler_equals_ksampler(pack, loaded):
+    from comfy_extras import nodes_custom_sampler as custom
+
+    guider, = custom.CFGGuider.execute(loaded.model, loaded.positive, loaded.negative, 2.5).args
+    sigmas, = custom.BasicScheduler.execute(loaded.model, "simple", STEPS, 1.0).args
+    euler, = custom.KSamplerSelect.execute("euler").args
+    got = custom.SamplerCustomAdvanced.execute(custom.Noise_RandomNoise(11), guider, euler, sigmas, loaded.latent).args[0]["samples"]
+    assert torch.equal(got, sample(pack, loaded, cfg=2.5))
+
+
+def test_same_seed_is_bit_identical(pack, loaded):
+    first = sample(pack, loaded, cfg=2.5)
+    assert torch.equal(first, sample(pack, loaded, cfg=2.5))
+    assert not torch.equal(first, sample(pack, loaded, cfg=2.5, seed=12))
+
+
+def test_batch_of_two_equals_two_runs(pack, loaded):
+    import nodes
+
+    latent, = nodes.RepeatLatentBatch().repeat(loaded.latent, 2)
+    both = sample(pack, loaded, latent=latent, cfg=2.5)
+    for index in range(2):
+        one, = nodes.LatentFromBatch().frombatch({**latent, "batch_index": [0, 1]}, index, 1)
+        assert (both[index] - sample(pack, loaded, latent=one, cfg=2.5)[0]).abs().max() <= TOLERANCE
+    assert not torch.allclose(both[0], both[1])
+
+
+def test_denoise_0_changes_nothing(pack, loaded):
+    latent = {"samples": torch.randn_like(loaded.latent["samples"])}
+    assert torch.equal(sample(pack, loaded, latent=latent, denoise=0.0), latent["samples"])
+
+
+def test_condition_is_embedded_once(loaded, pack):
+    calls = []
+    hook = loaded.model.model.diffusion_model.context.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        sample(pack, loaded, cfg=2.5)
+    finally:
+        hook.remove()
+    assert len(calls) == 2  # positive and negative, not once a step
+
+
+def test_lengths_differ_without_padding(loaded, pack):
+    """The negative's sequence is shorter; the two must not be made equal by repeating tokens."""
+    shapes = []
+    dit = loaded.model.model.diffusion_model
+    hook = dit.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["condition"].shape)), with_kwargs=True)
+    try:
+        sample(pack, loaded, cfg=2.5, steps=1)
+    finally:
+        hook.remove()
+    lengths = {loaded.positive[0][0].shape[1], loaded.negative[0][0].shape[1]}
+    assert len(lengths) == 2 and {shape[1] for shape in shapes} == lengths
+
+
+@torch.inference_mode()
+def test_context_windows(pack, loaded, monkeypatch):
+    """Each window sees its own part of the source and the whole reference."""
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    model, = WanContextWindowsManualNode.execute(loaded.model, 9, 5, "standard_static", 1, False, "pyramid", False).args
+    seen = []
+    dit = loaded.model.model.diffusion_model
+    hook = dit.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args[0].shape[2], kwargs["source"], kwargs["reference"])), with_kwargs=True)
+    try:
+        windowed = sample(pack, loaded, model=model, steps=1)
+    finally:
+        hook.remove()
+    assert windowed.isfinite().all() and windowed.shape == loaded.latent["samples"].shape
+    source = loaded.model.model.process_latent_in(loaded.positive[0][1]["mive_source_latents"])
+    assert [num for num, _, _ in seen] == [3, 4]  # the later window has its anchor frame in front
+    assert torch.equal(seen[0][1], source[:, :, :3]) and torch.equal(seen[1][1], source[:, :, 1:])
+    assert all(reference.shape[2] == 1 for _, _, reference in seen)
+
+
+@torch.inference_mode()
+def test_one_window_over_all_changes_nothing(pack, loaded):
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    model, = WanContextWindowsManualNode.execute(loaded.model, 17, 5, "standard_static", 1, False, "pyramid", False).args
+    assert torch.equal(sample(pack, loaded, model=model), sample(pack, loaded))
+
+
+@torch.inference_mode()
+def test_easycache_skips_steps(pack, loaded):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    calls = []
+    model, = EasyCacheNode.execute(loaded.model, 5.0, 0.0, 1.0, False).args
+    hook = loaded.model.model.diffusion_model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    try:
+        result = sample(pack, loaded, model=model, steps=10)
+    finally:
+        hook.remove()
+    assert result.isfinite().all() and 0 < len(calls) < 10
+
+
+@torch.inference_mode()
+def test_lora_on_shared_layers(pack, loaded, base):
+    """A Wan LoRA lands on the layers MiVE shares with Wan, and comes off again."""
+    import nodes
+
+    width = loaded.model.model.config.width
+    torch.manual_seed(2)
+    lora = {}
+    for layer in ("self_attn.q", "self_attn.o"):
+        lora[f"diffusion_model.blocks.0.{layer}.lora_A.weight"] = torch.randn(4, width)
+        lora[f"diffusion_model.blocks.0.{layer}.lora_B.weight"] = torch.randn(width, 4) * 0.02
+    save_file(lora, base / "models" / "loras" / "shared.safetensors")
+    model, = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, "shared.safetensors", 1.0)
+    assert len(model.patches) == 2
+    plain = sample(pack, loaded)
+    assert (sample(pack, loaded, model=model) - plain).abs().max() > 1e-3
+    assert torch.equal(sample(pack, loaded), plain)
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
+def test_fp8_storage(pack, loaded, dtype):
+    model, = pack.run("MiVELoadDiT", model=DIT, weight_dtype=dtype)
+    dit = model.model.diffusion_model
+    assert dit.blocks[0].ffn[0].weight.dtype.itemsize == 1 and dit.blocks[0].modulation.dtype == torch.float32
+    assert model.model_size() < 0.3 * loaded.model.model_size()
+    plain, small = sample(pack, loaded), sample(pack, loaded, model=model)
+    assert 0 < (small - plain).norm() / plain.norm() < 0.5
+
+
+def test_memory_counts_the_whole_sequence(loaded):
+    estimate = loaded.model.model.memory_required
+    shape = list(loaded.latent["samples"].shape)
+    alone, with_condition = estimate(shape), estimate(shape, {"condition": [[1, 100, 192]]})
+    batch, _, frames, height, width = shape
+    cells = (frames + 1) * height * width
+    assert with_condition / alone == pytest.approx((cells + 400) / cells)
+    assert estimate([2 * batch, *shape[1:]]) == 2 * alone
+
+
+def test_checkpoint_survives_the_loading(loaded, base):
+    """What ComfyUI holds is what the file says, key for key."""
+    expected = load_file(base / "models" / "diffusion_models" / DIT)
+    got = loaded.model.model.diffusion_model.state_dict()
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)

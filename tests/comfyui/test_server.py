@@ -1,0 +1,138 @@
+"""Through a real server: what a user of the browser gets."""
+
+import copy
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conversion import to_prompt
+from safetensors.torch import load_file
+from serving import Refused
+
+from mive_core.video import read_clip
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOW = ROOT / "workflows" / "mive_quickstart.json"
+EMBEDDED = {"tiny/dit.safetensors": ("dit.safetensors", "random.safetensors"), "tiny/vae.safetensors": ("vae.safetensors", "random.safetensors"),
+            "tiny/vlm": ("vlm", "Qwen3-VL-random")}
+
+
+@pytest.fixture(scope="module")
+def prompt(server) -> dict:
+    """The quickstart as queued. The embedded models move together: random ones stand in where one is not there yet."""
+    prompt = to_prompt(json.loads(WORKFLOW.read_text()), server.get("/object_info"))
+    if not all((ROOT / "mive_core" / "assets" / "tiny" / name).exists() for name, _ in EMBEDDED.values()):
+        for node in prompt.values():
+            node["inputs"] = {k: EMBEDDED[v][1] if isinstance(v, str) and v in EMBEDDED else v for k, v in node["inputs"].items()}
+    return prompt
+
+
+def of(prompt: dict, kind: str) -> dict:
+    return next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
+
+
+def said(entry: dict) -> dict:
+    """What an execution_error message holds."""
+    return next(values for kind, values in entry["status"]["messages"] if kind == "execution_error")
+
+
+def test_starts_without_a_warning_of_ours(server):
+    lines = server.log.read_text().splitlines()
+    assert any("custom_nodes/mive" in line for line in lines)
+    assert not [line for line in lines if "mive" in line.lower() and ("warn" in line.lower() or "error" in line.lower() or "cannot" in line.lower() or "FAILED" in line)]
+
+
+def test_help_pages_and_templates_are_served(server):
+    info = server.get("/object_info")
+    for name in (name for name in info if name.startswith("MiVE")):
+        assert server.text(f"/extensions/mive/docs/{name}.md").startswith("# MiVE")
+    assert "mive_quickstart" in server.get("/workflow_templates")["mive"]
+    assert json.loads(server.text("/api/workflow_templates/mive/mive_quickstart.json"))["nodes"]
+
+
+def test_quickstart_runs_to_its_end(server, prompt):
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    kinds = {prompt[node]["class_type"]: output for node, output in entry["outputs"].items()}
+    assert {"SaveVideo", "MiVEPreflight", "MiVEDriftReport", "MiVELayerSelect"} <= kinds.keys()
+    saved, = kinds["SaveVideo"]["images"]
+    clip = read_clip(server.base / "output" / saved["subfolder"] / saved["filename"])
+    assert clip.frames.shape == (17, 96, 96, 3) and clip.frames.std() > 0.01
+    assert "17 frames of 96x96" in kinds["MiVEPreflight"]["text"][0]
+
+
+def latents_of(server, prompt: dict, **changed) -> torch.Tensor:
+    """The quickstart's edited latents, saved by a node that keeps every bit."""
+    prompt = copy.deepcopy(prompt)
+    of(prompt, "MiVESampler").update(changed)
+    prompt = {**prompt, "99": {"class_type": "SaveLatent", "inputs": {"samples": of(prompt, "VAEDecode")["samples"], "filename_prefix": "edited"}}}
+    wanted = needed(prompt, "99")
+    entry = server.run({number: node for number, node in prompt.items() if number in wanted})
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    saved, = entry["outputs"]["99"]["latents"]
+    return load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
+
+
+def needed(prompt: dict, last: str) -> set[str]:
+    found, todo = set(), [last]
+    while todo:
+        number = todo.pop()
+        found.add(number)
+        todo += [value[0] for value in prompt[number]["inputs"].values() if isinstance(value, list)]
+    return found
+
+
+def test_same_seed_twice_is_bit_identical(server, prompt):
+    first = latents_of(server, prompt, seed=5)
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    latents_of(server, prompt, seed=6)
+    assert torch.equal(first, latents_of(server, prompt, seed=5))
+
+
+def test_interrupt_ends_at_once_and_leaves_nothing_behind(server, prompt):
+    before = latents_of(server, prompt, seed=8)
+    long = copy.deepcopy(prompt)
+    of(long, "MiVESampler").update(steps=1000, seed=9)
+    number = server.queue(long)
+    while not server.get("/queue")["queue_running"]:
+        time.sleep(0.05)
+    time.sleep(3)
+    start = time.monotonic()
+    server.post("/interrupt", {})
+    entry = server.wait(number)
+    assert time.monotonic() - start < 3
+    assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"]), entry["status"]
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    assert torch.equal(latents_of(server, prompt, seed=8), before)
+
+
+@pytest.mark.parametrize("kind, name, value, expected", [
+    ("MiVELoadDiT", "model", "gone.safetensors", "models/diffusion_models"),
+    ("MiVELoadVLM", "model", "../../etc", "models/text_encoders"),
+    ("MiVELayerSelect", "custom", "1,,2", "column 3"),
+    ("MiVESampler", "steps", 0, "min"),
+    ("MiVESampler", "sampler", "none", "not in list"),
+])
+def test_bad_values_are_refused_when_the_prompt_is_checked(server, prompt, kind, name, value, expected):
+    bad = copy.deepcopy(prompt)
+    of(bad, kind)[name] = value
+    if name == "custom":
+        of(bad, kind)["preset"] = "custom"
+    try:
+        complaint = json.dumps(server.post("/prompt", {"prompt": bad})["node_errors"])  # other outputs are still good
+    except Refused as error:
+        complaint = str(error)
+    assert expected in complaint
+
+
+def test_after_an_error_the_next_prompt_succeeds(server, prompt):
+    bad = copy.deepcopy(prompt)
+    of(bad, "MiVEReferenceLatents")["length"] = 33
+    entry = server.run(bad)
+    error = said(entry)
+    assert entry["status"]["status_str"] == "error" and error["node_type"] == "MiVEReferenceLatents"
+    assert error["exception_type"] == "mive_core.errors.UserError"
+    assert error["exception_message"].startswith("source: the clip is shorter than asked; got 17 frames; expected 33; ask for 17 or fewer")
+    assert server.run(prompt)["status"]["status_str"] == "success"
