@@ -16,6 +16,7 @@ from ..config import PRESETS, MiVEConfig
 from ..dit import MiVEDiT
 from ..flow import flow_path, shift_time
 from ..layers import parse_layers
+from ..tensors import read_tensors
 from .features import Bucket, EditFeatures, prepare, read_shards, shards_of
 from .loop import step_seed
 from .recipe import Recipe, parse_recipe
@@ -29,6 +30,7 @@ class DiTRecipe(Recipe):
     vae: str  # file
     vlm: str  # folder
     features_dir: str
+    features_seed: int  # of the drawn clips
     buckets: tuple  # (width, height, frames, clips, share of the steps) each
     layers: str = "first+last"
     batch_size: int = 8
@@ -39,6 +41,7 @@ class DiTRecipe(Recipe):
     time_shift: float = 3.0  # of the uniform t
     edited_weight: float = 4.0  # of the loss in latent cells under the mask, against 1 elsewhere
     num_feature_processes: int = 2
+    start_from: str = ""  # a MiVE DiT of the same shapes to go on from
 
 
 class FeatureBatches(Dataset):
@@ -72,7 +75,10 @@ class DiTTask:
         self.recipe, self.config, self.dataset = recipe, config, dataset
         torch.manual_seed(recipe.seed)
         self.model = MiVEDiT(config, operations=nn, attention=torch_attention)
-        initialise(self.model)
+        if recipe.start_from:
+            self.model.load_state_dict({key: value.float() for key, value in read_tensors(Path(recipe.start_from)).items()})
+        else:
+            initialise(self.model)
         self.modules = {"dit": self.model}
         self.optimizers = {"adamw": torch.optim.AdamW(self.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98),
                                                       weight_decay=recipe.weight_decay, fused=True)}
@@ -122,7 +128,7 @@ def build(values: dict, where: object = None) -> DiTTask:
     buckets = []
     for width, height, num_frames, num_clips, share in recipe.buckets:
         bucket = Bucket((width, height), num_frames, num_clips, share)
-        shards = shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.seed, folder=recipe.features_dir)
+        shards = shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir)
         prepare(shards, recipe.num_feature_processes)
         buckets.append((bucket, read_shards(shards)))
     return DiTTask(recipe, config, FeatureBatches(buckets, recipe.batch_size, recipe.seed))

@@ -6,7 +6,7 @@ C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm t
 import hashlib
 import json
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -72,7 +72,9 @@ class Shard:
     @property
     def fingerprint(self) -> str:
         """Of all settings and of the weights that the features pass through: a VAE's decoder does not count."""
-        settings = [self.part, asdict(self.config), self.seed, self.bucket.size, self.bucket.num_frames, self.indices.stop]
+        settings = [self.part, self.seed, self.bucket.size, self.bucket.num_frames, self.indices.stop]
+        if self.part == "states":
+            settings += [self.config.resolved_layers, self.config.video_fps, self.config.max_video_tokens, self.config.max_instruction_tokens]
         digest = hashlib.sha256(json.dumps(settings).encode())
         if self.part == "states":
             for name in (WEIGHTS, "tokenizer.json", "config.json"):

@@ -1,17 +1,13 @@
-"""The exported VAE in ComfyUI's own network. Needs a ComfyUI checkout: COMFYUI_PATH, or ~/comfy/ComfyUI."""
+"""The exported VAE in ComfyUI's own network."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
 from mive_core.train.wan_vae import WholeClipVAE
 
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
 # In a process of its own: ComfyUI reads the command line and takes over torch's settings.
 COMPARE = """
 import sys
@@ -35,9 +31,7 @@ with torch.no_grad():
 """
 
 
-def test_comfyui_computes_the_same(tmp_path):
-    if not (COMFYUI / "comfy" / "ldm" / "wan" / "vae.py").is_file():
-        pytest.skip(f"NOT TESTED: no ComfyUI at {COMFYUI}; set COMFYUI_PATH to its checkout")
+def test_comfyui_computes_the_same(comfyui, tmp_path):
     from safetensors.torch import load_file
 
     torch.manual_seed(1)
@@ -48,7 +42,7 @@ def test_comfyui_computes_the_same(tmp_path):
     save_file(network.state_dict(), str(tmp_path / "vae.safetensors"))
     given = {"video": torch.rand(1, 3, 13, 32, 48) * 2 - 1, "latents": torch.randn(1, 16, 4, 4, 6)}
     save_file(given, str(tmp_path / "given.safetensors"))
-    done = subprocess.run([sys.executable, "-c", COMPARE, str(COMFYUI), str(tmp_path)], cwd=COMFYUI, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", COMPARE, str(comfyui), str(tmp_path)], cwd=comfyui, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = load_file(str(tmp_path / "theirs.safetensors"))
     with torch.no_grad():

@@ -15,7 +15,7 @@ from mive_core.train.loop import run
 from mive_core.train.recipe import parse_recipe
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=1)
-VALUES = {"task": "dit", "preset": "tiny", "vae": "v", "vlm": "w", "features_dir": "f", "num_steps": 6, "batch_size": 2,
+VALUES = {"task": "dit", "preset": "tiny", "vae": "v", "vlm": "w", "features_dir": "f", "features_seed": 0, "num_steps": 6, "batch_size": 2,
           "buckets": [[32, 32, 5, 6, 1.0]], "learning_rate": "3e-3", "num_warmup_steps": 1, "num_workers": 0, "ema": 0.5,
           "checkpoint_every_s": 0.0, "log_every": 1}
 
@@ -76,6 +76,13 @@ def test_resume_equals_uninterrupted_and_the_export_loads(tmp_path):
     whole, halves = (load_dit(tmp_path / name / "dit.safetensors", attention=torch_attention) for name in ("whole", "halves"))
     assert whole.config == CONFIG
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True))
+
+
+def test_a_second_run_goes_on_from_the_first(tmp_path):
+    run(make_task(tmp_path))
+    recipe = replace(make_task(tmp_path).recipe, start_from=str(tmp_path / "dit.safetensors"))
+    state = load_dit(tmp_path, attention=torch_attention).state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(DiTTask(recipe, CONFIG, batches()).model.state_dict().values(), state.values(), strict=True))
 
 
 def test_recipe_refuses_unknown_keys():
