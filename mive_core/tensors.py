@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import UserError
-from .files import written_beside
+from .files import check_input, written_beside
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -60,16 +60,12 @@ def family_of(keys: Iterable[str]) -> str:
 
 def resolve(path: str | Path, default_name: str) -> Path:
     """A file, or a folder with `default_name` (or its sharded index) in it -> the file. Raises UserError where there is none."""
-    path = Path(path)
-    if "\0" in str(path):
-        raise UserError("the path contains a NUL character", got=repr(str(path)))
+    path = check_input(path, default_name)
     if path.is_dir():
         for name in (default_name, default_name.removesuffix(".safetensors") + INDEX_SUFFIX):
             if (path / name).is_file():
                 return path / name
         raise UserError(f"the folder has no {default_name}", where=path, got=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder")
-    if not path.is_file():
-        raise UserError("no such file", where=path, fix=f"expected a {default_name} or a folder with one")
     return path
 
 

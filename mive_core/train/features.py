@@ -73,16 +73,15 @@ class Shard:
     def fingerprint(self) -> str:
         """Of all settings and of the weights that the features pass through: a VAE's decoder does not count."""
         settings = [self.part, self.seed, self.bucket.size, self.bucket.num_frames, self.indices.stop]
+        model = Path(self.model)
         if self.part == "states":
             settings += [self.config.resolved_layers, self.config.video_fps, self.config.max_video_tokens, self.config.max_instruction_tokens]
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        if self.part == "states":
-            for name in (WEIGHTS, "tokenizer.json", "config.json"):
-                digest.update((Path(self.model) / name).read_bytes())
+            weights = [(model / name).read_bytes() for name in (WEIGHTS, "tokenizer.json", "config.json")]
         else:
-            for key, value in sorted(read_tensors(Path(self.model)).items()):
-                if key.startswith(("encoder.", "conv1.")):
-                    digest.update(value.numpy().tobytes())
+            weights = [value.numpy().tobytes() for key, value in sorted(read_tensors(model).items()) if key.startswith(("encoder.", "conv1."))]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for part in weights:
+            digest.update(part)
         return digest.hexdigest()
 
 
