@@ -38,17 +38,24 @@ def bare_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def modulate(x: Tensor, shift: Modulation, scale: Modulation) -> Tensor:
-    """(B, L, D) -> x * (1 + scale) + shift, each segment with its own."""
-    clean, target = x[:, : shift.num_clean], x[:, shift.num_clean :]
-    return torch.cat([torch.addcmul(shift.clean, clean, 1 + scale.clean),
-                      torch.addcmul(shift.target, target, 1 + scale.target)], dim=1)
+    """(B, L, D) -> x * (1 + scale) + shift, each segment with its own. May overwrite x."""
+    n = shift.num_clean
+    return _by_segment((shift.clean, x[:, :n], 1 + scale.clean), (shift.target, x[:, n:], 1 + scale.target), x)
 
 
 def gated_add(x: Tensor, update: Tensor, gate: Modulation) -> Tensor:
-    """(B, L, D) -> x + update * gate, each segment with its own."""
+    """(B, L, D) -> x + update * gate, each segment with its own. May overwrite update."""
     n = gate.num_clean
-    return torch.cat([torch.addcmul(x[:, :n], update[:, :n], gate.clean),
-                      torch.addcmul(x[:, n:], update[:, n:], gate.target)], dim=1)
+    return _by_segment((x[:, :n], update[:, :n], gate.clean), (x[:, n:], update[:, n:], gate.target), update)
+
+
+def _by_segment(clean: tuple[Tensor, ...], target: tuple[Tensor, ...], whole: Tensor) -> Tensor:
+    """base + value * factor of both segments; into `whole`, which the values are parts of, where no gradient is recorded."""
+    if torch.is_grad_enabled():
+        return torch.cat([torch.addcmul(*clean), torch.addcmul(*target)], dim=1)
+    for base, value, factor in (clean, target):
+        torch.addcmul(base, value, factor, out=value)
+    return whole
 
 
 class SelfAttention(nn.Module):

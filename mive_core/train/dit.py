@@ -3,6 +3,7 @@
 B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm their width.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..attention import torch_attention
+from ..attention import matmul_attention, torch_attention
 from ..checkpoint import save_dit
 from ..config import PRESETS, MiVEConfig
 from ..dit import MiVEDiT
+from ..errors import UserError
 from ..flow import flow_path, shift_time
 from ..layers import parse_layers
 from ..tensors import read_tensors
 from .features import Bucket, EditFeatures, prepare, read_shards, shards_of
 from .loop import step_seed
 from .recipe import Recipe, parse_recipe
+from .wan_vae import LATENT_CHANNELS, WholeClipVAE, decode_clips, read_whole_clip_vae
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,8 @@ class DiTRecipe(Recipe):
     time_shift: float = 3.0  # of the uniform t
     edited_weight: float = 4.0  # of the loss in latent cells under the mask, against 1 elsewhere
     num_feature_processes: int = 2
+    channel_power: float = 0.0  # of a latent channel's effect on the decoded pixels, that the loss weighs it by
+    copier_start: bool = False  # see initialise_copier
     start_from: str = ""  # a MiVE DiT of the same shapes to go on from
 
 
@@ -74,11 +79,14 @@ class DiTTask:
     def __init__(self, recipe: DiTRecipe, config: MiVEConfig, dataset: Dataset):
         self.recipe, self.config, self.dataset = recipe, config, dataset
         torch.manual_seed(recipe.seed)
-        self.model = MiVEDiT(config, operations=nn, attention=torch_attention)
+        self.model = MiVEDiT(config, operations=nn, attention=matmul_attention if recipe.bf16 else torch_attention)
         if recipe.start_from:
             self.model.load_state_dict({key: value.float() for key, value in read_tensors(Path(recipe.start_from)).items()})
         else:
             initialise(self.model)
+            if recipe.copier_start:
+                initialise_copier(self.model)
+        self.channels = channel_weights(read_whole_clip_vae(recipe.vae), recipe.channel_power) if recipe.channel_power else torch.ones(1)
         self.modules = {"dit": self.model}
         self.optimizers = {"adamw": torch.optim.AdamW(self.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98),
                                                       weight_decay=recipe.weight_decay, fused=True)}
@@ -93,7 +101,7 @@ class DiTTask:
         t = shift_time(torch.rand(len(noise), generator=generator), self.recipe.time_shift)
         path = flow_path(batch.target, noise, t)
         velocity = self.model(path.x_t, batch.source, batch.reference, self.model.embed_condition(batch.states), t)
-        error = (velocity - path.velocity).square().mean(dim=1)
+        error = (self.channels.view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
         weight = 1 + (self.recipe.edited_weight - 1) * batch.mask
         edited, kept = batch.mask.sum().clamp(min=1), (1 - batch.mask).sum().clamp(min=1)
         return {"loss": (weight * error).sum() / weight.sum(),
@@ -108,6 +116,18 @@ class DiTTask:
 
 
 @torch.no_grad()
+def channel_weights(vae: WholeClipVAE, power: float) -> Tensor:
+    """(C,) of mean 1: the root mean square change of the pixels when one normalised channel is drawn anew, to a power."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(LATENT_CHANNELS, 3, 8, 8, generator=generator)
+    changed = base.repeat(LATENT_CHANNELS, 1, 1, 1, 1)
+    changed[range(LATENT_CHANNELS), range(LATENT_CHANNELS)] = torch.randn(base.shape, generator=generator)
+    effect = (decode_clips(vae, changed) - decode_clips(vae, base[None])).square().mean(dim=(1, 2, 3, 4)).sqrt()
+    weights = effect**power
+    return weights / weights.mean()
+
+
+@torch.no_grad()
 def initialise(model: MiVEDiT) -> None:
     """Wan's own scheme: Xavier for linear layers, small time layers, a head that starts at zero."""
     for module in model.modules():
@@ -118,6 +138,30 @@ def initialise(model: MiVEDiT) -> None:
     for layer in (model.time_embedding[0], model.time_embedding[2]):
         nn.init.normal_(layer.weight, std=0.02)
     nn.init.zeros_(model.head.head.weight)
+
+
+@torch.no_grad()
+def initialise_copier(model: MiVEDiT, gain: float = 0.8, branch: float = 0.3) -> None:
+    """Ours, for a DiT without a pretrained backbone: the stream carries noisy and source patches, the head reads their difference.
+
+    x_t - source is t times the velocity wherever the edit keeps the source, so the copy is there at once and only the edit is
+    to be learned. `branch` scales what the blocks add at first. The width must hold both patches (2 * 4 * C).
+    """
+    config = model.config
+    channels, size = config.latent_channels, math.prod(config.patch_size) * config.latent_channels
+    if 2 * size > config.width:
+        raise UserError("the width does not hold a noisy and a source patch", got=config.width, expected=f"at least {2 * size}")
+    carry = torch.eye(size).unflatten(1, (*config.patch_size, channels)).movedim(-1, 1)  # (py px c), as the head has them
+    weight = model.patch_embedding.weight
+    weight[: 2 * size] = 0
+    weight[:size, :channels] = carry
+    weight[size : 2 * size, channels:] = carry
+    model.head.head.weight[:, :size] = gain * torch.eye(size)
+    model.head.head.weight[:, size : 2 * size] = -gain * torch.eye(size)
+    for block in model.blocks:
+        block.self_attn.o.weight.mul_(branch)
+        block.ffn[2].weight.mul_(branch)
+        block.modulation[:, [2, 5]] *= branch
 
 
 def build(values: dict, where: object = None) -> DiTTask:

@@ -91,7 +91,8 @@ def step_seed(seed: int, step: int) -> int:
 
 def _step(task: Task, step: int, batch: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step_seed(task.recipe.seed, step))
-    losses = task.loss(step, batch, generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=task.recipe.bf16):
+        losses = task.loss(step, batch, generator)
     for optimizer in task.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()

@@ -16,13 +16,16 @@ CONSTANT = 5.0  # carried beside the signal, so that the norm before a head hard
 DEVIATION = 0.25  # of each component on the last stream
 LOG_VARIANCE = -8.5  # of the posterior
 NUM_PAIRED = 15  # components carried as +x and -x, since silu(x) - silu(-x) = x; one more rides on a constant
+NUM_CARRIED = 2 * NUM_PAIRED + 2  # channels of the deepest stream that this takes: +x, -x, a constant, the last one on a constant
+CONSTANTS = slice(2 * NUM_PAIRED, NUM_CARRIED)
 FAINT = 0.1  # of the usual initial weights, where nothing is known
 
 
 @torch.no_grad()
 def initialise_principal(vae: WholeClipVAE, video: Tensor) -> None:
     """Sets all weights from clips, (B, 3, F, H, W) in -1..1 with F = 4n+1 > 1."""
-    bases, deviations = principal_bases(video.transpose(1, 2))
+    dim = vae.encoder.conv1.out_channels
+    bases, deviations = principal_bases(video.transpose(1, 2), (min(dim - 1, 12), 2 * dim - 1, NUM_PAIRED + 1))
     gains = DEVIATION / deviations
     for module in vae.modules():
         if isinstance(module, ResidualBlock):
@@ -44,10 +47,10 @@ def initialise_principal(vae: WholeClipVAE, video: Tensor) -> None:
         conv.bias.zero_()
 
 
-def principal_bases(video: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def principal_bases(video: Tensor, num_kept: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
     """(B, F, 3, H, W) -> an orthonormal basis (kept, joined) for each downsampling, and the latents' deviations (16,)."""
     bases, x = {}, video
-    for level, kept in enumerate((7, 15, NUM_PAIRED + 1)):
+    for level, kept in enumerate(num_kept):
         blocks = _quads(x)
         bases[f"space{level}"] = _strongest(blocks, kept)
         x = torch.einsum("kc,bfchw->bfkhw", bases[f"space{level}"], blocks) / 2
@@ -91,15 +94,15 @@ def _set_encoder(encoder: nn.Module, bases: dict[str, Tensor], gains: Tensor) ->
     _set_pairs(second.time_conv.weight, bases["time1"] / math.sqrt(2))
     rows = bases["space2"] / 2 * gains[:, None]
     _set_quads(third.resample[1].weight, torch.cat([rows[:-1], -rows[:-1], torch.zeros_like(rows[:1]), rows[-1:]]))
-    third.resample[1].bias[-2:] = CONSTANT
+    third.resample[1].bias[CONSTANTS] = CONSTANT
     rows = bases["time2"].unflatten(1, (2, -1)) / math.sqrt(2) * gains[:, None, None] / gains
     inputs = torch.cat([rows[:, :, :-1], torch.zeros(len(rows), 2, NUM_PAIRED + 1), rows[:, :, -1:]], dim=2)
     shifts = -CONSTANT * rows[:, :, -1].sum(1)  # the last component comes with a constant added
     conv = third.time_conv
     conv.weight.zero_()
     _set_pairs(conv.weight, torch.cat([inputs[:-1], -inputs[:-1], torch.zeros_like(inputs[:1]), inputs[-1:]]).flatten(1))
-    conv.bias.copy_(torch.cat([shifts[:-1], -shifts[:-1], torch.zeros(1), shifts[-1:]]))
-    conv.bias[-2:] += CONSTANT
+    conv.bias[:NUM_CARRIED] = torch.cat([shifts[:-1], -shifts[:-1], torch.zeros(1), shifts[-1:]])
+    conv.bias[CONSTANTS] += CONSTANT
     _set_encoder_head(encoder.head)
 
 
@@ -111,7 +114,7 @@ def _set_encoder_head(head: nn.Sequential) -> None:
     paired = range(NUM_PAIRED)
     conv.weight[paired, paired, 2, 1, 1] = 1
     conv.weight[paired, range(NUM_PAIRED, 2 * NUM_PAIRED), 2, 1, 1] = -1
-    conv.weight[NUM_PAIRED, [-1, -2], 2, 1, 1] = torch.tensor([1.0, -1.0])
+    conv.weight[NUM_PAIRED, CONSTANTS.stop - 1, 2, 1, 1], conv.weight[NUM_PAIRED, CONSTANTS.start, 2, 1, 1] = 1, -1
     conv.bias[NUM_PAIRED + 1:] = LOG_VARIANCE
 
 

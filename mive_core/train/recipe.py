@@ -25,6 +25,7 @@ class Recipe:
     num_checkpoints: int = 2  # kept
     log_every: int = 20  # steps
     clip_norm: float = 1.0  # of the gradient, 0: none
+    bf16: bool = False  # matrix products and convolutions in bfloat16, weights and sums in float32; only some CPUs gain
     ema: float = 0.0  # decay of the averaged weights, 0: none; the export takes them
 
 

@@ -24,7 +24,7 @@ def _view(rng: np.random.Generator, times: np.ndarray, size: tuple[int, int]) ->
     turning = rng.uniform() < 0.4
     margin = 1.45 if turning else 1.0  # what a turn by 45 degrees needs
     seen = (int(size[0] * margin), int(size[1] * margin))
-    frames = film(str(rng.choice(PICTURES)), draw_camera(rng), times, seen, bool(rng.integers(2)))
+    frames = film(str(rng.choice(PICTURES)), draw_camera(rng, (0.2, 0.95)), times, seen, bool(rng.integers(2)))
     if turning:
         frames = _turn(frames, rng.uniform(-0.8, 0.8) + rng.uniform(-0.6, 0.6) * times, size)
     if rng.uniform() < 0.5:

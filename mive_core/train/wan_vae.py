@@ -186,11 +186,21 @@ class WholeClipVAE(nn.Module):
         return rearrange(self.decoder(self.conv2(x, batch), batch), "(f b) c h w -> b c f h w", b=batch)
 
 
+@torch.no_grad()
+def skip_empty_branches(network: nn.Module) -> None:
+    """Leaves out the branches whose last convolution is all zero: the same result in a fraction of the time."""
+    for module in network.modules():
+        if isinstance(module, (ResidualBlock, AttentionBlock)):
+            last = module.residual[6] if isinstance(module, ResidualBlock) else module.proj
+            module.active = bool(last.weight.any() or last.bias.any())
+
+
 def read_whole_clip_vae(path: str | Path) -> WholeClipVAE:
     """The network of an exported file, in float32."""
     weights = {key: value.float() for key, value in read_tensors(Path(path)).items()}
     vae = WholeClipVAE(weights["encoder.conv1.weight"].shape[0], weights["conv2.weight"].shape[0])
     vae.load_state_dict(weights)
+    skip_empty_branches(vae.encoder)
     return vae
 
 

@@ -61,8 +61,8 @@ class Backdrop:
         return list(self.grade(tones) if self.grade else tones)
 
 
-def draw_camera(rng: np.random.Generator) -> Camera:
-    """A slow pan and zoom."""
+def draw_camera(rng: np.random.Generator, covers: tuple[float, float] = (0.18, 0.6)) -> Camera:
+    """A slow pan and zoom; `covers` is the range of the view's size, as a fraction of the largest that fits."""
     angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.35)
     return Camera((float(rng.uniform()), float(rng.uniform())), (float(speed * np.cos(angle)), float(speed * np.sin(angle))),
-                  float(rng.uniform(0.3, 0.95)), float(rng.uniform(-0.15, 0.15)))
+                  float(rng.uniform(*covers)), float(rng.uniform(-0.15, 0.15)))

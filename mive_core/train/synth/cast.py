@@ -161,7 +161,7 @@ def _new_backdrop(rng: np.random.Generator, plan: Plan) -> Backdrop:
     style = plan.labels.background
     if style in ("bricks", "grass", "gravel", "stars"):
         first, second = PICTURE_TINTS.get(style, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
-        camera = Camera((0.5, 0.5), (float(rng.uniform(-0.2, 0.2)), float(rng.uniform(-0.2, 0.2))), 0.5, 0.0)
+        camera = Camera((0.5, 0.5), (float(rng.uniform(-0.2, 0.2)), float(rng.uniform(-0.2, 0.2))), 0.3, 0.0)
         return Backdrop(style, first, second, camera=camera)
     first, second = RGB[plan.labels.new_colour], RGB[plan.second_colour]
     sideways = style == "stripes" and rng.uniform() < 0.5

@@ -99,4 +99,4 @@ def draw_texture(rng: np.random.Generator, period: float = 1.0) -> Texture:
     """A subtle texture, its stripes or dots about `period` units apart."""
     angle, rate = rng.uniform(0, np.pi), rng.uniform(0.8, 1.3) / period
     return Texture(str(rng.choice(PATTERNS)), (float(rate * np.cos(angle)), float(rate * np.sin(angle))),
-                   float(rng.uniform()), float(rng.uniform(0.12, 0.26)))
+                   float(rng.uniform()), float(rng.uniform(0.08, 0.2)))

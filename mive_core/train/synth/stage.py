@@ -40,7 +40,7 @@ def _soft(rng: np.random.Generator, low: float, high: float) -> tuple[float, flo
 def draw_motion(rng: np.random.Generator, size: tuple[int, int], start: tuple[float, float], diameter: float) -> Motion:
     """A slow motion from a place, for a body of that diameter in pixels."""
     side, angle = min(size), rng.uniform(0, 2 * np.pi)
-    speed = rng.uniform(0.05, 0.4) * side
+    speed = rng.uniform(0.05, 0.3) * side
     wobble = rng.uniform(0, 0.08, 2) * side
     return Motion(start, (float(speed * np.cos(angle)), float(speed * np.sin(angle))), (float(wobble[0]), float(wobble[1])),
                   float(rng.uniform()), float(rng.uniform(0.6, 1.2)), float(rng.normal(0, 0.12)), float(rng.normal(0, 0.25)),

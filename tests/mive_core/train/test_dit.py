@@ -1,18 +1,22 @@
 """Training the DiT: batches, loss, features, and a resume that changes nothing."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mive_core.attention import torch_attention
+from mive_core.attention import matmul_attention, torch_attention
 from mive_core.checkpoint import load_dit
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
-from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches
+from mive_core.dit import MiVEDiT
+from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, initialise, initialise_copier
+from mive_core.flow import flow_path
 from mive_core.train.features import Bucket, EditFeatures, latent_mask
 from mive_core.train.loop import run
 from mive_core.train.recipe import parse_recipe
+from mive_core.train.wan_vae import WholeClipVAE
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=1)
 VALUES = {"task": "dit", "preset": "tiny", "vae": "v", "vlm": "w", "features_dir": "f", "features_seed": 0, "num_steps": 6, "batch_size": 2,
@@ -33,8 +37,8 @@ def batches():
     return FeatureBatches([(Bucket((32, 32), 5, 6, 0.7), entries), (Bucket((16, 16), 5, 1, 0.3), small)], batch_size=2, seed=3)
 
 
-def make_task(folder):
-    recipe = parse_recipe(DiTRecipe, VALUES | {"output_dir": str(folder / "run"), "export": str(folder / "dit.safetensors")})
+def make_task(folder, **changes):
+    recipe = parse_recipe(DiTRecipe, VALUES | {"output_dir": str(folder / "run"), "export": str(folder / "dit.safetensors")} | changes)
     return DiTTask(recipe, CONFIG, batches())
 
 
@@ -83,6 +87,58 @@ def test_a_second_run_goes_on_from_the_first(tmp_path):
     recipe = replace(make_task(tmp_path).recipe, start_from=str(tmp_path / "dit.safetensors"))
     state = load_dit(tmp_path, attention=torch_attention).state_dict()
     assert all(torch.equal(a, b) for a, b in zip(DiTTask(recipe, CONFIG, batches()).model.state_dict().values(), state.values(), strict=True))
+
+
+def test_a_copier_start_is_a_velocity_towards_the_source():
+    torch.manual_seed(0)
+    model = MiVEDiT(PRESETS["tiny"], operations=torch.nn, attention=torch_attention)
+    initialise(model)
+    batch = batches()[3]
+    noise, t = torch.randn(batch.target.shape), torch.full((2,), 0.9)
+    path = flow_path(batch.source, noise, t)  # nothing is edited
+
+    def error():
+        with torch.no_grad():
+            velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(batch.states), t)
+        return (velocity - path.velocity).square().mean() / path.velocity.square().mean()
+
+    plain = error()
+    initialise_copier(model)
+    assert error() < 0.3 < 0.9 < plain
+
+
+def test_a_copier_start_needs_the_width():
+    narrow = MiVEDiT(replace(CONFIG, width=96), operations=torch.nn, attention=torch_attention)
+    with pytest.raises(UserError, match="at least 128"):
+        initialise_copier(narrow)
+
+
+def test_channel_weights_follow_what_the_decoder_shows():
+    torch.manual_seed(0)
+    vae = WholeClipVAE(8)
+    vae.conv2.weight.data[:, 5] = 0  # channel 5 is not looked at
+    weights = channel_weights(vae, 1.0)
+    assert weights[5] < 1e-3 * weights[:5].min() and torch.isclose(weights.mean(), torch.tensor(1.0))
+    assert torch.allclose(channel_weights(vae, 2.0), weights**2 / (weights**2).mean())
+
+
+def test_bf16_training_learns_the_same(tmp_path):
+    losses = {}
+    for bf16 in (False, True):
+        task = make_task(tmp_path / str(bf16), bf16=bf16, num_steps=30)
+        run(task)
+        lines = (tmp_path / str(bf16) / "run" / "log.jsonl").read_text().splitlines()
+        losses[bf16] = [json.loads(line)["loss"] for line in lines]
+        assert all(p.dtype == torch.float32 for p in task.model.parameters())
+    assert abs(losses[True][0] - losses[False][0]) < 0.02 * losses[False][0]
+    assert all(series[-1] < 0.9 * series[0] for series in losses.values())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_as_matrix_products_equals_the_kernel(masked):
+    q, k, v = torch.randn(3, 2, 11, 12).unbind()
+    mask = torch.randn(2, 1, 11, 11) if masked else None
+    torch.testing.assert_close(matmul_attention(q, k, v, 3, mask), torch_attention(q, k, v, 3, mask), atol=1e-5, rtol=1e-5)
 
 
 def test_recipe_refuses_unknown_keys():
