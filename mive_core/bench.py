@@ -1,4 +1,4 @@
-"""Speed as a ratio: our DiT against diffusers' WanTransformer3DModel, in one process, interleaved.
+"""Speed as a ratio: our DiT against another Wan, diffusers' WanTransformer3DModel unless told, in one process, interleaved.
 
 Both have the same width, depth and number of tokens in self-attention; theirs also has its
 cross-attention to 512 text tokens, which is counted in floating-point operations.
@@ -73,7 +73,7 @@ def make_ours(config: MiVEConfig, layout: Layout):
     return lambda: model(noisy, noisy, noisy[:, :, :1], model.embed_condition(states), torch.full((1,), 0.5))
 
 
-def make_theirs(config: MiVEConfig, num_tokens: int):
+def make_diffusers(config: MiVEConfig, num_tokens: int):
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -94,15 +94,19 @@ def timed(call) -> float:
 
 
 @torch.inference_mode()
-def bench_dit(preset: str, *, tokens: int, blocks: int | None = None, repeats: int = 7, threads: int | None = None) -> dict:
-    """Interleaved forwards at batch 1, fp32, CPU -> medians, the time ratio, the FLOP ratio and their quotient (goal: <= 1.03)."""
+def bench_dit(preset: str, *, tokens: int, blocks: int | None = None, repeats: int = 7, threads: int | None = None,
+              make_ours=make_ours, make_rival=make_diffusers, rival: str = "diffusers") -> dict:
+    """Interleaved forwards at batch 1, fp32, CPU -> medians, the time ratio, the FLOP ratio and their quotient (goal: <= 1.03).
+
+    `make_ours` and `make_rival` take a config and a Layout, or a number of tokens, and return the call to time.
+    """
     if preset not in PRESETS:
         raise UserError("unknown preset", where="preset", got=preset, expected=", ".join(PRESETS))
     if threads:
         torch.set_num_threads(threads)
     config = replace(PRESETS[preset], num_blocks=blocks or PRESETS[preset].num_blocks)
     layout = layout_for(tokens)
-    calls = {"ours": make_ours(config, layout), "diffusers": make_theirs(config, layout.num_tokens)}
+    calls = {"ours": make_ours(config, layout), rival: make_rival(config, layout.num_tokens)}
     for call in calls.values():
         call()
     seconds = {name: [] for name in calls}
@@ -111,10 +115,10 @@ def bench_dit(preset: str, *, tokens: int, blocks: int | None = None, repeats: i
             seconds[name].append(timed(call))
     n = layout.num_tokens
     flops = {"ours": config.num_blocks * block_flops(config, n) + edge_flops(config, layout, ours=True),
-             "diffusers": config.num_blocks * (block_flops(config, n) + cross_attention_flops(config, n)) + edge_flops(config, layout, ours=False)}
+             rival: config.num_blocks * (block_flops(config, n) + cross_attention_flops(config, n)) + edge_flops(config, layout, ours=False)}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    time_ratio, flop_ratio = medians["ours"] / medians["diffusers"], flops["ours"] / flops["diffusers"]
-    paired = statistics.median(a / b for a, b in zip(seconds["ours"], seconds["diffusers"]))
+    time_ratio, flop_ratio = medians["ours"] / medians[rival], flops["ours"] / flops[rival]
+    paired = statistics.median(a / b for a, b in zip(seconds["ours"], seconds[rival]))
     return {"preset": preset, "blocks": config.num_blocks, "tokens": n, "threads": torch.get_num_threads(), "repeats": repeats,
             "seconds": medians, "flops": flops, "gflops_per_second": {k: flops[k] / medians[k] / 1e9 for k in flops},
             "time_ratio": time_ratio, "median_of_paired_ratios": paired, "flop_ratio": flop_ratio,

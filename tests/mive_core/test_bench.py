@@ -22,7 +22,7 @@ def test_formula_equals_the_counted_operations(name):
         call = bench.make_ours(CONFIG, layout)
         formula = blocks * bench.block_flops(CONFIG, n) + bench.edge_flops(CONFIG, layout, ours=True)
     else:
-        call = bench.make_theirs(CONFIG, n)
+        call = bench.make_diffusers(CONFIG, n)
         formula = blocks * (bench.block_flops(CONFIG, n) + bench.cross_attention_flops(CONFIG, n)) + bench.edge_flops(CONFIG, layout, ours=False)
     # the fused attention kernel of the CPU is not among the operations that torch counts, its matrix products are
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
