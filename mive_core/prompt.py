@@ -18,6 +18,28 @@ from .types import EditRequest, VLMInputs
 
 MAX_ASPECT_RATIO = 200  # of the processors' own resizing
 SHOWN = 60  # characters of an instruction in a message
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'video' -%}
+<|vision_start|><|video_pad|><|vision_end|>
+{%- else -%}
+{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
 
 
 def build_inputs(request: EditRequest, processor: Callable, config: MiVEConfig) -> VLMInputs:

@@ -22,6 +22,7 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 ARCHIVE_STARTS = (b"PK", b"\x80\x02")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
+VLM_FAMILY = "a Qwen3-VL model"
 # a family's name and a key that only its files have, most specific first
 FAMILIES = (
     ("a MiVE DiT", r"^context\.projections\.0\.weight$"),
@@ -29,7 +30,7 @@ FAMILIES = (
     ("a Wan I2V checkpoint", r"img_emb\.proj|image_embedder\."),
     ("a Wan T2V checkpoint", r"(^|\.)blocks\.0\.(cross_attn|attn2)\."),
     ("a Wan VAE", r"^(decoder\.middle\.0\.residual\.0\.gamma|decoder\.mid_block\.resnets\.0\.norm1\.gamma|decoder\.head\.0\.gamma)$"),
-    ("a Qwen3-VL model", r"(visual\.deepstack_merger_list|visual\.merger)"),
+    (VLM_FAMILY, r"(visual\.deepstack_merger_list|visual\.merger)"),
     ("a language model", r"(^|\.)layers\.0\.self_attn\.q_proj\.weight$"),
 )
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .config import MiVEConfig
 from .errors import UserError
-from .prompt import build_inputs
+from .prompt import CHAT_TEMPLATE, build_inputs
+from .repack import IMAGE_SIZE, IMAGE_TOKEN, PIXELS, VIDEO_SIZE, VIDEO_TOKEN, name_of, read_repack
 from .tensors import read_header, resolve, shard_files
 from .types import Condition, EditRequest, VLMInputs
 
@@ -38,9 +39,15 @@ class VLM:
         self.name = name
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "VLM":
-        """Reads a Hugging Face folder of any Qwen3-VL size. Raises UserError that names what the folder lacks."""
+    def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+             tokenizer: str | Path | None = None) -> "VLM":
+        """Reads a Hugging Face folder of any Qwen3-VL size, or one file of it beside a folder with Qwen's tokenizer.
+
+        Raises UserError that names what is missing.
+        """
         folder = Path(folder)
+        if folder.is_file():
+            return cls._load_file(folder, dtype, device, tokenizer)
         check_folder(folder)
         library = _transformers()
         # the language head is not part of the body, so it is never read
@@ -51,6 +58,19 @@ class VLM:
             raise UserError("weights are missing", where=folder, got=f"no {sorted(info['missing_keys'])[0]}",
                             expected="a whole Qwen3-VL checkpoint", fix="download it again")
         return cls(model.to(device), load_processor(folder), folder.resolve().name)
+
+    @classmethod
+    def _load_file(cls, path: Path, dtype: torch.dtype, device: torch.device | str, tokenizer: str | Path | None) -> "VLM":
+        if tokenizer is None:
+            raise UserError("one file holds no tokenizer", where=path, fix="give a Hugging Face folder of Qwen3-VL, or a folder with Qwen's tokenizer as well")
+        library = _transformers()
+        values, weights = read_repack(path, dtype)
+        model, info = library.Qwen3VLModel.from_pretrained(None, config=library.Qwen3VLConfig(**values), state_dict=weights, dtype=dtype,
+                                                           output_loading_info=True)
+        if info["missing_keys"] or info["unexpected_keys"]:
+            strange = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+            raise UserError("this is no whole Qwen3-VL", where=path, got=f"{len(strange)} weights missing or unknown, such as {strange[0]}")
+        return cls(model.to(device), load_repacked_processor(Path(tokenizer)), name_of(values, path))
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +138,21 @@ def new_model(folder: Path) -> nn.Module:
 def load_processor(folder: Path):
     """The folder's Qwen3VLProcessor."""
     return _transformers().Qwen3VLProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def load_repacked_processor(tokenizer: Path):
+    """Qwen3-VL's processor around a folder with Qwen's tokenizer. Raises UserError where the tokens of images and videos are not in it."""
+    transformers = _transformers()
+    old = transformers.__version__.startswith("4.")  # 4.57 calls the fast one so; later ones have no other
+    pictures = transformers.Qwen2VLImageProcessorFast if old else transformers.Qwen2VLImageProcessor
+
+    words = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    ids = {"<|image_pad|>": IMAGE_TOKEN, "<|video_pad|>": VIDEO_TOKEN}
+    found = {token: words.convert_tokens_to_ids(token) for token in ids}
+    if found != ids:
+        raise UserError("this is not Qwen3-VL's tokenizer", where=tokenizer, got=json.dumps(found), expected=json.dumps(ids))
+    videos = transformers.Qwen3VLVideoProcessor(**PIXELS, size=VIDEO_SIZE, min_frames=4, max_frames=768, fps=2)
+    return transformers.Qwen3VLProcessor(pictures(**PIXELS, size=IMAGE_SIZE), words, videos, chat_template=CHAT_TEMPLATE)
 
 
 def check_folder(folder: Path) -> None:

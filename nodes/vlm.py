@@ -16,7 +16,7 @@ from .bridge.paths import find, list_vlms
 from .bridge.said import logged
 from .bridge.vlm import HostedVLM
 
-EXPECTED = "a folder of Qwen3-VL with a config.json in models/text_encoders or models/LLM"
+EXPECTED = "a folder of Qwen3-VL with a config.json, or one .safetensors file of it, in models/text_encoders or models/LLM"
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 FIRST_AND_LAST, EVEN, CUSTOM = "first + last (paper)", "evenly spaced", "custom"
 SPECS = {FIRST_AND_LAST: "first+last", "first": "first", "last": "last"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mive_core.cli import quiet_libraries
+from mive_core.repack import VIDEO_TOKEN, config_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
@@ -18,3 +19,19 @@ quiet_libraries()  # as the command line does, before any test imports them
 def one_thread():
     """Small tensors: one thread is as fast as two, and steadier."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def body():
+    """A random Qwen3-VL, two text layers deep and 64 wide, in all else as published: heads of 128, 24 vision layers, the vocabulary."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    torch.manual_seed(0)
+    shapes = {
+        "language_model.embed_tokens.weight": (VIDEO_TOKEN + 1, 64), "language_model.layers.0.self_attn.q_norm.weight": (128,),
+        "language_model.layers.1.self_attn.q_norm.weight": (128,), "language_model.layers.0.mlp.gate_proj.weight": (96, 64),
+        "language_model.layers.0.self_attn.q_proj.weight": (256, 64), "language_model.layers.0.self_attn.k_proj.weight": (128, 64),
+        "visual.patch_embed.proj.weight": (64, 3, 2, 16, 16), "visual.blocks.23.norm1.weight": (64,),
+        "visual.blocks.0.mlp.linear_fc1.weight": (96, 64), "visual.pos_embed.weight": (36, 64),
+    }
+    return Qwen3VLModel(Qwen3VLConfig(**config_of(Path(), shapes))).eval()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from ..prompt import CHAT_TEMPLATE
+
 VOCAB_SIZE = 896
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                   "<|image_pad|>", "<|video_pad|>")
@@ -74,28 +76,6 @@ PROCESSORS = {
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
     },
 }
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-<|im_start|>{{ message.role }}
-{% if message.content is string -%}
-{{ message.content }}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' -%}
-<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part.type == 'video' -%}
-<|vision_start|><|video_pad|><|vision_end|>
-{%- else -%}
-{{ part.text }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
-"""
 
 
 def write_tiny_folder(folder: Path, phrases: Iterable[str]) -> None:

@@ -7,12 +7,14 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
 
 from ...mive_core.errors import UserError
 from ...mive_core.sample import EMBEDDED
+from ...mive_core.tensors import VLM_FAMILY, read_header
 
 ASSETS = EMBEDDED["tiny"].parent  # embedded entries read `tiny/...`
 SAMPLE, SAMPLE_INPUT = ASSETS / "samples" / "bigbuckbunny_33f.mp4", "mive_sample.mp4"
@@ -40,10 +42,27 @@ def list_dits() -> dict[str, Path]:
 
 
 def list_vlms() -> dict[str, Path]:
-    """Entry -> folder with a config.json, in models/text_encoders, models/LLM and the embedded models, which come last."""
+    """Entry -> a folder with a config.json, or one file that holds a Qwen3-VL.
+
+    They are looked for in models/text_encoders, models/LLM and among the embedded models, which come last.
+    """
     roots = [Path(root) for root in (*folder_paths.get_folder_paths("text_encoders"), *folder_paths.get_folder_paths(LLM), ASSETS)]
-    return {path.parent.relative_to(root).as_posix(): path.parent
-            for root in roots for path in sorted({*root.glob("*/config.json"), *root.glob("*/*/config.json")})}
+    found = {}
+    for root in roots:
+        folders = [path.parent for path in sorted({*root.glob("*/config.json"), *root.glob("*/*/config.json")})]
+        files = [path for path in sorted({*root.glob("*.safetensors"), *root.glob("*/*.safetensors")})
+                 if path.parent not in folders and _is_vlm(path, path.stat().st_mtime)]
+        found |= {path.relative_to(root).as_posix(): path for path in (*folders, *files)}
+    return found
+
+
+@lru_cache(maxsize=None)
+def _is_vlm(path: Path, modified: float) -> bool:
+    """Whether a file holds a Qwen3-VL; only its header is read, once for each time it was `modified`."""
+    try:
+        return read_header(path).family == VLM_FAMILY
+    except (UserError, OSError):
+        return False
 
 
 def find(entries: Callable[[], dict[str, Path]], name: str, expected: str) -> Path:

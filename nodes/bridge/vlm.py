@@ -6,6 +6,7 @@ from pathlib import Path
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.text_encoders
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from ...mive_core.types import Condition, EditRequest
 from ...mive_core.vlm import VLM
 
 ACTIVATIONS_PER_TOKEN = 32  # numbers held at once, in widths of the VLM: an upper bound
+QWEN_TOKENIZER = Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
 CASTING = {nn.Linear: comfy.ops.manual_cast.Linear, nn.Embedding: comfy.ops.manual_cast.Embedding}
 
 
@@ -36,11 +38,14 @@ class HostedVLM:
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "HostedVLM":
-        """A Hugging Face folder -> the VLM, on the CPU until it is used. Raises UserError."""
+        """A Hugging Face folder, or one file, which is read with ComfyUI's copy of Qwen's tokenizer -> the VLM, on the CPU until used.
+
+        Raises UserError.
+        """
         device = device or comfy.model_management.text_encoder_device()
         if dtype is None:
             dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
-        vlm = VLM.load(folder, dtype=dtype)
+        vlm = VLM.load(folder, dtype=dtype, tokenizer=QWEN_TOKENIZER)
         cast_at_use(vlm.model)
         patcher = comfy.model_patcher.ModelPatcher(Body(vlm.model), load_device=device,
                                                    offload_device=comfy.model_management.text_encoder_offload_device())

@@ -272,3 +272,17 @@ def test_drift_report(pack):
     _, report = pack.run("MiVEDriftReport", source=source, edited=edited)
     assert "changes by 0.00" not in report
     assert "got 13 frames of 64x48; expected 17 frames of 64x48" in refused(pack, "MiVEDriftReport", source=source, edited=edited[:13])
+
+
+def test_one_file_is_read_with_comfyuis_tokenizer(pack, base, body, request_):
+    """A repack as users have it lies in models/text_encoders; other files there are not offered."""
+    folder = base / "models" / "text_encoders"
+    save_file({f"model.{key}": value for key, value in body.state_dict().items()}, folder / "qwen3vl_bf16.safetensors")
+    save_file({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2)}, folder / "t5.safetensors")
+    offered = pack.submodule("nodes.bridge.paths").list_vlms()
+    assert "qwen3vl_bf16.safetensors" in offered and "t5.safetensors" not in offered
+    vlm, = pack.run("MiVELoadVLM", model="qwen3vl_bf16.safetensors", dtype="fp32")
+    conditioning, = pack.run("MiVEEncode", vlm=vlm, instruction=request_.instruction, fps=8.0, source=request_.source.frames,
+                             reference=request_.reference[None])
+    states, values = conditioning[0]
+    assert values["mive_layers"] == (1, 2) and states.shape[2] == 2 * 64 and states.isfinite().all()
