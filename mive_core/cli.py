@@ -74,6 +74,12 @@ def build_parser() -> Parser:
     train.add_argument("config", metavar="CONFIG.yaml", type=text)
     inspect = _command(commands, "inspect", run_inspect, "say what a checkpoint, or a folder of them, is")
     inspect.add_argument("path", metavar="FILE|DIR", type=text)
+    init = _command(commands, "init-from-wan", run_init_from_wan, "turn a Wan2.1-T2V checkpoint into a MiVE one, to train from")
+    init.add_argument("source", metavar="SRC", type=text, help="a file, a sharded index or a diffusers folder")
+    init.add_argument("destination", metavar="DST.safetensors", type=text)
+    init.add_argument("--layers", type=text, default="first+last", metavar="SPEC", help="VLM layers it will read, default first+last")
+    init.add_argument("--vlm", default="8b", choices=("2b", "4b", "8b", "32b"), help="the Qwen3-VL it will read, default 8b")
+    init.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the source's; fp8 becomes bf16")
     _add_bench(commands)
     _add_data(commands)
     demo = _command(commands, "demo", run_demo, "edit two clips with the embedded models")
@@ -203,6 +209,20 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     from .files import check_input
 
     sys.stdout.write(json.dumps(inspect(check_input(arguments.path, "checkpoint")), indent=2) + "\n")
+
+
+def run_init_from_wan(arguments: argparse.Namespace) -> None:
+    from .files import check_output
+
+    destination = check_output(arguments.destination, "destination", (".safetensors",))
+    import torch
+
+    from .checkpoint import inspect
+    from .convert import init_from_wan
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[arguments.dtype]
+    init_from_wan(arguments.source, destination, layers=arguments.layers, vlm=arguments.vlm, dtype=dtype)
+    sys.stdout.write(json.dumps(inspect(destination), indent=2) + "\n")
 
 
 def run_bench_dit(arguments: argparse.Namespace) -> None:

@@ -6,11 +6,10 @@ Its shapes say which size it is; what shapes cannot say is the same in all publi
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from .errors import UserError
-from .tensors import VLM_FAMILY, read_header
+from .tensors import VLM_FAMILY, is_scale, read_header, read_scaled
 
 # published with every Qwen3-VL
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 151655, 151656, 151652, 151653
@@ -22,9 +21,6 @@ PIXELS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": MERGE, "imag
 IMAGE_SIZE = {"shortest_edge": 65_536, "longest_edge": 16_777_216}  # pixels
 VIDEO_SIZE = {"shortest_edge": 4_096, "longest_edge": 25_165_824}
 
-FLOAT8 = {"F8_E4M3", "F8_E5M2"}
-SCALES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight, ComfyUI's present and former spelling
-NOTES = (".comfy_quant", ".input_scale", ".scale_input")  # for 8-bit products; the weights do not need them
 NAMES = {2048: "2B", 2560: "4B", 4096: "8B", 5120: "32B"}
 
 
@@ -66,20 +62,9 @@ def read_repack(path: Path, dtype: torch.dtype) -> tuple[dict, dict[str, Tensor]
     header = read_header(path)
     if header.family != VLM_FAMILY:
         raise UserError(f"this looks like {header.family}", where=path, expected=VLM_FAMILY)
-    scales = {key.removesuffix(end): key for key in header.shapes for end in SCALES if key.endswith(end)}
-    bodies = {key: key.removeprefix("model.") for key in header.shapes
-              if not key.endswith((*SCALES, *NOTES)) and not key.startswith("lm_head.") and key != "scaled_fp8"}
-    config = config_of(path, {name: header.shapes[key] for key, name in bodies.items()})
-    weights = {}
-    with safe_open(path, framework="pt") as file:
-        for key, name in bodies.items():
-            kind = header.dtypes[key]
-            if kind not in FLOAT8 | {"F16", "BF16", "F32"}:
-                raise UserError("this quantisation cannot be read", where=path, got=f"{key} as {kind}", expected="fp8 (scaled), fp16, bf16 or fp32")
-            weight = file.get_tensor(key).to(dtype)
-            scale = scales.get(key.removesuffix(".weight")) if kind in FLOAT8 else None
-            weights[name] = weight if scale is None else weight.mul_(_along_rows(file.get_tensor(scale)).to(dtype))
-    return config, weights
+    body = {key: key.removeprefix("model.") for key in header.shapes if not is_scale(key) and not key.startswith("lm_head.")}
+    config = config_of(path, {name: header.shapes[key] for key, name in body.items()})
+    return config, {name: read_scaled(header, key, dtype) for key, name in body.items()}
 
 
 def name_of(config: dict, path: Path) -> str:
@@ -90,8 +75,3 @@ def name_of(config: dict, path: Path) -> str:
 
 def _depth(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in shapes if key.startswith(prefix))
-
-
-def _along_rows(scale: Tensor) -> Tensor:
-    """A scalar as it is, one scale a row as a column."""
-    return scale if scale.numel() == 1 else scale.view(-1, 1)

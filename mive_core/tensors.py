@@ -4,15 +4,20 @@ A file is named for what it is before any of its tensors is read; pickles are ne
 """
 
 import json
+import math
 import re
+import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from .errors import UserError
 from .files import check_input, written_beside
@@ -21,6 +26,10 @@ INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 ARCHIVE_STARTS = (b"PK", b"\x80\x02")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+SCALES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight, ComfyUI's present and former spelling
+SCALE_NOTES = (".comfy_quant", ".input_scale", ".scale_input", "scaled_fp8")  # for 8-bit products; the weights do not need them
 
 VLM_FAMILY = "a Qwen3-VL model"
 # a family's name and a key that only its files have, most specific first
@@ -43,6 +52,7 @@ class TensorFile:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     metadata: dict[str, str]
+    places: dict[str, tuple[int, int]]  # of the tensors' bytes in the file: first, and one after the last
 
     @property
     def family(self) -> str:
@@ -94,7 +104,8 @@ def read_header(path: Path) -> TensorFile:
     if expected != size:
         raise UserError("the file is truncated" if size < expected else "the file is longer than its header says", where=path,
                         got=f"{size} bytes", expected=f"{expected} bytes", fix="download it again")
-    return TensorFile(path, {k: tuple(v["shape"]) for k, v in header.items()}, {k: v["dtype"] for k, v in header.items()}, metadata)
+    places = {k: tuple(8 + header_size + offset for offset in v["data_offsets"]) for k, v in header.items()}
+    return TensorFile(path, {k: tuple(v["shape"]) for k, v in header.items()}, {k: v["dtype"] for k, v in header.items()}, metadata, places)
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -126,6 +137,58 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise UserError("the file cannot be read", where=shard.path, got=str(error), fix="download it again") from error
     return tensors
+
+
+def read_tensor(file: TensorFile, key: str) -> Tensor:
+    """One tensor, in the file's dtype. Its bytes alone are read; nothing of the file stays mapped. Raises UserError for unknown dtypes."""
+    dtype = DTYPES.get(file.dtypes[key])
+    if dtype is None:
+        raise UserError("this dtype cannot be read", where=file.path, got=f"{key} as {file.dtypes[key]}", expected=", ".join(DTYPES))
+    first, last = file.places[key]
+    data = torch.from_numpy(np.fromfile(file.path, np.uint8, last - first, offset=first))
+    return data.view(dtype).view(file.shapes[key])
+
+
+def read_scaled(file: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
+    """One weight in `dtype`; an 8-bit one times its scale, where the file has one for it (for the whole, or one a row)."""
+    weight = read_tensor(file, key).to(dtype)
+    layer = key.removesuffix(".weight")
+    scale = next((layer + end for end in SCALES if layer + end in file.shapes), None) if file.dtypes[key] in FLOAT8 else None
+    if scale is None:
+        return weight
+    factor = read_tensor(file, scale).to(torch.float32)
+    return weight.mul_(factor.to(dtype) if factor.numel() == 1 else factor.view(-1, 1).to(dtype))
+
+
+def is_scale(key: str) -> bool:
+    """Whether a key belongs to 8-bit storage instead of to the model."""
+    return key.endswith((*SCALES, *SCALE_NOTES))
+
+
+def stream_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, produce: Callable[[str], Tensor],
+                   metadata: dict[str, str]) -> None:
+    """One safetensors file of a single dtype, whole or not at all, holding one tensor at a time in memory: produce(key) gives each in turn.
+
+    Raises UserError where the system refuses the write, or there is no room for it.
+    """
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    header, end = {"__metadata__": metadata}, 0
+    for key, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < end:
+        raise UserError("there is no room for the file", where=path, got=f"{free / 1e9:.1f} GB free", expected=f"{end / 1e9:.1f} GB")
+    with written_beside(path) as partial, open(partial, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key, shape in tqdm(shapes.items(), desc=path.name, unit="tensor"):
+            tensor = produce(key)
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"{key}: {tuple(tensor.shape)} where {tuple(shape)} was announced")
+            file.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

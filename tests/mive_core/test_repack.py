@@ -1,5 +1,7 @@
 """A Qwen3-VL in one file: recognised by its shapes, its 8-bit weights scaled back."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -8,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
 from mive_core.prompt import build_inputs
-from mive_core.repack import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START, read_repack
+from mive_core.repack import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START, config_of, name_of, read_repack
 from mive_core.types import Clip, EditRequest
 from mive_core.vlm import VLM
 
@@ -77,7 +79,7 @@ def test_8_bit_weights_are_scaled_back(body, tmp_path, suffix, rows):
     (lambda s: s.pop("model.visual.pos_embed.weight"), "no whole Qwen3-VL; got no visual.pos_embed.weight"),
     (lambda s: s.pop("model.language_model.norm.weight"), "weights missing or unknown, such as language_model.norm.weight"),
     (lambda s: s.update({"model.visual.blocks.24.norm1.weight": torch.ones(WIDTH)}), "no published Qwen3-VL; got 25 vision layers"),
-    (lambda s: s.update({"model.language_model.norm.weight": torch.ones(WIDTH, dtype=torch.uint8)}), "this quantisation cannot be read"),
+    (lambda s: s.update({"model.language_model.norm.weight": torch.ones(WIDTH, dtype=torch.uint8)}), "this dtype cannot be read"),
 ])
 def test_what_is_not_whole_is_refused(body, tokenizer, tmp_path, change, said):
     state = published(body)
@@ -99,3 +101,28 @@ def test_a_file_needs_a_tokenizer_of_qwens(body, vlm_folder, tmp_path):
 def test_another_model_is_named(random_models, tokenizer):
     with pytest.raises(UserError, match="looks like a MiVE DiT"):
         VLM.load(random_models / "dit.safetensors", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("name, text, vision", [
+    ("2B", (2048, 6144, 28, 16), (24, 1024, 4096)), ("4B", (2560, 9728, 36, 32), (24, 1024, 4096)),
+    ("8B", (4096, 12288, 36, 32), (27, 1152, 4304)), ("32B", (5120, 25600, 64, 64), (27, 1152, 4304)),
+])
+def test_published_sizes_are_recognised_by_their_shapes(name, text, vision):
+    """Widths, depths and heads as published; the shapes come from transformers' own class."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    width, inner, layers, heads = text
+    depth, vision_width, vision_inner = vision
+    published = Qwen3VLConfig(
+        text_config={"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+                     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+        vision_config={"depth": depth, "hidden_size": vision_width, "intermediate_size": vision_inner, "out_hidden_size": width,
+                       "deepstack_visual_indexes": {24: [5, 11, 17], 27: [8, 16, 24]}[depth]})
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in Qwen3VLModel(published).state_dict().items()}
+    values = config_of(Path("x"), shapes)
+    got = Qwen3VLConfig(**values)
+    for part, wanted in (("text_config", published.text_config), ("vision_config", published.vision_config)):
+        for key in values[part].keys() - {"rope_theta", "rope_scaling", "max_position_embeddings", "rms_norm_eps"}:
+            assert getattr(getattr(got, part), key) == getattr(wanted, key), key
+    assert name_of(values, Path("x")) == f"Qwen3-VL-{name}"
