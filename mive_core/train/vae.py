@@ -33,12 +33,11 @@ class VAERecipe(Recipe):
     muon_lr: float = 3e-3
     adamw_lr: float = 6e-4
     warmup: int = 100  # steps
-    encoder_rate: float = 1.0  # of the learning rates, for the encoder
     kl_weight: float = 5e-4
     max_growth: float = 1.25  # of a stream weight's norm over its initial one
     num_statistics_clips: int = 96  # clips that the latents' mean and deviation are measured on
     num_basis_clips: int = 0  # clips whose principal components are the start; 0: the colour path
-    encoder_from: float = 0.0  # the encoder stays as it starts until this fraction of the run; 1: for good
+    frozen_encoder: bool = False  # the encoder stays as it starts, so latents are known before the training
     start_from: str = ""  # an exported VAE: its encoder stays bit for bit, so do latents, and the decoder learns on
 
 
@@ -55,24 +54,18 @@ class VAETask:
             initialise_principal(self.vae, as_video(self.clips(recipe.num_basis_clips)))
         elif not recipe.start_from:
             initialise(self.vae)
-        if recipe.start_from:
+        self.frozen = recipe.frozen_encoder or bool(recipe.start_from)
+        if self.frozen:
             self.vae.encoder.requires_grad_(False)
             self.vae.conv1.requires_grad_(False)
-        if recipe.start_from or recipe.encoder_from >= 1:
             skip_empty_branches(self.vae.encoder)
         self.modules = {"vae": self.vae}
         learned = [p for p in self.vae.parameters() if p.requires_grad]
         matrices = [p for p in learned if p.ndim >= 4 and min(p.flatten(1).shape) > 1 and not _is_gamma(p)]
         chosen = {id(p) for p in matrices}
-        encoder = {id(p) for module in (self.vae.encoder, self.vae.conv1) for p in module.parameters()}
-
-        def groups(parameters: list[nn.Parameter], lr: float) -> list[dict]:
-            sides = ([p for p in parameters if (id(p) in encoder) == encodes] for encodes in (True, False))
-            return [{"params": side, "lr": rate} for side, rate in zip(sides, (lr * recipe.encoder_rate, lr)) if side]
-
         self.optimizers = {
-            "muon": Muon(groups(matrices, recipe.muon_lr)),
-            "adamw": torch.optim.AdamW(groups([p for p in learned if id(p) not in chosen], recipe.adamw_lr),
+            "muon": Muon(matrices, lr=recipe.muon_lr),
+            "adamw": torch.optim.AdamW([p for p in learned if id(p) not in chosen], lr=recipe.adamw_lr,
                                        betas=(0.9, 0.99), weight_decay=0.0),
         }
         self.bounds = [(weight, weight.detach().norm() * recipe.max_growth) for weight in stream_weights(self.vae) if weight.requires_grad]
@@ -87,8 +80,7 @@ class VAETask:
     def loss(self, step: int, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """(B, F, H, W, 3) uint8 -> the training loss and its parts."""
         video = as_video(batch)
-        learns = not self.recipe.start_from and step >= self.recipe.encoder_from * self.recipe.num_steps
-        with torch.set_grad_enabled(learns), torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16 and learns):
+        with torch.set_grad_enabled(not self.frozen), torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16 and not self.frozen):
             mean, log_variance = self.vae.encode(video)
         log_variance = log_variance.clamp(-20, 5)
         latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)

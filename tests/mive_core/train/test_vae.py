@@ -12,7 +12,7 @@ from mive_core.train.optim import Muon, orthogonalise
 from mive_core.train.principal import initialise_principal
 from mive_core.train.textures import natural_clip
 from mive_core.train.vae import as_video, build, distortion, fold_statistics, initialise, stream_weights
-from mive_core.train.wan_vae import WholeClipVAE, decode_clips, encode_clips, read_whole_clip_vae
+from mive_core.train.wan_vae import WholeClipVAE, decode_clips, encode_clips, read_whole_clip_vae, skip_empty_branches
 from mive_core.vae import LATENTS_MEAN, LATENTS_STD, VAE
 
 
@@ -41,10 +41,11 @@ def test_the_colour_path_is_there_before_training():
     assert error.square().mean() < 0.2 * blurred.square().mean()
 
 
+@pytest.mark.parametrize("dim", [8, 16])
 @torch.no_grad()
-def test_the_principal_start_codes_better_than_means():
+def test_the_principal_start_codes_better_than_means(dim):
     torch.manual_seed(0)
-    vae = WholeClipVAE(8)
+    vae = WholeClipVAE(dim)
     clip = video(6)
     initialise_principal(vae, clip)
     for module in vae.modules():
@@ -110,6 +111,30 @@ def test_the_decoder_alone_leaves_the_latents_as_they_are(tmp_path):
         latents = first.encode(frames)
         assert torch.equal(latents, second.encode(frames))
         assert not torch.equal(first.decode(latents), second.decode(latents))
+
+
+def test_a_frozen_encoder_is_the_principal_start_to_the_bit(tmp_path):
+    changes = {"frozen_encoder": True, "num_basis_clips": 4, "dim": 16, "bf16": True}
+    before = build(values(tmp_path, **changes))
+    before.export(tmp_path / "before.safetensors")
+    run(build(values(tmp_path, **changes)))
+    first, last = (read_tensors(tmp_path / name) for name in ("before.safetensors", "vae.safetensors"))
+    encodes = lambda key: key.startswith(("encoder.", "conv1."))
+    assert all(torch.equal(first[key], last[key]) for key in first if encodes(key))
+    assert not all(torch.equal(first[key], last[key]) for key in first)
+
+
+@torch.no_grad()
+def test_skipping_empty_branches_changes_no_latent(tmp_path):
+    torch.manual_seed(0)
+    vae, clip = WholeClipVAE(16), video(6)
+    initialise_principal(vae, clip)
+    whole = vae.encode(clip)[0]
+    skip_empty_branches(vae.encoder)
+    assert not any(module.active for module in vae.encoder.modules() if hasattr(module, "active"))
+    assert torch.equal(vae.encode(clip)[0], whole)
+    skip_empty_branches(vae.decoder)
+    assert all(module.active for module in vae.decoder.modules() if hasattr(module, "active"))
 
 
 def test_stream_weights_do_not_outgrow_their_bound(tmp_path):
