@@ -80,7 +80,7 @@ def test_the_stock_chain_gives_the_quickstarts_frames(queue):
 def test_the_long_video_is_sampled_in_windows(queue, server):
     before = len(server.log.read_text())
     queue("mive_long_video", seed=1)
-    assert "Using context windows 5 with overlap 2 for 9 frames" in server.log.read_text()[before:]
+    assert "Context length 5 with overlap 2 for 9 frames" in server.log.read_text()[before:]
 
 
 def test_each_layer_choice_is_two_layers_of_the_vlm(server, queue):
