@@ -8,7 +8,7 @@ from ..mive_core.diagnostics import describe_drift, draw_drift, measure_drift
 from ..mive_core.pixels import SIDE, check_frames, fit_clip, fit_mask
 from ..mive_core.types import Clip
 from .bridge.cost import describe_cost
-from .bridge.said import logged
+from .bridge.said import logged, show
 from .latents import ANY_FPS
 
 TRIM, PAD = "trim", "pad"
@@ -18,7 +18,7 @@ class MiVEPreflight(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MiVEPreflight", display_name="MiVE Preflight", category="MiVE", is_output_node=True,
+            node_id="MiVEPreflight", display_name="MiVE Preflight", category="MiVE", is_output_node=True, hidden=[io.Hidden.unique_id],
             description="Makes a video fit: 4n+1 frames, sides that are multiples of 16. Reports what the edit will cost.",
             search_aliases=["video size", "resize video", "frame count", "vram estimate", "4n+1"],
             inputs=[
@@ -48,6 +48,7 @@ class MiVEPreflight(io.ComfyNode):
         length, height, width = fitted.shape[:3]
         changes = [f"padded by {missing} frames"] if policy == PAD and missing else []
         report = "\n".join([f"{length} frames of {width}x{height}", *changes, *said, *describe_cost(length, height, width, steps, model)])
+        show(cls, report)
         return io.NodeOutput(fitted, width, height, length, report, ui=ui.PreviewText(report))
 
 

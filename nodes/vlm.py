@@ -13,7 +13,7 @@ from ..mive_core.pixels import fit_clip, fit_reference
 from ..mive_core.types import Clip, EditRequest
 from .bridge.conditioning import to_conditioning
 from .bridge.paths import find, list_vlms
-from .bridge.said import logged
+from .bridge.said import logged, show
 from .bridge.vlm import HostedVLM
 
 EXPECTED = "a folder of Qwen3-VL with a config.json, or one .safetensors file of it, in models/text_encoders or models/LLM"
@@ -75,7 +75,7 @@ class MiVELayerSelect(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MiVELayerSelect", display_name="MiVE Layer Select", category="MiVE",
+            node_id="MiVELayerSelect", display_name="MiVE Layer Select", category="MiVE", is_output_node=True, hidden=[io.Hidden.unique_id],
             description="Chooses the VLM layers whose states guide the edit. Their number must be the one the DiT was trained with.",
             search_aliases=["hidden states", "vlm layers", "clip skip", "multiscale features"],
             inputs=[
@@ -106,6 +106,7 @@ class MiVELayerSelect(io.ComfyNode):
         text = f"{count} evenly spaced layers" if choice.num_even else choice.spec
         if vlm is not None:
             text = f"layers {', '.join(map(str, choice.resolve(vlm.vlm.num_layers)))} of {vlm.vlm.num_layers} ({vlm.vlm.name})"
+        show(cls, text)
         return io.NodeOutput(choice, text, ui=ui.PreviewText(text))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "__init__.py", *sorted((ROOT / "nodes").rglob("*.py"))]
-HOST = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "node_helpers", "nodes"}
+HOST = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "node_helpers", "nodes", "server"}
 NUMBERS = {"torch", "numpy", "einops"}
 NEVER = {"pickle", "socket", "subprocess", "importlib", "urllib", "requests", "ctypes"}
 

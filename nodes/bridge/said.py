@@ -1,4 +1,4 @@
-"""What the library warns of, said where a user of ComfyUI sees it: in the log, with the pack's name."""
+"""What is said to a user of ComfyUI: the library's warnings in the log, with the pack's name; a text on a node's face."""
 
 import logging
 import warnings
@@ -19,3 +19,11 @@ def logged() -> Iterator[list[str]]:
         if str(warning.message) not in said:
             said.append(str(warning.message))
             logger.warning("MiVE: %s", warning.message)
+
+
+def show(node, text: str) -> None:
+    """Writes on the face of a running node, which has the hidden input `unique_id`; ui.PreviewText alone is not drawn there."""
+    if node.hidden.unique_id:
+        from server import PromptServer  # only a server draws nodes, and it has imported this itself
+
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)

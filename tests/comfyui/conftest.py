@@ -29,7 +29,7 @@ from serving import Server  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PHRASES = ["make the red circle blue", "remove the green square on the left", "turn the scene into night"]
-DIT, VAE, VLM = "random.safetensors", "random.safetensors", "Qwen3-VL-random"
+DIT, VAE, VLM, LORA = "random.safetensors", "random.safetensors", "Qwen3-VL-random", "random.safetensors"
 STEPS = 4  # of a thousand levels: ComfyUI's `simple` schedule and ours then agree
 
 
@@ -80,6 +80,16 @@ def write_models(models: Path) -> None:
     write_tiny_folder(folder, PHRASES)
     weights = {f"model.{name}": 0.2 * torch.randn_like(value) for name, value in new_model(folder).state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(random_lora(config.width), models / "loras" / LORA)
+
+
+def random_lora(width: int, rank: int = 4) -> dict[str, torch.Tensor]:
+    """A Wan LoRA on two layers that MiVE shares with Wan, under the names that Wan's LoRAs have."""
+    lora = {}
+    for layer in ("self_attn.q", "self_attn.o"):
+        lora[f"diffusion_model.blocks.0.{layer}.lora_A.weight"] = torch.randn(rank, width)
+        lora[f"diffusion_model.blocks.0.{layer}.lora_B.weight"] = torch.randn(width, rank) * 0.02
+    return lora
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,11 @@ class Server:
             return json.loads(answer.read())
 
     def text(self, path: str) -> str:
+        return self.bytes(path).decode()
+
+    def bytes(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-            return answer.read().decode()
+            return answer.read()
 
     def post(self, path: str, values: dict) -> dict:
         request = urllib.request.Request(self.url + path, json.dumps(values).encode(), {"Content-Type": "application/json"})

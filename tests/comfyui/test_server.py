@@ -1,5 +1,6 @@
 """Through a real server: what a user of the browser gets."""
 
+import asyncio
 import copy
 import json
 import time
@@ -136,3 +137,26 @@ def test_after_an_error_the_next_prompt_succeeds(server, prompt):
     assert error["exception_type"] == "mive_core.errors.UserError"
     assert error["exception_message"].startswith("source: the clip is shorter than asked; got 17 frames; expected 33; ask for 17 or fewer")
     assert server.run(prompt)["status"]["status_str"] == "success"
+
+
+def test_layer_select_writes_its_choice_on_its_face(server):
+    """Seen in the browser: the text in a node's `ui` is drawn nowhere. What is drawn comes as a binary message, 3, over the socket."""
+    import aiohttp
+
+    prompt = {"7": {"class_type": "MiVELoadVLM", "inputs": {"model": "tiny/vlm", "dtype": "fp32", "device": "cpu"}},
+              "8": {"class_type": "MiVELayerSelect", "inputs": {"preset": "custom", "count": 4, "custom": "2,-1", "vlm": ["7", 0]}}}
+
+    async def texts() -> list[bytes]:
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=reader") as socket:
+            number = server.post("/prompt", {"prompt": prompt, "client_id": "reader"})["prompt_id"]
+            found = []
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.BINARY and int.from_bytes(message.data[:4], "big") == 3:
+                    found.append(message.data)
+                elif message.type is aiohttp.WSMsgType.TEXT:
+                    event = json.loads(message.data)
+                    if event["type"] == "executing" and event["data"]["prompt_id"] == number and event["data"]["node"] is None:
+                        return found
+
+    said, = asyncio.run(texts())
+    assert b"layers 2, 4 of 4" in said

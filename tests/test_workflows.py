@@ -1,0 +1,116 @@
+"""The workflow files as a user opens them: whole, tidy, and clear about which file goes where. Needs no ComfyUI."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "workflows").glob("*.json"))
+NAMES = {"mive_quickstart", "mive_720p", "mive_stock_sampler", "mive_long_video", "mive_layer_study", "mive_fewstep"}
+TITLE = 30  # height of a node's title bar, which lies above its position
+NOTE = "MarkdownNote"
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def workflow(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def note_of(workflow: dict) -> str:
+    text, = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == NOTE)
+    return text
+
+
+def box(node: dict) -> tuple:
+    """Left, top, right, bottom of what is drawn."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE, x + width, y + height
+
+
+def group_box(group: dict) -> tuple:
+    x, y, width, height = group["bounding"]
+    return x, y, x + width, y + height
+
+
+def overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def inside(a: tuple, b: tuple) -> bool:
+    return b[0] <= a[0] and b[1] <= a[1] and a[2] <= b[2] and a[3] <= b[3]
+
+
+def test_all_are_there():
+    assert {path.stem for path in FILES} == NAMES
+
+
+def test_every_node_of_the_pack_is_used():
+    """The pack's nodes are those with a help page, which another test holds against ComfyUI."""
+    used = {node["type"] for path in FILES for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]}
+    ours = {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
+    assert ours and ours <= used, ours - used
+
+
+def test_links_are_consistent(workflow):
+    """Both ends of every link know it, and every end belongs to a link."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert len(nodes) == len(workflow["nodes"]) and workflow["last_node_id"] == max(nodes)
+    links = {link[0]: link for link in workflow["links"]}
+    assert len(links) == len(workflow["links"]) and workflow["last_link_id"] == max(links)
+    for number, source, out, target, slot, kind in links.values():
+        output, entry = nodes[source]["outputs"][out], nodes[target]["inputs"][slot]
+        assert number in output["links"] and entry["link"] == number
+        assert output["type"] == entry["type"] == kind
+        assert nodes[source]["order"] < nodes[target]["order"]
+    for node in nodes.values():
+        assert all(links[n][1:3] == [node["id"], index] for index, output in enumerate(node["outputs"]) for n in output["links"])
+        assert all(links[entry["link"]][3:5] == [node["id"], slot] for slot, entry in enumerate(node["inputs"]) if entry["link"] is not None)
+
+
+def test_nothing_overlaps(workflow):
+    for a, b in combinations(workflow["nodes"], 2):
+        assert not overlap(box(a), box(b)), (a["id"], a["type"], b["id"], b["type"])
+    for a, b in combinations(workflow["groups"], 2):
+        assert not overlap(group_box(a), group_box(b)), (a["title"], b["title"])
+
+
+def test_every_node_lies_in_one_titled_group(workflow):
+    assert all(group["title"].strip() for group in workflow["groups"])
+    for node in workflow["nodes"]:
+        homes = [group["title"] for group in workflow["groups"] if inside(box(node), group_box(group))]
+        touched = [group["title"] for group in workflow["groups"] if overlap(box(node), group_box(group))]
+        assert homes == touched and len(homes) == (node["type"] != NOTE), (node["id"], node["type"], touched)
+
+
+def test_the_note_names_every_file(workflow):
+    """An embedded model needs no download; of any other the note says where it goes."""
+    note = note_of(workflow)
+    loaders = [node for node in workflow["nodes"] if "Load" in node["type"] and node["type"] != "LoadVideo"]
+    assert len(loaders) >= 3
+    for node in loaders:
+        name = node["widgets_values"][0]
+        assert f"`{name}`" in note if name.startswith("tiny/") else f"/{name}" in note and "models/" in note, name
+
+
+def test_offered_downloads_are_named_in_the_note(workflow):
+    note = note_of(workflow)
+    for node in workflow["nodes"]:
+        for model in node["properties"].get("models", []):
+            assert model["name"] in node["widgets_values"] and model["url"].endswith("/" + model["name"])
+            assert f"models/{model['directory']}/{model['name']}" in note
+
+
+def test_has_a_thumbnail(path):
+    """The template browser looks for a .jpg of the same name, and shows it square."""
+    picture = path.with_suffix(".jpg")
+    assert picture.stat().st_size < 100_000
+    with Image.open(picture) as image:
+        assert image.format == "JPEG" and image.width == image.height >= 256
