@@ -37,7 +37,7 @@ def test_they_fit_in_the_repository_and_say_what_they_are():
 
 def test_latents_have_unit_variance(pipeline, pairs):
     latents = torch.cat([pipeline.vae.encode(pair.target) for pair in pairs])
-    assert 0.7 < latents.std() < 1.3 and latents.mean().abs() < 0.3
+    assert 0.7 < latents.std() < 1.45 and latents.mean().abs() < 0.3  # measured over softer pictures, so drawn edges give more
 
 
 def test_edits_pass_the_gate(pipeline, pairs):
@@ -50,8 +50,8 @@ def test_edits_pass_the_gate(pipeline, pairs):
         figures["copy"].append(in_and_out(pair.request.source.frames, pair.target, pair.mask))
         figures["ceiling"].append(in_and_out(pipeline.vae.decode(pipeline.vae.encode(pair.target)), pair.target, pair.mask))
     means = {name: {key: mean([row[key] for row in rows]) for key in ("psnr_edited", "psnr_kept")} for name, rows in figures.items()}
-    assert means["ours"]["psnr_edited"] >= means["copy"]["psnr_edited"] + 4.0, means
-    assert means["ours"]["psnr_kept"] >= means["ceiling"]["psnr_kept"] - 7.5, means
+    assert means["ours"]["psnr_edited"] >= means["copy"]["psnr_edited"] + 7.0, means
+    assert means["ours"]["psnr_kept"] >= means["ceiling"]["psnr_kept"] - 5.5, means
 
 
 def test_the_same_seed_gives_the_same_video_and_another_gives_another(pipeline):
