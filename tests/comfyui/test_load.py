@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 from conversion import to_prompt
 
@@ -31,6 +32,5 @@ def held(pid: int) -> tuple[int, int, int]:
 
 
 def trend(values: list[int]) -> float:
-    """Slope of the least squares line, a step."""
-    middle, mean = (len(values) - 1) / 2, sum(values) / len(values)
-    return sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(len(values)))
+    """Median slope of all pairs, a step: one jump of an arena that grew is no trend."""
+    return median((b - a) / (j - i) for i, a in enumerate(values) for j, b in enumerate(values) if j > i)
