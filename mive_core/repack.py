@@ -21,7 +21,7 @@ PIXELS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": MERGE, "imag
 IMAGE_SIZE = {"shortest_edge": 65_536, "longest_edge": 16_777_216}  # pixels
 VIDEO_SIZE = {"shortest_edge": 4_096, "longest_edge": 25_165_824}
 
-NAMES = {2048: "2B", 2560: "4B", 4096: "8B", 5120: "32B"}
+NAMES = {128: "tiny", 2048: "2B", 2560: "4B", 4096: "8B", 5120: "32B"}  # by width; tiny is the embedded one
 
 
 def config_of(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
@@ -67,9 +67,9 @@ def read_repack(path: Path, dtype: torch.dtype) -> tuple[dict, dict[str, Tensor]
     return config, {name: read_scaled(header, key, dtype) for key, name in body.items()}
 
 
-def name_of(config: dict, path: Path) -> str:
-    """Qwen3-VL-8B and the like, or the file's name for a size that was never published."""
-    size = NAMES.get(config["text_config"]["hidden_size"])
+def name_of(width: int, path: Path) -> str:
+    """Qwen3-VL-8B and the like, or the file's or folder's name for a width that is not known."""
+    size = NAMES.get(width)
     return f"Qwen3-VL-{size}" if size else path.stem
 
 

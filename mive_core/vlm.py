@@ -57,7 +57,7 @@ class VLM:
         if info["missing_keys"]:
             raise UserError("weights are missing", where=folder, got=f"no {sorted(info['missing_keys'])[0]}",
                             expected="a whole Qwen3-VL checkpoint", fix="download it again")
-        return cls(model.to(device), load_processor(folder), folder.resolve().name)
+        return cls(model.to(device), load_processor(folder), name_of(model.config.text_config.hidden_size, folder.resolve()))
 
     @classmethod
     def _load_file(cls, path: Path, dtype: torch.dtype, device: torch.device | str, tokenizer: str | Path | None) -> "VLM":
@@ -70,7 +70,7 @@ class VLM:
         if info["missing_keys"] or info["unexpected_keys"]:
             strange = sorted({*info["missing_keys"], *info["unexpected_keys"]})
             raise UserError("this is no whole Qwen3-VL", where=path, got=f"{len(strange)} weights missing or unknown, such as {strange[0]}")
-        return cls(model.to(device), load_repacked_processor(Path(tokenizer)), name_of(values, path))
+        return cls(model.to(device), load_repacked_processor(Path(tokenizer)), name_of(values["text_config"]["hidden_size"], path))
 
     @property
     def num_layers(self) -> int:

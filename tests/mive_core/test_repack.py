@@ -125,4 +125,4 @@ def test_published_sizes_are_recognised_by_their_shapes(name, text, vision):
     for part, wanted in (("text_config", published.text_config), ("vision_config", published.vision_config)):
         for key in values[part].keys() - {"rope_theta", "rope_scaling", "max_position_embeddings", "rms_norm_eps"}:
             assert getattr(getattr(got, part), key) == getattr(wanted, key), key
-    assert name_of(values, Path("x")) == f"Qwen3-VL-{name}"
+    assert name_of(width, Path("x")) == f"Qwen3-VL-{name}"
