@@ -51,7 +51,7 @@ def list_vlms() -> dict[str, Path]:
     for root in roots:
         folders = [path.parent for path in sorted({*root.glob("*/config.json"), *root.glob("*/*/config.json")})]
         files = [path for path in sorted({*root.glob("*.safetensors"), *root.glob("*/*.safetensors")})
-                 if path.parent not in folders and _is_vlm(path, path.stat().st_mtime)]
+                 if path.parent not in folders and path.is_file() and _is_vlm(path, path.stat().st_mtime)]
         found |= {path.relative_to(root).as_posix(): path for path in (*folders, *files)}
     return found
 
