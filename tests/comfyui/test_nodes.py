@@ -34,7 +34,7 @@ def guides(pack, loaded, **changed):
 def test_layer_presets(pack, loaded, preset, layers):
     choice, text = pack.run("MiVELayerSelect", preset=preset, vlm=loaded.vlm)
     assert choice.resolve(4) == layers
-    assert text == f"layers {', '.join(map(str, layers))} of 4 ({VLM})"
+    assert text == f"layers {', '.join(map(str, layers))} of 4 (Qwen3-VL-tiny)"
 
 
 def test_evenly_spaced_layers(pack):
@@ -147,7 +147,7 @@ def test_another_number_of_layers_or_width(pack, loaded):
     three = [[states[..., :1].expand(-1, -1, 3 * 128), {**values, "mive_layers": (1, 2, 4)}]]
     assert "got 3 (1, 2, 4); expected 2 (1, 4)" in refused(pack, "MiVESampler", **sampler(loaded, positive=three))
     wide = [[states.repeat(1, 1, 2), values]]
-    assert f"got {VLM} of width 256; expected Qwen3-VL-tiny of width 128" in refused(pack, "MiVESampler", **sampler(loaded, positive=wide))
+    assert f"got Qwen3-VL-tiny of width 256; expected Qwen3-VL-tiny of width 128" in refused(pack, "MiVESampler", **sampler(loaded, positive=wide))
 
 
 @torch.inference_mode()
