@@ -66,7 +66,12 @@ def edge_flops(config: MiVEConfig, layout: Layout, ours: bool) -> float:
 
 
 def make_ours(config: MiVEConfig, layout: Layout):
-    model = MiVEDiT(config, operations=torch.nn, attention=torch_attention).eval()
+    return forward_of(MiVEDiT(config, operations=torch.nn, attention=torch_attention).eval(), layout)
+
+
+def forward_of(model: MiVEDiT, layout: Layout):
+    """A call that runs the model once on random inputs of the layout."""
+    config = model.config
     (frames, rows, columns), channels = layout.grid, config.latent_channels
     noisy = torch.randn(1, channels, frames, 2 * rows, 2 * columns)
     states = torch.randn(1, len(config.layers), layout.num_condition, config.vlm_width)

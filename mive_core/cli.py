@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 from . import __version__
+from .config import VLM_SIZES
 from .errors import UserError
 
 DEFAULT_MODELS = "tiny"
@@ -78,7 +79,7 @@ def build_parser() -> Parser:
     init.add_argument("source", metavar="SRC", type=text, help="a file, a sharded index or a diffusers folder")
     init.add_argument("destination", metavar="DST.safetensors", type=text)
     init.add_argument("--layers", type=text, default="first+last", metavar="SPEC", help="VLM layers it will read, default first+last")
-    init.add_argument("--vlm", default="8b", choices=("2b", "4b", "8b", "32b"), help="the Qwen3-VL it will read, default 8b")
+    init.add_argument("--vlm", default="8b", choices=tuple(VLM_SIZES), help="the Qwen3-VL it will read, default 8b")
     init.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the source's; fp8 becomes bf16")
     _add_bench(commands)
     _add_data(commands)

@@ -12,21 +12,17 @@ from torch import Tensor, nn
 
 from .attention import torch_attention
 from .checkpoint import WAN_TO_DIFFUSERS, check_fit, rename
-from .config import MiVEConfig
+from .config import VLM_SIZES, MiVEConfig
 from .dit import MiVEDiT
 from .errors import UserError
 from .files import check_input
 from .layers import parse_layers
-from .tensors import FLOAT8, TensorFile, family_of, is_scale, read_headers, read_scaled, resolve, stream_tensors
+from .tensors import FLOAT8, WAN_FAMILY, TensorFile, family_of, is_scale, read_headers, read_scaled, resolve, stream_tensors
 
-WAN = "a Wan T2V checkpoint"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole ComfyUI checkpoints
 LEFT_OUT = re.compile(r"(^|\.)(cross_attn|attn2|norm3|norm2|text_embedding|condition_embedder\.text_embedder)\.")
 HEAD_DIM = 128  # of every published Wan
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
-VLMS = {  # name, width, layers
-    "2b": ("Qwen3-VL-2B", 2048, 28), "4b": ("Qwen3-VL-4B", 2560, 36), "8b": ("Qwen3-VL-8B", 4096, 36), "32b": ("Qwen3-VL-32B", 5120, 64),
-}
 SEED = 0  # of the condition tokens' projection
 
 
@@ -77,8 +73,8 @@ def locate(path: Path) -> dict[str, tuple[TensorFile, str]]:
     headers = read_headers(path)
     found = {name: (file, name) for file in headers for name in file.shapes}
     family = family_of(found)
-    if family != WAN:
-        raise UserError(f"this looks like {family}", where=path, expected=f"{WAN}, 1.3B or 14B")
+    if family != WAN_FAMILY:
+        raise UserError(f"this looks like {family}", where=path, expected=f"{WAN_FAMILY}, 1.3B or 14B")
     found = {_bare(name): place for name, place in found.items() if not is_scale(name)}
     if any(".attn1." in name for name in found):
         found = rename(found, WAN_TO_DIFFUSERS, backwards=True)
@@ -87,9 +83,9 @@ def locate(path: Path) -> dict[str, tuple[TensorFile, str]]:
 
 def config_of(path: Path, shapes: dict[str, tuple[int, ...]], layers: str, vlm: str) -> MiVEConfig:
     """Shapes by Wan's keys -> the config. Raises UserError where the file is not whole or the VLM is unknown."""
-    if vlm not in VLMS:
-        raise UserError("unknown VLM", where="vlm", got=vlm, expected=", ".join(VLMS))
-    name, vlm_width, vlm_layers = VLMS[vlm]
+    if vlm not in VLM_SIZES:
+        raise UserError("unknown VLM", where="vlm", got=vlm, expected=", ".join(VLM_SIZES))
+    vlm_width, vlm_layers = VLM_SIZES[vlm]
     try:
         width, channels = shapes["patch_embedding.weight"][:2]
         ffn_width, freq_dim = shapes["blocks.0.ffn.0.weight"][0], shapes["time_embedding.0.weight"][1]
@@ -99,7 +95,7 @@ def config_of(path: Path, shapes: dict[str, tuple[int, ...]], layers: str, vlm: 
         raise UserError("this Wan is not made for text to video", where=path, got=f"{channels} input channels", expected="16 (Wan2.1-T2V)")
     num_blocks = 1 + max(int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match)
     return MiVEConfig(width=width, num_heads=max(width // HEAD_DIM, 1), ffn_width=ffn_width, num_blocks=num_blocks, freq_dim=freq_dim,
-                      vlm=name, vlm_width=vlm_width, vlm_num_layers=vlm_layers, layers=parse_layers(layers, vlm_layers))
+                      vlm=f"Qwen3-VL-{vlm.upper()}", vlm_width=vlm_width, vlm_num_layers=vlm_layers, layers=parse_layers(layers, vlm_layers))
 
 
 def fresh_tensor(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .config import VLM_SIZES
 from .errors import UserError
 from .tensors import VLM_FAMILY, is_scale, read_header, read_scaled
 
@@ -21,7 +22,7 @@ PIXELS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": MERGE, "imag
 IMAGE_SIZE = {"shortest_edge": 65_536, "longest_edge": 16_777_216}  # pixels
 VIDEO_SIZE = {"shortest_edge": 4_096, "longest_edge": 25_165_824}
 
-NAMES = {128: "tiny", 2048: "2B", 2560: "4B", 4096: "8B", 5120: "32B"}  # by width; tiny is the embedded one
+NAMES = {128: "tiny", **{width: size.upper() for size, (width, _) in VLM_SIZES.items()}}  # by width; tiny is the embedded one
 
 
 def config_of(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:

@@ -31,13 +31,13 @@ FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 SCALES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight, ComfyUI's present and former spelling
 SCALE_NOTES = (".comfy_quant", ".input_scale", ".scale_input", "scaled_fp8")  # for 8-bit products; the weights do not need them
 
-VLM_FAMILY = "a Qwen3-VL model"
+VLM_FAMILY, WAN_FAMILY = "a Qwen3-VL model", "a Wan T2V checkpoint"
 # a family's name and a key that only its files have, most specific first
 FAMILIES = (
     ("a MiVE DiT", r"^context\.projections\.0\.weight$"),
     ("a LoRA", r"lora_(A|B|up|down|a|b)\b|\.lora_"),
     ("a Wan I2V checkpoint", r"img_emb\.proj|image_embedder\."),
-    ("a Wan T2V checkpoint", r"(^|\.)blocks\.0\.(cross_attn|attn2)\."),
+    (WAN_FAMILY, r"(^|\.)blocks\.0\.(cross_attn|attn2)\."),
     ("a Wan VAE", r"^(decoder\.middle\.0\.residual\.0\.gamma|decoder\.mid_block\.resnets\.0\.norm1\.gamma|decoder\.head\.0\.gamma)$"),
     (VLM_FAMILY, r"(visual\.deepstack_merger_list|visual\.merger)"),
     ("a language model", r"(^|\.)layers\.0\.self_attn\.q_proj\.weight$"),
@@ -156,8 +156,8 @@ def read_scaled(file: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
     scale = next((layer + end for end in SCALES if layer + end in file.shapes), None) if file.dtypes[key] in FLOAT8 else None
     if scale is None:
         return weight
-    factor = read_tensor(file, scale).to(torch.float32)
-    return weight.mul_(factor.to(dtype) if factor.numel() == 1 else factor.view(-1, 1).to(dtype))
+    factor = read_tensor(file, scale).to(dtype)
+    return weight.mul_(factor if factor.numel() == 1 else factor.view(-1, 1))
 
 
 def is_scale(key: str) -> bool:

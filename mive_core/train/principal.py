@@ -28,10 +28,8 @@ def initialise_principal(vae: WholeClipVAE, video: Tensor) -> None:
     bases, deviations = principal_bases(video.transpose(1, 2), (min(dim - 1, 12), 2 * dim - 1, NUM_PAIRED + 1))
     gains = DEVIATION / deviations
     for module in vae.modules():
-        if isinstance(module, ResidualBlock):
-            _scale(module.residual[6], FAINT)
-        if isinstance(module, AttentionBlock):
-            _scale(module.proj, FAINT)
+        if isinstance(module, (ResidualBlock, AttentionBlock)):
+            _scale(module.last, FAINT)
         if isinstance(module, (Downsample, Upsample)):
             _scale(module.resample[1], FAINT)
         if isinstance(module, ResidualBlock) and module.shortcut is not None:
@@ -39,7 +37,7 @@ def initialise_principal(vae: WholeClipVAE, video: Tensor) -> None:
             _identity(module.shortcut.weight[:, :, 0, 0, 0])
     for module in vae.encoder.modules():
         if isinstance(module, (ResidualBlock, AttentionBlock)):
-            _scale(module.residual[6] if isinstance(module, ResidualBlock) else module.proj, 0.0)
+            _scale(module.last, 0.0)
     _set_encoder(vae.encoder, bases, gains)
     _set_decoder(vae.decoder, bases, gains)
     for conv in (vae.conv1, vae.conv2):

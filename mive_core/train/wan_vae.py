@@ -55,6 +55,11 @@ class ResidualBlock(nn.Module):
             RMSNorm(out_width, 3), nn.SiLU(), nn.Identity(), CausalConv3d(out_width, out_width, 3))
         self.shortcut = CausalConv3d(in_width, out_width, 1) if in_width != out_width else None
 
+    @property
+    def last(self) -> nn.Module:
+        """The convolution that ends the branch."""
+        return self.residual[6]
+
     def forward(self, x: Tensor, batch: int) -> Tensor:
         stream = x if self.shortcut is None else self.shortcut(x, batch)
         if not self.active:
@@ -73,6 +78,11 @@ class AttentionBlock(nn.Module):
         self.norm = RMSNorm(width, 2)
         self.to_qkv = nn.Conv2d(width, width * 3, 1)
         self.proj = nn.Conv2d(width, width, 1)
+
+    @property
+    def last(self) -> nn.Module:
+        """The convolution that ends the branch."""
+        return self.proj
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
         if not self.active:
@@ -191,8 +201,7 @@ def skip_empty_branches(network: nn.Module) -> None:
     """Leaves out the branches whose last convolution is all zero: the same result in a fraction of the time."""
     for module in network.modules():
         if isinstance(module, (ResidualBlock, AttentionBlock)):
-            last = module.residual[6] if isinstance(module, ResidualBlock) else module.proj
-            module.active = bool(last.weight.any() or last.bias.any())
+            module.active = bool(module.last.weight.any() or module.last.bias.any())
 
 
 def read_whole_clip_vae(path: str | Path) -> WholeClipVAE:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mive_core.bench import NUM_TEXT_TOKENS, Layout, bench_dit
+from mive_core.bench import NUM_TEXT_TOKENS, Layout, bench_dit, forward_of
 from mive_core.config import MiVEConfig
 from mive_core.dit import MiVEDiT
 
@@ -19,11 +19,7 @@ def make_ours(config: MiVEConfig, layout: Layout):
     import comfy.ops
     from comfy.ldm.modules.attention import optimized_attention
 
-    model = filled(MiVEDiT(config, operations=comfy.ops.disable_weight_init, attention=optimized_attention))
-    (frames, rows, columns), channels = layout.grid, config.latent_channels
-    noisy = torch.randn(1, channels, frames, 2 * rows, 2 * columns)
-    states = torch.randn(1, len(config.layers), layout.num_condition, config.vlm_width)
-    return lambda: model(noisy, noisy, noisy[:, :, :1], model.embed_condition(states), torch.full((1,), 0.5))
+    return forward_of(filled(MiVEDiT(config, operations=comfy.ops.disable_weight_init, attention=optimized_attention)), layout)
 
 
 def make_wan(config: MiVEConfig, num_tokens: int):

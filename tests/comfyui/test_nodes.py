@@ -147,7 +147,7 @@ def test_another_number_of_layers_or_width(pack, loaded):
     three = [[states[..., :1].expand(-1, -1, 3 * 128), {**values, "mive_layers": (1, 2, 4)}]]
     assert "got 3 (1, 2, 4); expected 2 (1, 4)" in refused(pack, "MiVESampler", **sampler(loaded, positive=three))
     wide = [[states.repeat(1, 1, 2), values]]
-    assert f"got Qwen3-VL-tiny of width 256; expected Qwen3-VL-tiny of width 128" in refused(pack, "MiVESampler", **sampler(loaded, positive=wide))
+    assert "got Qwen3-VL-tiny of width 256; expected Qwen3-VL-tiny of width 128" in refused(pack, "MiVESampler", **sampler(loaded, positive=wide))
 
 
 @torch.inference_mode()

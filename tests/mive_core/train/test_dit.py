@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mive_core.attention import matmul_attention, torch_attention
+from mive_core.attention import torch_attention
 from mive_core.checkpoint import load_dit
 from mive_core.config import PRESETS
-from mive_core.errors import UserError
 from mive_core.dit import MiVEDiT
-from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, initialise, initialise_copier
+from mive_core.errors import UserError
 from mive_core.flow import flow_path
+from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, initialise, initialise_copier
 from mive_core.train.features import Bucket, EditFeatures, latent_mask
 from mive_core.train.loop import run
 from mive_core.train.recipe import parse_recipe
@@ -132,13 +132,6 @@ def test_bf16_training_learns_the_same(tmp_path):
         assert all(p.dtype == torch.float32 for p in task.model.parameters())
     assert abs(losses[True][0] - losses[False][0]) < 0.02 * losses[False][0]
     assert all(series[-1] < 0.9 * series[0] for series in losses.values())
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_as_matrix_products_equals_the_kernel(masked):
-    q, k, v = torch.randn(3, 2, 11, 12).unbind()
-    mask = torch.randn(2, 1, 11, 11) if masked else None
-    torch.testing.assert_close(matmul_attention(q, k, v, 3, mask), torch_attention(q, k, v, 3, mask), atol=1e-5, rtol=1e-5)
 
 
 def test_recipe_refuses_unknown_keys():
