@@ -13,39 +13,51 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(matrix: Tensor, num_steps: int = 5) -> Tensor:
-    """(M, N) -> (M, N) with the same singular vectors and singular values near 1 (0.7 to 1.2)."""
+def orthogonalise(matrices: Tensor, num_steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, M, N) -> float32 (B, M, N) with the same singular vectors and singular values near 1 (0.7 to 1.2); products in `dtype`."""
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-12)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)).to(dtype)
     for _ in range(num_steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.float()
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum; `lr` is the fraction of a weight's norm that one step moves it.
 
-    Takes weights of two dimensions or more. `floor` is the norm below which a weight counts as that large.
+    Takes weights of two dimensions or more. `floor` is the norm below which a weight counts as that large;
+    `dtype` is that of the products.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float = 3e-3, momentum: float = 0.95, floor: float = 0.1):
+    def __init__(self, weights: Iterable[nn.Parameter], lr: float = 3e-3, momentum: float = 0.95, floor: float = 0.1,
+                 dtype: torch.dtype = torch.float32):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "floor": floor})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
+            alike: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._move(weight, group["lr"], group["momentum"], group["floor"])
+                    alike.setdefault(weight.flatten(1).shape, []).append(weight)
+            for weights in alike.values():
+                self._move(weights, group["lr"], group["momentum"], group["floor"])
 
-    def _move(self, weight: nn.Parameter, lr: float, momentum: float, floor: float) -> None:
+    def _move(self, weights: list[nn.Parameter], lr: float, momentum: float, floor: float) -> None:
+        """Weights of one shape: their products are done together."""
+        directions = orthogonalise(torch.stack([self._averaged(weight, momentum) for weight in weights]), dtype=self.dtype)
+        for weight, direction in zip(weights, directions):
+            size = lr * weight.norm().clamp(min=floor) / (direction.norm() + 1e-12)
+            weight.sub_(direction.view_as(weight) * size)
+
+    def _averaged(self, weight: nn.Parameter, momentum: float) -> Tensor:
         state = self.state[weight]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(weight)
         average = state["momentum"].lerp_(weight.grad, 1 - momentum)
-        direction = orthogonalise(weight.grad.lerp(average, momentum).flatten(1))
-        size = lr * weight.norm().clamp(min=floor) / (direction.norm() + 1e-12)
-        weight.sub_(direction.view_as(weight) * size)
+        return weight.grad.lerp(average, momentum).flatten(1)
