@@ -21,6 +21,7 @@ from ..layers import parse_layers
 from ..tensors import read_tensors
 from .features import Bucket, EditFeatures, prepare, read_shards, shards_of
 from .loop import step_seed
+from .optim import Muon
 from .recipe import Recipe, parse_recipe
 from .wan_vae import LATENT_CHANNELS, WholeClipVAE, decode_clips, read_whole_clip_vae
 
@@ -38,6 +39,7 @@ class DiTRecipe(Recipe):
     layers: str = "first+last"
     batch_size: int = 8
     learning_rate: float = 1.2e-3
+    muon_rate: float = 0.0  # of the blocks' matrices, a fraction of their norm; 0: AdamW moves them too
     weight_decay: float = 0.01
     num_warmup_steps: int = 80
     decay_share: float = 0.25  # of the steps, at the end, linear to zero
@@ -46,7 +48,8 @@ class DiTRecipe(Recipe):
     num_feature_processes: int = 2
     channel_power: float = 0.0  # of a latent channel's effect on the decoded pixels, that the loss weighs it by
     copier_start: bool = False  # see initialise_copier
-    start_from: str = ""  # a MiVE DiT of the same shapes to go on from
+    start_from: str = ""  # a MiVE DiT to go on from, of the same shapes; it may have fewer blocks, see deepen
+    num_blocks: int = 0  # 0: the preset's
 
 
 class FeatureBatches(Dataset):
@@ -81,15 +84,21 @@ class DiTTask:
         torch.manual_seed(recipe.seed)
         self.model = MiVEDiT(config, operations=nn, attention=matmul_attention if recipe.bf16 else torch_attention)
         if recipe.start_from:
-            self.model.load_state_dict({key: value.float() for key, value in read_tensors(Path(recipe.start_from)).items()})
+            weights = {key: value.float() for key, value in read_tensors(Path(recipe.start_from)).items()}
+            self.model.load_state_dict(deepen(weights, config.num_blocks))
         else:
             initialise(self.model)
             if recipe.copier_start:
                 initialise_copier(self.model)
         self.channels = channel_weights(read_whole_clip_vae(recipe.vae), recipe.channel_power) if recipe.channel_power else torch.ones(1)
         self.modules = {"dit": self.model}
-        self.optimizers = {"adamw": torch.optim.AdamW(self.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98),
-                                                      weight_decay=recipe.weight_decay, fused=True)}
+        matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2] if recipe.muon_rate else []
+        held = {id(p) for p in matrices}
+        rest = [p for p in self.model.parameters() if id(p) not in held]
+        self.optimizers = {"adamw": torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay,
+                                                      fused=True)}
+        if matrices:
+            self.optimizers["muon"] = Muon(matrices, lr=recipe.muon_rate, dtype=torch.bfloat16 if recipe.bf16 else torch.float32)
 
     def rate(self, step: int) -> float:
         remaining = (self.recipe.num_steps - step) / max(self.recipe.decay_share * self.recipe.num_steps, 1)
@@ -164,11 +173,26 @@ def initialise_copier(model: MiVEDiT, gain: float = 0.8, branch: float = 0.3) ->
         block.modulation[:, [2, 5]] *= branch
 
 
+def deepen(weights: dict[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
+    """A DiT's state spread over more blocks: each new one is its predecessor with branches that end in zero, so nothing changes yet."""
+    known = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    places = [i * num_blocks // known for i in range(known)]
+    deeper = {key: value for key, value in weights.items() if not key.startswith("blocks.")}
+    for place in range(num_blocks):
+        origin = max(i for i in range(known) if places[i] <= place)
+        for key, value in weights.items():
+            if key.startswith(f"blocks.{origin}."):
+                name = key.split(".", 2)[2]
+                silent = place not in places and name.startswith(("self_attn.o.", "ffn.2."))
+                deeper[f"blocks.{place}.{name}"] = torch.zeros_like(value) if silent else value.clone()
+    return deeper
+
+
 def build(values: dict, where: object = None) -> DiTTask:
     """A recipe's values -> the task; computes the features that are missing first."""
     recipe = parse_recipe(DiTRecipe, values, where)
     config = PRESETS[recipe.preset]
-    config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers))
+    config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
     buckets = []
     for width, height, num_frames, num_clips, share in recipe.buckets:
         bucket = Bucket((width, height), num_frames, num_clips, share)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from mive_core.attention import torch_attention
 from mive_core.checkpoint import load_dit
@@ -12,7 +13,7 @@ from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
 from mive_core.flow import flow_path
-from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, initialise, initialise_copier
+from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, deepen, initialise, initialise_copier
 from mive_core.train.features import Bucket, EditFeatures, latent_mask
 from mive_core.train.loop import run
 from mive_core.train.recipe import parse_recipe
@@ -59,6 +60,31 @@ def test_latent_mask_gives_frame_0_a_cell_of_its_own():
     assert cells.shape == (3, 2, 2)
     assert cells.nonzero().tolist() == [[0, 0, 0], [2, 1, 1]]
     assert latent_mask(mask[:1]).shape == (1, 2, 2)
+
+
+def test_a_deepened_dit_does_what_it_did_and_can_learn_more(tmp_path):
+    task = make_task(tmp_path)
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    deep = MiVEDiT(replace(CONFIG, num_blocks=3), operations=nn, attention=torch_attention)
+    deep.load_state_dict(deepen(task.model.state_dict(), 3))
+    batch, t = task.dataset[0], torch.tensor([0.3, 0.8])
+    outputs = [model(batch.target, batch.source, batch.reference, model.embed_condition(batch.states), t) for model in (task.model, deep)]
+    torch.testing.assert_close(*outputs)
+    outputs[1].square().mean().backward()
+    assert all(block.ffn[2].weight.grad.abs().max() > 0 and block.self_attn.o.weight.grad.abs().max() > 0 for block in deep.blocks)
+
+
+def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tmp_path):
+    task = make_task(tmp_path, muon_rate=0.01, num_steps=3)
+    held = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in task.optimizers.values()]
+    assert held[0].isdisjoint(held[1]) and len(held[0] | held[1]) == len(list(task.model.parameters()))
+    weight, bias = task.model.blocks[0].ffn[0].weight, task.model.blocks[0].ffn[0].bias
+    assert id(weight) in held[1] and id(bias) in held[0]
+    run(task)
+    task = make_task(tmp_path, muon_rate=0.01, num_steps=3)
+    assert not torch.equal(weight, task.model.blocks[0].ffn[0].weight) and not torch.equal(bias, task.model.blocks[0].ffn[0].bias)
 
 
 def test_the_loss_weighs_edited_cells(tmp_path):
