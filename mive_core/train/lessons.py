@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import PRESETS
-from ..prompt import build_inputs, sample_frames
+from ..prompt import build_inputs, chat_text, sample_frames
 from ..tensors import read_tensors
 from ..types import VLMInputs
-from .synth import PHRASINGS, VOCABULARIES, SyntheticEdit
+from .synth import PHRASINGS, VOCABULARIES, EditLabels, SyntheticEdit
 from .synth import phrasing
 
 CONFIG = PRESETS["tiny"]
@@ -23,7 +23,17 @@ HEADS = "heads.safetensors"
 TOKEN_SIDE = 16  # pixels: two patches of eight, merged
 PER_TOKEN = 2  # sampled frames in a token
 MATCH_WIDTH = 48
+UNSAID = ("kind", "place")  # fields that an instruction alone does not settle
 HALF = 127.5  # bytes to the processor's -1..1
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Instructions alone, N of them, as a prompt begins with them: up to the marker before the reference."""
+
+    input_ids: Tensor  # (N, S) text padded on the right
+    attention_mask: Tensor  # (N, S)
+    labels: Tensor  # (N, num_fields) int64
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Lesson:
     edited: Tensor  # (B, V) fraction of the token's pixels that the edit changes
     before: Tensor  # (B, V, 3) the token's mean colour in the source
     after: Tensor  # (B, V, 3) and in the target
+    said: Sentences | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,13 @@ def example(edit: SyntheticEdit, manner: int, processor) -> Example:
     inputs = build_inputs(request, processor, CONFIG)
     inputs = replace(inputs, pixel_values=to_byte(inputs.pixel_values), pixel_values_videos=to_byte(inputs.pixel_values_videos))
     return Example(inputs, torch.tensor(edit.labels.indices()), answer(edit, processor))
+
+
+def sentences_of(spoken: Sequence[tuple[str, EditLabels]], processor) -> Sentences:
+    """Instructions and what they ask for -> a batch."""
+    openings = [chat_text(text, processor, CONFIG.max_instruction_tokens).partition(processor.image_token)[0] for text, _ in spoken]
+    encoded = processor.tokenizer(openings, padding=True, padding_side="right", return_tensors="pt")
+    return Sentences(encoded["input_ids"], encoded["attention_mask"], torch.tensor([labels.indices() for _, labels in spoken]))
 
 
 def as_typed(instruction: str, manner: int) -> str:
@@ -115,6 +133,11 @@ class Heads(nn.Module):
         # layer 1: how much each video token is meant by the instruction
         self.asked, self.offered, self.bias = nn.Linear(width, MATCH_WIDTH), nn.Linear(width, MATCH_WIDTH), nn.Linear(width, 1)
 
+    def hear(self, last: Tensor, said: Sentences) -> dict[str, Tensor]:
+        """States (N, S, D_vlm) of layer L -> each field (N, num_words)."""
+        state = last[torch.arange(len(last)), said.attention_mask.sum(dim=1) - 1]
+        return {field: head(state) for field, head in self.words.items() if field not in UNSAID}
+
     def forward(self, first: Tensor, last: Tensor, inputs: VLMInputs) -> "Readings":
         """States (B, S, D_vlm) of layers 1 and L -> what they say."""
         batch = torch.arange(len(last))
@@ -164,6 +187,12 @@ def losses(readings: Readings, truth: Lesson, weights: Sequence[float]) -> dict[
     return found
 
 
+def misheard(heard: dict[str, Tensor], said: Sentences) -> Tensor:
+    """Scalar: what the heads make of instructions alone."""
+    fields = list(VOCABULARIES)
+    return torch.stack([F.cross_entropy(logits, said.labels[:, fields.index(field)]) for field, logits in heard.items()]).mean()
+
+
 def located(logits: Tensor, edited: Tensor) -> Tensor:
     """(B, V), (B, V) -> scalar; the overlap counts small objects as much as large ones."""
     return F.binary_cross_entropy_with_logits(logits, edited) + 1 - overlap(logits, edited).mean()
@@ -181,6 +210,8 @@ def phrases() -> Iterator[str]:
     for templates in PHRASINGS.values():
         for template in templates[: -phrasing.NUM_HELD_OUT]:
             yield from (template, as_typed(template, 1), as_typed(template, 2))
+    yield from phrasing.OPENINGS
+    yield from (f" {closing}" for closing in phrasing.CLOSINGS)
     for words in VOCABULARIES.values():
         yield from (f" {word}" for word in words for _ in range(2))
     for nouns in (phrasing.LOOK_NOUNS, phrasing.TWINS):

@@ -2,18 +2,20 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..tensors import write_tensors
 from ..types import VLMInputs
 from ..vlm import VLM, WEIGHTS, load_processor, new_model, tap
-from .lessons import HEADS, Example, Heads, Lesson, Readings, batch_of, example, load_heads, losses, phrases
+from .lessons import (HEADS, Example, Heads, Lesson, Readings, Sentences, as_typed, batch_of, example, load_heads, losses, misheard,
+                      phrases, sentences_of)
 from .recipe import Recipe, parse_recipe
 from .synth import PairedEdits
 from .tiny_vlm import write_tiny_folder
@@ -33,6 +35,7 @@ class VLMRecipe(Recipe):
     weight_decay: float = 0.01
     sizes: tuple = ((96, 96), (160, 96), (192, 112))  # width, height
     odds: tuple = (0.86, 0.09, 0.05)  # of each size
+    num_sentences: int = 0  # instructions without pictures in each step; their loss is added to "heard"
     local_odds: float = 0.0  # of a step whose new edits are all of single objects
     weights: tuple = (2.0, 3.0, 0.0, 2.0, 2.0, 0.3)  # of the losses heard, words, meant, where, becomes, first
     initial: str = ""  # an exported folder to begin with
@@ -51,7 +54,13 @@ class Lessons(Dataset):
         earlier = [s for s in range(max(0, step - self.recipe.memory), step) if self.size_of(s) == size]
         repeated = self.random(step, 1).choice(earlier) if earlier else step
         self.drawn = {s: found for s, found in self.drawn.items() if s > step - self.recipe.memory}
-        return batch_of([*self.half(step), *self.half(int(repeated))], self.processor.tokenizer.pad_token_id)
+        batch = batch_of([*self.half(step), *self.half(int(repeated))], self.processor.tokenizer.pad_token_id)
+        return replace(batch, said=self.sentences(step)) if self.recipe.num_sentences else batch
+
+    def sentences(self, step: int) -> Sentences:
+        num, edits = self.recipe.num_sentences, self.edits[0][0]
+        spoken = (edits.say(step * num + j) for j in range(num))
+        return sentences_of([(as_typed(text, j % 3), labels) for j, (text, labels) in enumerate(spoken)], self.processor)
 
     def size_of(self, step: int) -> int:
         return int(self.random(step, 0).choice(len(self.recipe.sizes), p=self.recipe.odds))
@@ -78,6 +87,7 @@ class VLMTask:
         if recipe.initial:
             vlm = VLM.load(recipe.initial)
             self.model, self.heads = vlm.model.requires_grad_(True).train(), load_heads(Path(recipe.initial), vlm.width)
+            carry_words(self.model.get_input_embeddings().weight, vlm.processor.tokenizer, load_processor(self.folder).tokenizer)
         else:
             self.model = new_model(self.folder).train()
             self.heads = Heads(self.model.config.text_config.hidden_size)
@@ -95,7 +105,13 @@ class VLMTask:
         return self.recipe.final_lr + (1 - self.recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
     def loss(self, step: int, batch: Lesson, generator: torch.Generator) -> dict[str, Tensor]:
-        return losses(read(self.model, self.heads, batch.inputs), batch, self.recipe.weights)
+        found = losses(read(self.model, self.heads, batch.inputs), batch, self.recipe.weights)
+        if batch.said is not None:
+            said = batch.said
+            states = self.model.language_model(input_ids=said.input_ids, attention_mask=said.attention_mask, use_cache=False)
+            found["said"] = misheard(self.heads.hear(states.last_hidden_state, said), said)
+            found["loss"] = found["loss"] + self.recipe.weights[0] * found["said"]
+        return found
 
     def after_step(self, step: int) -> None:
         pass
@@ -108,6 +124,16 @@ class VLMTask:
         write_tensors(path / HEADS, {name: value.half() for name, value in self.heads.state_dict().items()}, {"format": "pt"})
         for name in (WEIGHTS, HEADS):
             os.chmod(path / name, 0o644)
+
+
+@torch.no_grad()
+def carry_words(embeddings: Tensor, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
+    """Renumbers the rows (V, D) from one tokenizer to another; a token that is new gets the mean of the old ones that spell it."""
+    known, before = old.get_vocab(), embeddings.clone()
+    for token, row in new.get_vocab().items():
+        spelt = [known[token]] if token in known else old(new.convert_tokens_to_string([token]), add_special_tokens=False).input_ids
+        if spelt:
+            embeddings[row] = before[spelt].mean(dim=0)
 
 
 def read(model: torch.nn.Module, heads: Heads, inputs: VLMInputs) -> Readings:

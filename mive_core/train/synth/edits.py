@@ -53,7 +53,7 @@ class PairedEdits:
             raise UserError("the clips' length does not fit", got=f"{num_frames} frames at {fps} a second",
                             expected="4n+1 frames, at least half a second")
         self.seed, self.split, self.size, self.num_frames, self.fps = seed, split, size, num_frames, fps
-        self.odds = plan_odds(kinds, edits)
+        self.odds = plan_odds(split, kinds, edits)
 
     def sample(self, index: int) -> SyntheticEdit:
         """The edit of that index, any integer >= 0."""
@@ -72,6 +72,15 @@ class PairedEdits:
         request = EditRequest(Clip(source, self.fps), seen[0].clone(), instruction)
         labels = replace(plan.labels, place=place_of(plan, rendered.footprint))
         return SyntheticEdit(PairedEdit(request, target, mask, f"{self.split}-{self.seed}-{index}"), labels)
+
+    def say(self, index: int) -> tuple[str, EditLabels]:
+        """An instruction and what it asks for, with nothing rendered; `place` is there only where the instruction names it."""
+        held_out = self.split == "heldout"
+        rng = np.random.default_rng((self.seed, crc32(self.split.encode()), index, 1))
+        plan = draw_plan(rng, self.odds, held_out)
+        times = clip_times(self.num_frames, self.fps)
+        cast = draw_cast(rng, plan, self.size, float(times[-1]))
+        return instruct(rng, plan, cast, _tracks(cast, times, self.size), held_out), replace(plan.labels, place=cast.where)
 
 
 def draw_visible(rng: np.random.Generator, plan: Plan, times: np.ndarray, size: tuple[int, int]) -> tuple[Cast, Rendered] | None:

@@ -8,7 +8,11 @@ from ...errors import UserError
 from .labels import COLOURS, LOOKS, NONE, PICKS, SHAPES, EditLabels, is_held_out
 from .looks import LOOKS_FN
 
-KIND_ODDS = {"seen in reference": 0.57, "enters late": 0.14, "two alike": 0.11, "instruction only": 0.10, "no instruction": 0.08}
+KIND_ODDS = {
+    # what needs the instruction is harder to learn, so training has more of it
+    "train": {"seen in reference": 0.42, "enters late": 0.17, "two alike": 0.16, "instruction only": 0.17, "no instruction": 0.08},
+    "heldout": {"seen in reference": 0.57, "enters late": 0.14, "two alike": 0.11, "instruction only": 0.10, "no instruction": 0.08},
+}
 _SEEN = {"recolour": 0.17, "replace": 0.14, "remove": 0.115, "add": 0.14, "background": 0.145, "look": 0.29}
 EDIT_ODDS = {
     "seen in reference": _SEEN,
@@ -36,13 +40,13 @@ class Plan:
         return not self.late and self.labels.kind in ("seen in reference", "no instruction")
 
 
-def plan_odds(kinds: tuple[str, ...] | None, edits: tuple[str, ...] | None) -> dict[tuple[str, str], float]:
+def plan_odds(split: str, kinds: tuple[str, ...] | None, edits: tuple[str, ...] | None) -> dict[tuple[str, str], float]:
     """(kind, edit) -> probability, under a restriction. Raises UserError where nothing is left."""
-    odds = {(kind, edit): KIND_ODDS[kind] * share for kind in KIND_ODDS for edit, share in EDIT_ODDS[kind].items()
+    odds = {(kind, edit): odds_of_kind * share for kind, odds_of_kind in KIND_ODDS[split].items() for edit, share in EDIT_ODDS[kind].items()
             if (kinds is None or kind in kinds) and (edits is None or edit in edits)}
     if not odds:
         raise UserError("no paired edit is of these kinds and edits", got=f"kinds {kinds}, edits {edits}",
-                        expected=f"kinds among {', '.join(KIND_ODDS)}; edits among {', '.join(_SEEN)}",
+                        expected=f"kinds among {', '.join(KIND_ODDS[split])}; edits among {', '.join(_SEEN)}",
                         fix="background and look edits never enter late and are never of two alike")
     total = sum(odds.values())
     return {key: value / total for key, value in odds.items()}
