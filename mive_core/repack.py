@@ -75,4 +75,7 @@ def name_of(width: int, path: Path) -> str:
 
 
 def _depth(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in shapes if key.startswith(prefix))
+    numbers = [int(key.removeprefix(prefix).split(".")[0]) for key in shapes if key.startswith(prefix)]
+    if not numbers:
+        raise KeyError(f"{prefix}0")
+    return 1 + max(numbers)

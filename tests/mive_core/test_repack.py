@@ -77,6 +77,7 @@ def test_8_bit_weights_are_scaled_back(body, tmp_path, suffix, rows):
 
 @pytest.mark.parametrize("change, said", [
     (lambda s: s.pop("model.visual.pos_embed.weight"), "no whole Qwen3-VL; got no visual.pos_embed.weight"),
+    (lambda s: [s.pop(key) for key in list(s) if ".visual.blocks." in key], "no whole Qwen3-VL; got no visual.blocks.0"),
     (lambda s: s.pop("model.language_model.norm.weight"), "weights missing or unknown, such as language_model.norm.weight"),
     (lambda s: s.update({"model.visual.blocks.24.norm1.weight": torch.ones(WIDTH)}), "no published Qwen3-VL; got 25 vision layers"),
     (lambda s: s.update({"model.language_model.norm.weight": torch.ones(WIDTH, dtype=torch.uint8)}), "this dtype cannot be read"),

@@ -72,8 +72,8 @@ PHRASINGS = {
         "change the background colour to {new}", "the background should be plain {new}", "i want a plain {new} background",
         "a {new} background", "set the background to {new}", "recolour the background in {new}", "use {new} as the background colour",
         "everything behind should be {new}", "the background is to be {new}", "give it a {new} background",
-        "keep the shapes and let the rest be {new}", "fill the background with {new}", "{new} behind everything", "the whole backdrop should become {new}", "background in {new}",
-        "let there be nothing but {new} behind", "colour what is behind {new}",
+        "keep the shapes and let the rest be {new}", "fill the background with {new}", "{new} behind everything",
+        "the whole backdrop should become {new}", "background in {new}", "let there be nothing but {new} behind", "colour what is behind {new}",
         "colour the whole background {new}", "let the background become {new}",
     ),
     "look": (
