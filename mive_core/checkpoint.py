@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .attention import AttentionFn
+from .attention import AttentionFn, torch_attention
 from .config import MiVEConfig
 from .dit import MiVEDiT
 from .errors import UserError
-from .tensors import INDEX_SUFFIX, family_of, read_headers, read_tensors, resolve, write_tensors
+from .tensors import INDEX_SUFFIX, family_of, is_scale, read_headers, read_weights, resolve, write_tensors
 
 # Wan's and our spelling of the shared layers -> diffusers' WanTransformer3DModel
 WAN_TO_DIFFUSERS = {
@@ -65,16 +65,25 @@ def read_config(path: Path) -> MiVEConfig:
 
 def load_dit(path: str | Path, *, operations=torch.nn, attention: AttentionFn, dtype: torch.dtype = torch.float32,
              device: torch.device | str = "cpu") -> MiVEDiT:
-    """A MiVE checkpoint (file, folder or sharded index) -> the model, in eval mode. Every key must fit, and no other be there."""
+    """A MiVE checkpoint (file, folder or sharded index) -> the model, in eval mode. Every key must fit, and no other be there.
+
+    8-bit weights are scaled back to `dtype`: here they save disk, in ComfyUI memory too.
+    """
     path = resolve(path, "dit.safetensors")
     config = read_config(path)
     with torch.device("meta"):
         model = MiVEDiT(config, operations=operations, attention=attention, dtype=dtype)
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    tensors = read_tensors(path)
-    check_fit(path, {k: tuple(v.shape) for k, v in tensors.items()}, shapes)
-    model.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in tensors.items()}, strict=True, assign=True)
+    tensors = read_weights(path, dtype)
+    check_whole(path, {k: tuple(v.shape) for k, v in tensors.items()}, config)
+    model.load_state_dict({k: v.to(device) for k, v in tensors.items()}, strict=True, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def check_whole(path: Path, shapes: dict[str, tuple], config: MiVEConfig) -> None:
+    """Raises UserError unless the file's keys and shapes are those of the config's DiT; those of 8-bit storage are passed over."""
+    with torch.device("meta"):
+        model = MiVEDiT(config, operations=torch.nn, attention=torch_attention)
+    check_fit(path, {k: v for k, v in shapes.items() if not is_scale(k)}, {k: tuple(v.shape) for k, v in model.state_dict().items()})
 
 
 def check_fit(path: Path, got: dict[str, tuple], expected: dict[str, tuple]) -> None:

@@ -81,6 +81,10 @@ def build_parser() -> Parser:
     init.add_argument("--layers", type=text, default="first+last", metavar="SPEC", help="VLM layers it will read, default first+last")
     init.add_argument("--vlm", default="8b", choices=tuple(VLM_SIZES), help="the Qwen3-VL it will read, default 8b")
     init.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the source's; fp8 becomes bf16")
+    quantize = _command(commands, "quantize", run_quantize, "store a MiVE checkpoint's large matrices in 8 bits")
+    quantize.add_argument("source", metavar="SRC", type=text, help="a file, a folder or a sharded index")
+    quantize.add_argument("destination", metavar="DST.safetensors", type=text)
+    quantize.add_argument("--format", default="fp8_scaled", choices=("fp8_scaled",), help="default fp8_scaled, as ComfyUI reads it natively")
     _add_bench(commands)
     _add_data(commands)
     demo = _command(commands, "demo", run_demo, "edit two clips with the embedded models")
@@ -224,6 +228,16 @@ def run_init_from_wan(arguments: argparse.Namespace) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[arguments.dtype]
     init_from_wan(arguments.source, destination, layers=arguments.layers, vlm=arguments.vlm, dtype=dtype)
     sys.stdout.write(json.dumps(inspect(destination), indent=2) + "\n")
+
+
+def run_quantize(arguments: argparse.Namespace) -> None:
+    from .files import check_input, check_output
+
+    destination = check_output(arguments.destination, "destination", (".safetensors",))
+    from .quantize import quantize
+
+    report = quantize(check_input(arguments.source, "checkpoint"), destination, arguments.format)
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 
 def run_bench_dit(arguments: argparse.Namespace) -> None:

@@ -56,7 +56,7 @@ def init_from_wan(source: str | Path, destination: str | Path, *, layers: str = 
         tensor = read_scaled(file, name, dtype).view(shapes[key])
         return torch.cat([tensor, torch.zeros_like(tensor)], dim=1) if key == double else tensor
 
-    stream_tensors(Path(destination), wanted, dtype, produce, config.to_metadata())
+    stream_tensors(Path(destination), {key: (dtype, shape) for key, shape in wanted.items()}, produce, config.to_metadata())
     return config
 
 

@@ -160,22 +160,27 @@ def read_scaled(file: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
     return weight.mul_(factor if factor.numel() == 1 else factor.view(-1, 1))
 
 
+def read_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a file or a sharded index in `dtype`, 8-bit ones times their scales; one tensor at a time is held twice."""
+    return {key: read_scaled(file, key, dtype) for file in read_headers(path) for key in file.shapes if not is_scale(key)}
+
+
 def is_scale(key: str) -> bool:
     """Whether a key belongs to 8-bit storage instead of to the model."""
     return key.endswith((*SCALES, *SCALE_NOTES))
 
 
-def stream_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, produce: Callable[[str], Tensor],
+def stream_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], produce: Callable[[str], Tensor],
                    metadata: dict[str, str]) -> None:
-    """One safetensors file of a single dtype, whole or not at all, holding one tensor at a time in memory: produce(key) gives each in turn.
+    """One safetensors file, whole or not at all, holding one tensor at a time in memory: produce(key) gives each in turn.
 
-    Raises UserError where the system refuses the write, or there is no room for it.
+    layout: the dtype and the shape of each. Raises UserError where the system refuses the write, or there is no room for it.
     """
-    name = next(name for name, known in DTYPES.items() if known == dtype)
+    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
     header, end = {"__metadata__": metadata}, 0
-    for key, shape in shapes.items():
+    for key, (dtype, shape) in layout.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
+        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +189,7 @@ def stream_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: tor
         raise UserError("there is no room for the file", where=path, got=f"{free / 1e9:.1f} GB free", expected=f"{end / 1e9:.1f} GB")
     with written_beside(path) as partial, open(partial, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for key, shape in tqdm(shapes.items(), desc=path.name, unit="tensor"):
+        for key, (dtype, shape) in tqdm(layout.items(), desc=path.name, unit="tensor"):
             tensor = produce(key)
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{key}: {tuple(tensor.shape)} where {tuple(shape)} was announced")

@@ -10,30 +10,30 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from ...mive_core.attention import torch_attention
-from ...mive_core.checkpoint import check_fit, read_config
-from ...mive_core.dit import MiVEDiT
+from ...mive_core.checkpoint import check_whole, read_config
 from .model import MiVESupport
 
 
 def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: bool = False, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """A checkpoint file -> MODEL. `dtype` None lets ComfyUI choose by device and file; fp8 types only store.
 
+    A file with 8-bit weights and their scales keeps them as they are, in ComfyUI's own quantised layers.
+
     Raises UserError for files that are damaged or something else.
     """
     config = read_config(Path(path))
-    state = comfy.utils.load_torch_file(str(path), safe_load=True)
-    with torch.device("meta"):
-        expected = MiVEDiT(config, operations=torch.nn, attention=torch_attention).state_dict()
-    check_fit(Path(path), {k: tuple(v.shape) for k, v in state.items()}, {k: tuple(v.shape) for k, v in expected.items()})
+    state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    state, _ = comfy.utils.convert_old_quants(state, metadata=metadata)
+    check_whole(Path(path), {k: tuple(v.shape) for k, v in state.items()}, config)
 
     support = MiVESupport(config)
+    support.quant_config = comfy.utils.detect_layer_quantization(state, "")
     device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     if dtype is None:
         dtype = comfy.model_management.unet_dtype(
             model_params=comfy.utils.calculate_parameters(state), supported_dtypes=list(support.supported_inference_dtypes),
-            weight_dtype=comfy.utils.weight_dtype(state))
-    cast = comfy.model_management.unet_manual_cast(dtype, device, support.supported_inference_dtypes)
+            weight_dtype=None if support.quant_config else comfy.utils.weight_dtype(state))
+    cast = comfy.model_management.unet_manual_cast(None if support.quant_config else dtype, device, support.supported_inference_dtypes)
     support.set_inference_dtype(dtype, cast, device=device)
     support.optimizations["fp8"] = fp8_matmul
 

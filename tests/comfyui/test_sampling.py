@@ -195,6 +195,24 @@ def test_fp8_storage(pack, loaded, dtype):
     assert 0 < (small - plain).norm() / plain.norm() < 0.5
 
 
+@torch.inference_mode()
+def test_a_quantised_file_stays_in_8_bits_and_takes_a_lora(pack, loaded, base):
+    """What `mive quantize` writes is ComfyUI's own layout: its quantised layers hold it, and nearly the same velocity comes out."""
+    import nodes
+
+    folder = base / "models" / "diffusion_models"
+    pack.submodule("mive_core.quantize").quantize(folder / DIT, folder / "fp8_scaled.safetensors")
+    model, = pack.run("MiVELoadDiT", model="fp8_scaled.safetensors")
+    layer = model.model.diffusion_model.blocks[0].ffn[0]
+    assert layer.quant_format == "float8_e4m3fn" and layer.weight.shape == (576, 192)
+    assert model.model_size() < 0.5 * loaded.model.model_size()
+    plain, small = sample(pack, loaded), sample(pack, loaded, model=model)
+    assert 0 < (small - plain).norm() / plain.norm() < 0.2
+    with_lora, = nodes.LoraLoaderModelOnly().load_lora_model_only(model, LORA, 1.0)
+    assert (sample(pack, loaded, model=with_lora) - small).abs().max() > 1e-3
+    assert torch.equal(sample(pack, loaded, model=model), small)
+
+
 def test_memory_counts_the_whole_sequence(loaded):
     estimate = loaded.model.model.memory_required
     shape = list(loaded.latent["samples"].shape)
