@@ -5,6 +5,7 @@ one tensor at a time. C latent channels, D model width.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,10 +28,11 @@ SEED = 0  # of the condition tokens' projection
 
 
 def init_from_wan(source: str | Path, destination: str | Path, *, layers: str = "first+last", vlm: str = "8b",
-                  dtype: torch.dtype | None = None) -> MiVEConfig:
+                  dtype: torch.dtype | None = None, progress: Callable[[int, int], None] | None = None) -> MiVEConfig:
     """Reads a Wan2.1-T2V file, sharded index or diffusers folder, writes one MiVE file, returns its config.
 
-    `dtype` None keeps the source's; fp8 becomes bf16. Holds one tensor at a time. Raises UserError for anything that is no whole Wan T2V.
+    `dtype` None keeps the source's; fp8 becomes bf16. Holds one tensor at a time, and tells `progress` which of how many it is at;
+    where that raises, no file is left. Raises UserError for anything that is no whole Wan T2V.
     """
     path = find_wan(source)
     where = locate(path)
@@ -49,7 +51,11 @@ def init_from_wan(source: str | Path, destination: str | Path, *, layers: str = 
         dtype = torch.bfloat16 if kinds & (FLOAT8 | {"BF16"}) else torch.float16 if "F16" in kinds else torch.float32
     generator = torch.Generator().manual_seed(SEED)
 
+    places = {key: i for i, key in enumerate(wanted)}
+
     def produce(key: str) -> Tensor:
+        if progress is not None:
+            progress(places[key], len(places))
         if key in fresh:
             return fresh_tensor(key, wanted[key], generator)
         file, name = where[key]

@@ -2,10 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import dit, inspect, latents, sampling, vlm
+from . import convert, dit, inspect, latents, sampling, vlm
 from .bridge.paths import register
 
-MODULES = (vlm, dit, latents, sampling, inspect)
+MODULES = (vlm, dit, latents, sampling, inspect, convert)
 
 
 class MiVEExtension(ComfyExtension):

@@ -53,10 +53,10 @@ def test_all_are_there():
 
 
 def test_every_node_of_the_pack_is_used():
-    """The pack's nodes are those with a help page, which another test holds against ComfyUI."""
+    """The pack's nodes are those with a help page, which another test holds against ComfyUI. Only the start of a training is no edit."""
     used = {node["type"] for path in FILES for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]}
     ours = {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
-    assert ours and ours <= used, ours - used
+    assert ours - used == {"MiVEInitFromWan"}
 
 
 def test_links_are_consistent(workflow):

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from ..tensors import write_tensors
 from ..types import VLMInputs
@@ -127,7 +127,7 @@ class VLMTask:
 
 
 @torch.no_grad()
-def carry_words(embeddings: Tensor, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
+def carry_words(embeddings: Tensor, old: Callable, new: Callable) -> None:
     """Renumbers the rows (V, D) from one tokenizer to another; a token that is new gets the mean of the old ones that spell it."""
     known, before = old.get_vocab(), embeddings.clone()
     for token, row in new.get_vocab().items():

@@ -125,7 +125,7 @@ def pack(comfyui, base) -> Pack:
     import nodes
 
     for category in ("diffusion_models", "vae", "loras", "text_encoders"):
-        folder_paths.add_model_folder_path(category, str(base / "models" / category))
+        folder_paths.add_model_folder_path(category, str(base / "models" / category), is_default=True)
     for kind in ("input", "output", "temp"):
         getattr(folder_paths, f"set_{kind}_directory")(str(base / kind))
     said: list[str] = []

@@ -286,3 +286,57 @@ def test_one_file_is_read_with_comfyuis_tokenizer(pack, base, body, request_):
                              reference=request_.reference[None])
     states, values = conditioning[0]
     assert values["mive_layers"] == (1, 2) and states.shape[2] == 2 * 64 and states.isfinite().all()
+
+
+# Init From Wan
+
+@pytest.fixture
+def wan(pack):
+    """A Wan T2V checkpoint of random numbers, two blocks of the narrowest head, as ComfyUI's own model names its weights."""
+    from comfy.ldm.wan.model import WanModel
+    import comfy.ops
+
+    torch.manual_seed(2)
+    model = WanModel(dim=128, ffn_dim=256, freq_dim=32, text_dim=16, in_dim=16, out_dim=16, num_heads=1, num_layers=2, model_type="t2v",
+                     device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    state = {key: torch.randn(value.shape) * 0.05 for key, value in model.state_dict().items()}
+    folder = pack.base / "models" / "diffusion_models"
+    save_file(state, folder / "wan_t2v.safetensors")
+    yield state
+    (folder / "wan_t2v.safetensors").unlink()
+
+
+def test_a_wan_file_becomes_one_that_mive_loads(pack, wan, monkeypatch):
+    import comfy.utils
+
+    shown = []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, total=None, preview=None: shown.append((value, total)))
+    name, = pack.run("MiVEInitFromWan", model="wan_t2v.safetensors", filename="mive_from_wan.safetensors", vlm="2b", layers="first+last")
+    model, = pack.run("MiVELoadDiT", model=name)
+    got = model.model.diffusion_model.state_dict()
+    shared = [key for key in got if key in wan and key != "patch_embedding.weight"]
+    assert len(shared) > 30 and all(torch.equal(got[key], wan[key]) for key in shared)
+    assert torch.equal(got["patch_embedding.weight"][:, :16], wan["patch_embedding.weight"]) and not got["patch_embedding.weight"][:, 16:].any()
+    assert (model.model.config.vlm, model.model.config.vlm_width, model.model.config.resolved_layers) == ("Qwen3-VL-2B", 2048, (1, 28))
+    assert shown[0] == (0, len(got)) and shown[-1] == (len(got) - 1, len(got))
+    assert "there already" in pack.node("MiVEInitFromWan").validate_inputs(filename=name, layers="first+last", vlm="2b")
+    (pack.base / "models" / "diffusion_models" / name).unlink()
+
+
+def test_an_interrupted_conversion_leaves_no_file(pack, wan):
+    import comfy.model_management
+
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        pack.run("MiVEInitFromWan", model="wan_t2v.safetensors", filename="broken.safetensors", vlm="2b", layers="first+last")
+    assert not [path.name for path in (pack.base / "models" / "diffusion_models").iterdir() if "broken" in path.name]
+
+
+@pytest.mark.parametrize("name", ["../out.safetensors", "a/b.safetensors", "a\\b.safetensors", ".safetensors", "out.ckpt", "/tmp/out.safetensors"])
+def test_a_name_that_leaves_the_folder_is_refused_when_the_prompt_is_checked(pack, name):
+    assert "no plain name" in pack.node("MiVEInitFromWan").validate_inputs(filename=name, layers="first+last", vlm="2b")
+
+
+def test_what_is_no_wan_is_refused(pack):
+    assert "this looks like a MiVE DiT" in refused(pack, "MiVEInitFromWan", model=DIT, filename="new.safetensors", vlm="2b", layers="first+last")
+    assert "no layer 99" in pack.node("MiVEInitFromWan").validate_inputs(filename="new.safetensors", layers="99", vlm="2b")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 SNAPSHOT = Path(__file__).parent / "schemas.json"
-IDS = ["MiVELoadVLM", "MiVELayerSelect", "MiVEEncode", "MiVELoadDiT", "MiVEReferenceLatents", "MiVESampler", "MiVEPreflight", "MiVEDriftReport"]
+IDS = ["MiVELoadVLM", "MiVELayerSelect", "MiVEEncode", "MiVELoadDiT", "MiVEReferenceLatents", "MiVESampler", "MiVEPreflight", "MiVEDriftReport",
+       "MiVEInitFromWan"]
 
 
 def test_loads_without_a_warning(pack):

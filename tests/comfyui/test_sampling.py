@@ -4,6 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mive_core.quantize import quantize
+
 DIT, LORA, STEPS, TOLERANCE = "random.safetensors", "random.safetensors", 4, 1e-5
 
 
@@ -201,7 +203,7 @@ def test_a_quantised_file_stays_in_8_bits_and_takes_a_lora(pack, loaded, base):
     import nodes
 
     folder = base / "models" / "diffusion_models"
-    pack.submodule("mive_core.quantize").quantize(folder / DIT, folder / "fp8_scaled.safetensors")
+    quantize(folder / DIT, folder / "fp8_scaled.safetensors")
     model, = pack.run("MiVELoadDiT", model="fp8_scaled.safetensors")
     layer = model.model.diffusion_model.blocks[0].ffn[0]
     assert layer.quant_format == "float8_e4m3fn" and layer.weight.shape == (576, 192)

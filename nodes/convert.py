@@ -1,0 +1,72 @@
+"""Makes a MiVE checkpoint to train from out of a Wan one, inside ComfyUI's own folders."""
+
+from pathlib import Path, PurePath
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..mive_core.config import VLM_SIZES
+from ..mive_core.convert import init_from_wan
+from ..mive_core.errors import UserError
+from ..mive_core.layers import parse_layers
+from .bridge.paths import find, list_dits
+from .bridge.said import show
+
+EXPECTED = "a .safetensors file of Wan2.1-T2V in models/diffusion_models"
+SUFFIX, FOLDER = ".safetensors", "diffusion_models"
+
+
+class MiVEInitFromWan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MiVEInitFromWan", display_name="MiVE Init From Wan", category="MiVE", is_output_node=True, hidden=[io.Hidden.unique_id],
+            description="Writes a MiVE checkpoint that starts from Wan2.1-T2V, to be trained: what both have is copied, the rest is new. It cannot edit yet.",
+            search_aliases=["convert wan", "wan to mive", "initialise", "training start"],
+            inputs=[
+                io.Combo.Input("model", options=list(list_dits()), tooltip=f"Wan2.1-T2V, 1.3B or 14B, in 16 bits or scaled fp8. Expected: {EXPECTED}."),
+                io.String.Input("filename", default="mive_init.safetensors", tooltip="The new file, in models/diffusion_models. A file of that name is never overwritten."),
+                io.Combo.Input("vlm", options=list(VLM_SIZES), default="8b", tooltip="The Qwen3-VL whose states it will read."),
+                io.String.Input("layers", default="first+last", tooltip="The VLM's layers it will read: first+last, 1,-1, last, 0:36:6."),
+            ],
+            outputs=[io.String.Output(display_name="filename", tooltip="The new file, as MiVE Load DiT lists it after a refresh.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, filename: str, layers: str, vlm: str) -> bool | str:
+        try:
+            destination(filename)
+            parse_layers(layers, VLM_SIZES[vlm][1])
+        except UserError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, model: str, filename: str, vlm: str, layers: str) -> io.NodeOutput:
+        path = destination(filename)
+        bar = comfy.utils.ProgressBar(1)
+
+        def progress(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        config = init_from_wan(find(list_dits, model, EXPECTED), path, layers=layers, vlm=vlm, progress=progress)
+        report = f"{filename}: {config.num_blocks} blocks of width {config.width}, reads layers {', '.join(map(str, config.layers))} of {config.vlm}"
+        show(cls, report)
+        return io.NodeOutput(filename, ui=ui.PreviewText(report))
+
+
+def destination(name: str) -> Path:
+    """A plain file name -> its place in models/diffusion_models. Raises UserError for any other name, and for one that is taken."""
+    if not name.endswith(SUFFIX) or name == SUFFIX or PurePath(name).name != name or "\\" in name:
+        raise UserError("this is no plain name of a file", where="filename", got=repr(name), expected=f"a name that ends in {SUFFIX}, without folders")
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]  # models/unet, the former one, comes first
+    path = next((folder for folder in folders if folder.name == FOLDER), folders[0]) / name
+    if path.exists():
+        raise UserError("the file is there already", where="filename", got=name, fix="choose another name, or delete the file")
+    return path
+
+
+NODES = [MiVEInitFromWan]
