@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
@@ -126,7 +127,12 @@ def _add_bench(commands) -> None:
     dit.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
     dit.add_argument("--repeats", type=count, default=7)
     dit.add_argument("--threads", type=count)
-    dit.add_argument("--output", type=text, metavar="FILE.json", help="also write the figures there")
+    convert = _command(bench, "convert", run_bench_convert, "init-from-wan beside a copy of the same file, and its memory")
+    convert.add_argument("--preset", default="1.3b", choices=("1.3b", "14b"), help="whose shapes the random file has, default 1.3b")
+    convert.add_argument("--folder", type=text, metavar="DIR", help="where the files are written, and deleted afterwards")
+    convert.add_argument("--repeats", type=count, default=3)
+    for command in (dit, convert):
+        command.add_argument("--output", type=text, metavar="FILE.json", help="also write the figures there")
 
 
 def _add_data(commands) -> None:
@@ -241,14 +247,29 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_dit(arguments: argparse.Namespace) -> None:
+    from .bench import bench_dit
+
+    _report(arguments, lambda: bench_dit(arguments.preset, tokens=arguments.tokens, blocks=arguments.blocks, repeats=arguments.repeats,
+                                         threads=arguments.threads))
+
+
+def run_bench_convert(arguments: argparse.Namespace) -> None:
+    from .bench_convert import bench_convert
+    from .files import check_input
+
+    folder = check_input(arguments.folder, "folder") if arguments.folder else None
+    _report(arguments, lambda: bench_convert(arguments.preset, folder=folder, repeats=arguments.repeats))
+
+
+def _report(arguments: argparse.Namespace, measure: Callable[[], dict]) -> None:
+    """Figures to stdout, and to the file that was asked for, whose name is checked before the measuring."""
     from .files import check_output
 
     output = check_output(arguments.output, "output", (".json",)) if arguments.output else None
-    from .bench import bench_dit
-    from .evaluate import write_json
-
-    figures = bench_dit(arguments.preset, tokens=arguments.tokens, blocks=arguments.blocks, repeats=arguments.repeats, threads=arguments.threads)
+    figures = measure()
     if output:
+        from .evaluate import write_json
+
         write_json(output, figures | {"command": arguments.command_line})
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 

@@ -1,0 +1,95 @@
+"""What a conversion costs: `init_from_wan` beside a plain copy of the same file, taking turns, and the memory it takes.
+
+The file has a Wan2.1-T2V's real shapes and random bytes; it is deleted afterwards.
+"""
+
+import math
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .attention import torch_attention
+from .config import PRESETS, MiVEConfig
+from .convert import init_from_wan
+from .dit import MiVEDiT
+from .errors import UserError
+from .tensors import stream_tensors
+
+TEXT_WIDTH = 4096  # of Wan's umT5
+
+
+def bench_convert(preset: str, *, folder: Path | None = None, repeats: int = 3, vlm: str = "8b") -> dict:
+    """Bytes a second of conversion and of copy (each with its flush to disk), their ratio, and the conversion's peak memory.
+
+    Needs room for the file twice over in `folder` (None: the system's place for temporary files); raises UserError where there is less.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        source, result = Path(temporary) / "wan.safetensors", Path(temporary) / "result.safetensors"
+        layout = wan_layout(PRESETS[preset])
+        size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+        free = shutil.disk_usage(temporary).free
+        if free < 2.1 * size:
+            raise UserError("there is no room for the benchmark", where=temporary, got=f"{free / 1e9:.1f} GB free", expected=f"{2.1 * size / 1e9:.1f} GB")
+        write_random(source, layout)
+        seconds = {"copy": [], "convert": []}
+        for _ in range(repeats):
+            for name, work in (("copy", lambda: shutil.copyfile(source, result)), ("convert", lambda: init_from_wan(source, result, vlm=vlm))):
+                os.sync()
+                start = time.perf_counter()
+                work()
+                os.sync()
+                seconds[name].append(time.perf_counter() - start)
+                written = result.stat().st_size
+                result.unlink()
+        rates = {"copy": size / statistics.median(seconds["copy"]), "convert": written / statistics.median(seconds["convert"])}
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            before, peak = pool.submit(peak_memory_of, source, result, vlm).result()
+    return {"preset": preset, "bytes_read": size, "bytes_written": written, "repeats": repeats, "seconds": seconds,
+            "bytes_per_second": rates, "speed_ratio": rates["convert"] / rates["copy"],
+            "peak_rss": peak, "rss_before": before, "torch": torch.__version__}
+
+
+def peak_memory_of(source: Path, result: Path, vlm: str) -> tuple[int, int]:
+    """Bytes resident at most in this process before a conversion, and in all."""
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
+    init_from_wan(source, result, vlm=vlm)
+    return before, peak()
+
+
+def wan_layout(config: MiVEConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Wan2.1-T2V's keys and shapes around the blocks that MiVE shares with it, in bf16."""
+    with torch.device("meta"):
+        ours = MiVEDiT(config, operations=torch.nn, attention=torch_attention).state_dict()
+    shapes = {key: tuple(value.shape) for key, value in ours.items() if not key.startswith("context.")}
+    doubled = shapes["patch_embedding.weight"]
+    shapes["patch_embedding.weight"] = (doubled[0], doubled[1] // 2, *doubled[2:])
+    for key, shape in list(shapes.items()):
+        if ".self_attn." in key:
+            shapes[key.replace(".self_attn.", ".cross_attn.")] = shape
+    width = config.width
+    shapes |= {f"blocks.{i}.norm3.{kind}": (width,) for i in range(config.num_blocks) for kind in ("weight", "bias")}
+    shapes |= {"text_embedding.0.weight": (width, TEXT_WIDTH), "text_embedding.0.bias": (width,), "text_embedding.2.weight": (width, width),
+               "text_embedding.2.bias": (width,)}
+    return {key: (torch.bfloat16, shape) for key, shape in shapes.items()}
+
+
+def write_random(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """A file of that layout; its numbers are normal."""
+    largest = max(math.prod(shape) for _, shape in layout.values())
+    numbers = torch.randn(largest, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+    def produce(key: str) -> Tensor:
+        dtype, shape = layout[key]
+        return numbers[: math.prod(shape)].view(shape)
+
+    stream_tensors(path, layout, produce, {"format": "pt"})
