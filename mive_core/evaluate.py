@@ -1,7 +1,8 @@
 """How good edits are: PSNR against known outcomes, beside what copying or a perfect DiT would reach.
 
 F frames, H x W pixels. PSNR is over all frames and channels of a clip at once, peak 1; figures of a
-set are means over its clips. Where nothing differs PSNR_CAP stands for infinity.
+set are means over its clips. Where nothing differs PSNR_CAP stands for infinity. `edit_done` says in
+place of a person whether the edit is there in every frame; `clips_right` counts the clips where it is.
 """
 
 import json
@@ -28,6 +29,9 @@ REFERENCE_MODES = ("given", "source_frame")
 INSTRUCTION_MODES = ("given", "wrong", "empty")
 BASELINES = ("vae_ceiling", "copy_source", "repeat_reference")
 SHEET_ACROSS, PAGE_CLIPS = 4, 8
+VISIBLE = 0.15  # distance in RGB, of sqrt(3) at most, from which a pixel counts as changed by the edit
+LEAST_CHANGED = 0.01  # of a frame's pixels: where fewer change, the frame does not count
+RIGHT = 0.75  # edit_done from which a clip counts as right
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,26 @@ def score(pipeline: Editor, pair: PairedEdit, edited: Tensor) -> dict:
     """Figures of one clip, edited (F, H, W, 3), and of the baselines; None where there is no truth or no such region."""
     if pair.target is None:
         nothing = {"psnr_edited": None, "psnr_kept": None}
-        return {"edited_fraction": None, **nothing, **{name: nothing for name in BASELINES}}
+        return {"edited_fraction": None, "edit_done": None, "edit_done_ceiling": None, **nothing, **{name: nothing for name in BASELINES}}
     source, target = pair.request.source.frames, pair.target
     mask = torch.ones(target.shape[:3], dtype=torch.bool) if pair.mask is None else pair.mask
     outcomes = {"vae_ceiling": pipeline.vae.decode(pipeline.vae.encode(target)), "copy_source": source,
                 "repeat_reference": pair.request.reference.expand_as(target)}
-    return {"edited_fraction": mask.float().mean().item(), **in_and_out(edited, target, mask),
+    done = {"edit_done": edit_done(edited, source, target), "edit_done_ceiling": edit_done(outcomes["vae_ceiling"], source, target)}
+    return {"edited_fraction": mask.float().mean().item(), **done, **in_and_out(edited, target, mask),
             **{name: in_and_out(frames, target, mask) for name, frames in outcomes.items()}}
+
+
+def edit_done(frames: Tensor, source: Tensor, target: Tensor) -> float | None:
+    """(F, H, W, 3) thrice -> of the pixels that the edit visibly changes, the share that lies nearer to the target than half of
+    the way to the source, in the frame where it is smallest; None where the edit changes next to nothing."""
+    change, error = ((target - other).norm(dim=-1).flatten(1) for other in (source, frames))
+    changed = change > VISIBLE
+    counts = changed.sum(dim=1)
+    seen = counts >= LEAST_CHANGED * changed.shape[1]
+    if not seen.any():
+        return None
+    return (((error < change / 2) & changed).sum(dim=1)[seen] / counts[seen]).min().item()
 
 
 def in_and_out(frames: Tensor, target: Tensor, mask: Tensor) -> dict[str, float | None]:
@@ -152,6 +169,8 @@ def summary(rows: Sequence[dict]) -> dict:
              "clips_with_kept": sum(row["psnr_kept"] is not None for row in rows)}
     for key in ("psnr_edited", "psnr_kept"):
         means[key] = mean([row[key] for row in rows])
+    for key, done in (("clips_right", "edit_done"), ("clips_right_ceiling", "edit_done_ceiling")):
+        means[key] = mean([None if row[done] is None else float(row[done] >= RIGHT) for row in rows])
     for name in BASELINES:
         means[name] = {key: mean([row[name][key] for row in rows]) for key in ("psnr_edited", "psnr_kept")}
     return means | {"seconds_per_clip": mean([row["seconds"] for row in rows])}
@@ -171,7 +190,8 @@ def notes(row: dict) -> tuple[str, ...]:
     """What stands beside the reference on a sheet."""
     lines = [" · ".join(text for text in (row["name"], row.get("kind"), row.get("edit")) if text)]
     if row["psnr_edited"] is not None:
-        lines.append(f"edited {row['psnr_edited']:.1f} dB (copy {_db(row['copy_source']['psnr_edited'])}, "
+        right = "" if row["edit_done"] is None else "right, " if row["edit_done"] >= RIGHT else "not right, "
+        lines.append(f"{right}edited {row['psnr_edited']:.1f} dB (copy {_db(row['copy_source']['psnr_edited'])}, "
                      f"ceiling {_db(row['vae_ceiling']['psnr_edited'])})")
     if row["psnr_kept"] is not None:
         lines.append(f"kept {row['psnr_kept']:.1f} dB (repeat {_db(row['repeat_reference']['psnr_kept'])}, "

@@ -7,7 +7,7 @@ import torch
 
 from mive_core.config import PRESETS, MiVEConfig
 from mive_core.errors import UserError
-from mive_core.evaluate import PSNR_CAP, EvaluationSettings, asked, evaluate, psnr
+from mive_core.evaluate import PSNR_CAP, EvaluationSettings, asked, edit_done, evaluate, psnr
 from mive_core.types import Clip, EditRequest, PairedEdit
 from mive_core.video import read_clip
 
@@ -59,6 +59,24 @@ def test_psnr_by_hand():
     assert psnr(frames * math.nan, target, region) is None
 
 
+def test_an_edit_is_done_where_every_frame_lies_nearer_to_the_target():
+    source, target = torch.zeros(3, 10, 10, 3), torch.zeros(3, 10, 10, 3)
+    target[:, :5] = 0.8
+    half = source.clone()
+    half[:, :5] = 0.5  # more than half of the way, 0.3 from the target
+    short = half.clone()
+    short[1, :5, :4] = 0.3  # in one frame 20 of 50 pixels stay behind
+    assert edit_done(half, source, target) == edit_done(target, source, target) == 1
+    assert edit_done(source, source, target) == 0
+    assert edit_done(short, source, target) == pytest.approx(0.6)
+    assert edit_done(target, source, source) is None  # nothing was to be changed
+    short[2] = target[2, 1:] = 0
+    target[2, 0, 1:] = 0  # one pixel of 100 is the fewest that count, and here it is not done
+    assert edit_done(short, source, target) == 0
+    target[2] = 0
+    assert edit_done(short, source, target) == pytest.approx(0.6)
+
+
 def test_figures_by_hand(tmp_path):
     report = evaluate(CopyingPipeline(), [pair("a"), pair("b")], tmp_path / "out", EvaluationSettings(steps=3, seed=7),
                       groups={"kind": ["late", ""]}, command="mive eval ...")
@@ -67,6 +85,7 @@ def test_figures_by_hand(tmp_path):
     assert report["copy_source"] == {"psnr_edited": db(0.25), "psnr_kept": PSNR_CAP}
     assert report["vae_ceiling"] == {"psnr_edited": db(0.1), "psnr_kept": db(0.1)}
     assert report["repeat_reference"] == {"psnr_edited": db(0.25), "psnr_kept": db(0.25)}
+    assert (report["clips_right"], report["clips_right_ceiling"]) == (0, 1)
     assert report["seconds_per_clip"] >= 0
     assert report["by_kind"]["late"]["clips"] == 1 and set(report["by_kind"]) == {"late"}
     row = report["per_clip"][0]
