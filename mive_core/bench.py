@@ -70,12 +70,13 @@ def make_ours(config: MiVEConfig, layout: Layout):
 
 
 def forward_of(model: MiVEDiT, layout: Layout):
-    """A call that runs the model once on random inputs of the layout."""
-    config = model.config
+    """A call that runs the model once on random inputs of the layout, on its device and in its dtype."""
+    config, like = model.config, model.patch_embedding.weight
+    made = {"device": like.device, "dtype": like.dtype}
     (frames, rows, columns), channels = layout.grid, config.latent_channels
-    noisy = torch.randn(1, channels, frames, 2 * rows, 2 * columns)
-    states = torch.randn(1, len(config.layers), layout.num_condition, config.vlm_width)
-    return lambda: model(noisy, noisy, noisy[:, :, :1], model.embed_condition(states), torch.full((1,), 0.5))
+    noisy = torch.randn(1, channels, frames, 2 * rows, 2 * columns, **made)
+    states = torch.randn(1, len(config.layers), layout.num_condition, config.vlm_width, **made)
+    return lambda: model(noisy, noisy, noisy[:, :, :1], model.embed_condition(states), torch.full((1,), 0.5, device=like.device))
 
 
 def make_diffusers(config: MiVEConfig, num_tokens: int):

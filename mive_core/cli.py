@@ -131,7 +131,16 @@ def _add_bench(commands) -> None:
     convert.add_argument("--preset", default="1.3b", choices=("1.3b", "14b"), help="whose shapes the random file has, default 1.3b")
     convert.add_argument("--folder", type=text, metavar="DIR", help="where the files are written, and deleted afterwards")
     convert.add_argument("--repeats", type=count, default=3)
-    for command in (dit, convert):
+    card = _command(bench, "card", run_bench_card, "every stage of an edit at real sizes, on random weights, against the card's own speed")
+    card.add_argument("--preset", default="14b", choices=("tiny", "1.3b", "14b"), help="default 14b")
+    card.add_argument("--size", type=size, default=(1280, 720), metavar="WxH", help="default 1280x720")
+    card.add_argument("--frames", type=count, default=81, metavar="N", help="4n+1, default 81")
+    card.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    card.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"))
+    card.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
+    card.add_argument("--parts", type=text, default="", metavar="A,B", help="of speed, attention, dit, dit_fp8, vlm, vae, training_block; default all")
+    card.add_argument("--repeats", type=count, default=3)
+    for command in (dit, convert, card):
         command.add_argument("--output", type=text, metavar="FILE.json", help="also write the figures there")
 
 
@@ -259,6 +268,17 @@ def run_bench_convert(arguments: argparse.Namespace) -> None:
 
     folder = check_input(arguments.folder, "folder") if arguments.folder else None
     _report(arguments, lambda: bench_convert(arguments.preset, folder=folder, repeats=arguments.repeats))
+
+
+def run_bench_card(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from .bench_card import bench_card
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
+    parts = tuple(part for part in arguments.parts.split(",") if part)
+    _report(arguments, lambda: bench_card(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=dtype,
+                                          repeats=arguments.repeats, blocks=arguments.blocks, parts=parts))
 
 
 def _report(arguments: argparse.Namespace, measure: Callable[[], dict]) -> None:

@@ -135,6 +135,12 @@ def new_model(folder: Path) -> nn.Module:
     return library.Qwen3VLModel(library.Qwen3VLConfig.from_pretrained(folder, local_files_only=True))
 
 
+def model_of(values: dict) -> nn.Module:
+    """A Qwen3-VL body of a Qwen3VLConfig's values, with fresh weights."""
+    library = _transformers()
+    return library.Qwen3VLModel(library.Qwen3VLConfig(**values))
+
+
 def load_processor(folder: Path):
     """The folder's Qwen3VLProcessor."""
     return _transformers().Qwen3VLProcessor.from_pretrained(folder, local_files_only=True)
