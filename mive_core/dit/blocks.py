@@ -15,6 +15,9 @@ from ..attention import AttentionFn
 from .rope import rotate
 
 
+PIECE = 16_384  # tokens that go through a feed-forward together: its inner width is up to six times D
+
+
 @dataclass(frozen=True)
 class Modulation:
     """What the two timesteps do to the two segments of a sequence."""
@@ -99,4 +102,12 @@ class Block(nn.Module):
         m = time.offset(self.modulation)
         attended = self.self_attn(modulate(self.norm1(x), m.row(0), m.row(1)), rotary, **attention_options)
         x = gated_add(x, attended, m.row(2))
-        return gated_add(x, self.ffn(modulate(self.norm2(x), m.row(3), m.row(4))), m.row(5))
+        return gated_add(x, self.feed_forward(modulate(self.norm2(x), m.row(3), m.row(4))), m.row(5))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D). Without a gradient a long sequence goes through in pieces, each back into its place in x."""
+        if torch.is_grad_enabled() or x.shape[1] <= PIECE:
+            return self.ffn(x)
+        for piece in x.split(PIECE, dim=1):
+            piece.copy_(self.ffn(piece))
+        return x

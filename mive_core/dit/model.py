@@ -52,6 +52,7 @@ class MiVEDiT(nn.Module):
         num_clean = condition.shape[1] + math.prod(grid[1:])
 
         sequence = torch.cat([condition, patches.flatten(2).transpose(1, 2)], dim=1)
+        del latents, patches  # as large as the sequence
         clean_time, target_time = self.embed_time(torch.zeros_like(t[:1]), sequence.dtype), self.embed_time(t, sequence.dtype)
         time = Modulation(self.project_time(clean_time), self.project_time(target_time), num_clean)
         rotary = rotary_table(condition.shape[1], grid, self.config.head_dim, self.config.rope_theta, sequence.device)

