@@ -3,10 +3,10 @@ from dataclasses import fields
 import pytest
 import torch
 
-from mive_core.train.lessons import HEADS, Heads, as_typed, batch_of, example, losses, per_token, phrases
+from mive_core.train.lessons import HEADS, Heads, as_typed, batch_of, example, losses, misheard, per_token, phrases, sentences_of
 from mive_core.train.synth import VOCABULARIES, PairedEdits
 from mive_core.train.tiny_vlm import FIRST_SPECIAL, SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer
-from mive_core.train.vlm import Lessons, VLMTask, VLMRecipe, build, read
+from mive_core.train.vlm import Lessons, VLMTask, VLMRecipe, build, carry_words, read
 from mive_core.types import VLMInputs
 from mive_core.vlm import VLM
 
@@ -106,3 +106,54 @@ def test_the_export_is_a_folder_that_loads(values, tmp_path):
 def test_instructions_come_as_people_type_them():
     assert [as_typed("make it red", manner) for manner in range(3)] == ["make it red", "make it red.", "Make it red."]
     assert as_typed("", 2) == ""
+
+
+def test_words_keep_their_rows_under_another_tokenizer(vlm):
+    old = vlm.processor.tokenizer
+    new = train_tokenizer(["quite another sentence about zebras", " red"])
+    rows = torch.randn(VOCAB_SIZE, 4)
+    carried = rows.clone()
+    carry_words(carried, old, Wrapped(new))
+    known, vocabulary = old.get_vocab(), new.get_vocab()
+    shared = known.keys() & vocabulary.keys()
+    assert len(shared) > 256 and any(known[token] != vocabulary[token] for token in shared)
+    assert all(torch.equal(carried[vocabulary[token]], rows[known[token]]) for token in shared)
+    assert "zebras" in {token.lstrip("Ġ") for token in vocabulary.keys() - shared}
+    torch.testing.assert_close(carried[vocabulary["Ġzebras"]], rows[old(" zebras", add_special_tokens=False).input_ids].mean(dim=0))
+
+
+class Wrapped:
+    """A bare tokenizer under the two names of transformers' that carrying words needs."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def get_vocab(self):
+        return self.tokenizer.get_vocab()
+
+    def convert_tokens_to_string(self, tokens):
+        return self.tokenizer.decoder.decode(tokens)
+
+
+def test_a_sentence_without_pictures_reads_as_the_prompt_begins(vlm):
+    """The VLM is causal: up to the marker before the reference both are the same tokens, so the states are equal."""
+    edit = PairedEdits(3).sample(0)
+    said = sentences_of([(edit.pair.request.instruction, edit.labels), ("", edit.labels)], vlm.processor)
+    heads = Heads(vlm.width)
+    with torch.inference_mode():
+        alone = vlm.model.language_model(input_ids=said.input_ids, attention_mask=said.attention_mask, use_cache=False).last_hidden_state
+        whole = read(vlm.model, heads, batch_of([example(edit, 0, vlm.processor)], vlm.processor.tokenizer.pad_token_id).inputs)
+    heard = heads.hear(alone, said)
+    assert set(heard) == set(VOCABULARIES) - {"kind", "place"}
+    for field, logits in heard.items():
+        torch.testing.assert_close(logits[:1], whole.heard[field], atol=1e-4, rtol=1e-4)
+    assert misheard(heard, said) > 0
+
+
+def test_sentences_are_part_of_a_lesson_and_of_the_loss(values):
+    task = build(values | {"num_sentences": 4})
+    lesson = task.dataset[0]
+    assert len(lesson.said.labels) == 4 and torch.equal(lesson.said.input_ids, Lessons(task.recipe, task.folder)[0].said.input_ids)
+    found = task.loss(0, lesson, torch.Generator())
+    without = losses(read(task.model, task.heads, lesson.inputs), lesson, task.recipe.weights)
+    torch.testing.assert_close(found["loss"], without["loss"] + task.recipe.weights[0] * found["said"])
