@@ -56,9 +56,13 @@ class MiVEDiT(nn.Module):
         clean_time, target_time = self.embed_time(torch.zeros_like(t[:1]), sequence.dtype), self.embed_time(t, sequence.dtype)
         time = Modulation(self.project_time(clean_time), self.project_time(target_time), num_clean)
         rotary = rotary_table(condition.shape[1], grid, self.config.head_dim, self.config.rope_theta, sequence.device)
-        for block in self.blocks:
-            sequence = block(sequence, time, rotary, **attention_options)
+        for index in range(len(self.blocks)):
+            sequence = self.run_block(index, sequence, time, rotary, **attention_options)
         return self.head(sequence[:, num_clean:], target_time, grid)
+
+    def run_block(self, index: int, sequence: Tensor, time: Modulation, rotary: Tensor, **attention_options) -> Tensor:
+        """(B, L, D) -> (B, L, D); a host that lets its users replace blocks does so here."""
+        return self.blocks[index](sequence, time, rotary, **attention_options)
 
     def embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """(B,) in 0..1 -> (B, D)."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...mive_core.config import MiVEConfig
 from ...mive_core.dit import MiVEDiT
+from ...mive_core.dit.blocks import Modulation
 from ...mive_core.errors import UserError
 from ...mive_core.memory import activation_bytes
 from .conditioning import GUIDES, states_of
@@ -38,7 +39,22 @@ class HostedDiT(MiVEDiT):
         return executor.execute(x, t, source, reference, condition, transformer_options=transformer_options)
 
     def _velocity(self, x, t, source, reference, condition, transformer_options={}):
+        transformer_options = {**transformer_options, "total_blocks": len(self.blocks), "block_type": "double"}
         return super().forward(x, source, reference, condition, t, transformer_options=transformer_options)
+
+    def run_block(self, index: int, sequence: Tensor, time: Modulation, rotary: Tensor, transformer_options={}) -> Tensor:
+        """A block, or what a patch has put in its place, under the names that Wan's blocks have in ComfyUI: "img" is the whole sequence."""
+        transformer_options["block_index"] = index
+        replace = transformer_options.get("patches_replace", {}).get("dit", {}).get(("double_block", index))
+        if replace is None:
+            return super().run_block(index, sequence, time, rotary, transformer_options=transformer_options)
+
+        def original(args: dict) -> dict:
+            run = super(HostedDiT, self).run_block
+            return {"img": run(index, args["img"], args["vec"], args["pe"], transformer_options=args["transformer_options"])}
+
+        arguments = {"img": sequence, "txt": None, "vec": time, "pe": rotary, "transformer_options": transformer_options}
+        return replace(arguments, {"original_block": original})["img"]
 
 
 class MiVEModel(comfy.model_base.BaseModel):

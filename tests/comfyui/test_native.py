@@ -23,6 +23,26 @@ def test_compiled_equals_plain(pack, loaded):
     assert (result - sample(pack, loaded)).abs().max() < 1e-4
 
 
+def test_blocks_are_skipped_and_replaced_by_patches(pack, loaded):
+    """Skip-layer guidance leaves blocks out of its extra forward; a patch that runs the original block changes nothing."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    plain = sample(pack, loaded)
+    skipping, = SkipLayerGuidanceDiT.execute(loaded.model, 2.0, 0.0, 1.0, "1, 2", "").args
+    assert (sample(pack, loaded, model=skipping) - plain).abs().max() > 1e-3
+    seen = []
+
+    def same(args, extra):
+        seen.append((args["transformer_options"]["block_index"], args["transformer_options"]["total_blocks"], tuple(args["img"].shape)))
+        return extra["original_block"](args)
+
+    replaced = loaded.model.clone()
+    replaced.set_model_patch_replace(same, "dit", "double_block", 1)
+    assert torch.equal(sample(pack, loaded, model=replaced), plain)
+    width, blocks = loaded.model.model.config.width, loaded.model.model.config.num_blocks
+    assert len(seen) == STEPS and {(index, total, shape[2]) for index, total, shape in seen} == {(1, blocks, width)}
+
+
 @torch.inference_mode()
 def test_weights_left_behind_are_brought_over_when_used(pack, loaded, base):
     """On a card with room for a tenth of the weights, most stay in main memory and every layer casts its own."""
