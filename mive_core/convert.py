@@ -18,7 +18,8 @@ from .dit import MiVEDiT
 from .errors import UserError
 from .files import check_input
 from .layers import parse_layers
-from .tensors import FLOAT8, WAN_FAMILY, TensorFile, family_of, is_scale, read_headers, read_scaled, resolve, stream_tensors
+from .tensors import (DTYPES, FLOAT8, WAN_FAMILY, FileBytes, TensorFile, bytes_of, family_of, is_scale, read_headers, read_scaled, resolve,
+                      stream_tensors)
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole ComfyUI checkpoints
 LEFT_OUT = re.compile(r"(^|\.)(cross_attn|attn2|norm3|norm2|text_embedding|condition_embedder\.text_embedder)\.")
@@ -53,12 +54,14 @@ def init_from_wan(source: str | Path, destination: str | Path, *, layers: str = 
 
     places = {key: i for i, key in enumerate(wanted)}
 
-    def produce(key: str) -> Tensor:
+    def produce(key: str) -> Tensor | FileBytes:
         if progress is not None:
             progress(places[key], len(places))
         if key in fresh:
             return fresh_tensor(key, wanted[key], generator)
         file, name = where[key]
+        if key != double and DTYPES.get(file.dtypes[name]) == dtype:
+            return bytes_of(file, name)
         tensor = read_scaled(file, name, dtype).view(shapes[key])
         return torch.cat([tensor, torch.zeros_like(tensor)], dim=1) if key == double else tensor
 

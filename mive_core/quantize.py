@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .checkpoint import check_whole, read_config
 from .errors import UserError
-from .tensors import DTYPES, FLOAT8, is_scale, read_headers, read_tensor, resolve, stream_tensors
+from .tensors import DTYPES, FLOAT8, FileBytes, bytes_of, is_scale, read_headers, read_tensor, resolve, stream_tensors
 
 FORMATS = {"fp8_scaled": (torch.float8_e4m3fn, "float8_e4m3fn")}  # name -> storage, and what ComfyUI calls it
 MATRIX = re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]|ffn\.[02])\.weight")
@@ -51,9 +51,9 @@ def quantize(source: str | Path, destination: str | Path, form: str = "fp8_scale
     made: dict[str, Tensor] = {}  # the scale that belongs to the weight before it
     errors: dict[str, dict[str, float]] = {}
 
-    def produce(key: str) -> Tensor:
+    def produce(key: str) -> Tensor | FileBytes:
         if key in where and not MATRIX.fullmatch(key):
-            return read_tensor(where[key], key)
+            return bytes_of(where[key], key)
         if key.endswith(".comfy_quant"):
             return note
         if key.endswith(".weight_scale"):

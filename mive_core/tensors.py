@@ -5,12 +5,14 @@ A file is named for what it is before any of its tensors is read; pickles are ne
 
 import json
 import math
+import os
 import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from .files import check_input, written_beside
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 ARCHIVE_STARTS = (b"PK", b"\x80\x02")
+CHUNK = 2**24  # bytes that are sent at a time where the system cannot do it alone
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
@@ -58,6 +61,15 @@ class TensorFile:
     def family(self) -> str:
         """What kind of model the keys belong to, in words."""
         return family_of(self.shapes)
+
+
+@dataclass(frozen=True)
+class FileBytes:
+    """A tensor where it lies in a file, to be sent on as it is."""
+
+    path: Path
+    first: int
+    last: int  # one after the last byte
 
 
 def family_of(keys: Iterable[str]) -> str:
@@ -149,6 +161,11 @@ def read_tensor(file: TensorFile, key: str) -> Tensor:
     return data.view(dtype).view(file.shapes[key])
 
 
+def bytes_of(file: TensorFile, key: str) -> FileBytes:
+    """Where a tensor lies."""
+    return FileBytes(file.path, *file.places[key])
+
+
 def read_scaled(file: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
     """One weight in `dtype`; an 8-bit one times its scale, where the file has one for it (for the whole, or one a row)."""
     weight = read_tensor(file, key).to(dtype)
@@ -170,11 +187,12 @@ def is_scale(key: str) -> bool:
     return key.endswith((*SCALES, *SCALE_NOTES))
 
 
-def stream_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], produce: Callable[[str], Tensor],
+def stream_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], produce: Callable[[str], Tensor | FileBytes],
                    metadata: dict[str, str]) -> None:
     """One safetensors file, whole or not at all, holding one tensor at a time in memory: produce(key) gives each in turn.
 
-    layout: the dtype and the shape of each. Raises UserError where the system refuses the write, or there is no room for it.
+    What is produced as FileBytes goes from file to file. layout: the dtype and the shape of each. Raises UserError where the
+    system refuses the write, or there is no room for it.
     """
     names = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
     header, end = {"__metadata__": metadata}, 0
@@ -191,9 +209,31 @@ def stream_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int
         file.write(struct.pack("<Q", len(text)) + text)
         for key, (dtype, shape) in tqdm(layout.items(), desc=path.name, unit="tensor"):
             tensor = produce(key)
+            if isinstance(tensor, FileBytes):
+                if tensor.last - tensor.first != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{key}: {tensor.last - tensor.first} bytes where {dtype} of {tuple(shape)} was announced")
+                send(tensor, file)
+                continue
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{key}: {tuple(tensor.shape)} where {tuple(shape)} was announced")
             file.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def send(place: FileBytes, file: BinaryIO) -> None:
+    """Appends bytes of another file, by the system where it can. Raises UserError where that file ends early."""
+    file.flush()
+    first = place.first
+    with open(place.path, "rb") as source:
+        while first < place.last:
+            try:
+                sent = os.copy_file_range(source.fileno(), file.fileno(), place.last - first, first)
+            except (AttributeError, OSError):  # another system, or files on two kinds of disk
+                source.seek(first)
+                sent = file.write(source.read(min(place.last - first, CHUNK)))
+                file.flush()
+            if not sent:
+                raise UserError("the file is truncated", where=place.path, got=f"{first} bytes", expected=f"{place.last} bytes", fix="download it again")
+            first += sent
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

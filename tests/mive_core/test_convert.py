@@ -1,6 +1,7 @@
 """From Wan to MiVE: what both have is copied to the bit, whatever the layout it comes in."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mive_core import cli
+from mive_core import cli, tensors
 from mive_core.attention import torch_attention
 from mive_core.checkpoint import WAN_TO_DIFFUSERS, load_dit, rename
 from mive_core.convert import init_from_wan
@@ -46,6 +47,19 @@ def layouts(theirs, wan, folder: Path) -> dict[str, Path]:
     assert len(list((folder / "whole" / "transformer").glob("*.safetensors"))) > 1
     theirs.save_pretrained(folder / "one")
     return {"original": folder / "original.safetensors", "single": folder / "single.safetensors", "sharded": folder / "whole", "folder": folder / "one"}
+
+
+def test_the_file_is_the_same_where_the_system_cannot_send_bytes(theirs, wan, tmp_path, monkeypatch):
+    source = layouts(theirs, wan, tmp_path)["original"]
+    init_from_wan(source, tmp_path / "sent.safetensors", vlm="4b")
+
+    def refuse(*arguments):
+        raise OSError("another kind of disk")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    monkeypatch.setattr(tensors, "CHUNK", 1000)
+    init_from_wan(source, tmp_path / "written.safetensors", vlm="4b")
+    assert (tmp_path / "sent.safetensors").read_bytes() == (tmp_path / "written.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("layout", ["original", "single", "sharded", "folder"])
