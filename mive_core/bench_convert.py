@@ -10,8 +10,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -40,6 +38,7 @@ def bench_convert(preset: str, *, folder: Path | None = None, repeats: int = 3, 
         if free < 2.1 * size:
             raise UserError("there is no room for the benchmark", where=temporary, got=f"{free / 1e9:.1f} GB free", expected=f"{2.1 * size / 1e9:.1f} GB")
         write_random(source, layout)
+        before = peak_rss()
         seconds = {"copy": [], "convert": []}
         for _ in range(repeats):
             for name, work in (("copy", lambda: shutil.copyfile(source, result)), ("convert", lambda: init_from_wan(source, result, vlm=vlm))):
@@ -51,19 +50,14 @@ def bench_convert(preset: str, *, folder: Path | None = None, repeats: int = 3, 
                 written = result.stat().st_size
                 result.unlink()
         rates = {"copy": size / statistics.median(seconds["copy"]), "convert": written / statistics.median(seconds["convert"])}
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            before, peak = pool.submit(peak_memory_of, source, result, vlm).result()
     return {"preset": preset, "bytes_read": size, "bytes_written": written, "repeats": repeats, "seconds": seconds,
             "bytes_per_second": rates, "speed_ratio": rates["convert"] / rates["copy"],
-            "peak_rss": peak, "rss_before": before, "torch": torch.__version__}
+            "peak_rss": peak_rss(), "rss_before": before, "torch": torch.__version__}
 
 
-def peak_memory_of(source: Path, result: Path, vlm: str) -> tuple[int, int]:
-    """Bytes resident at most in this process before a conversion, and in all."""
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    before = peak()
-    init_from_wan(source, result, vlm=vlm)
-    return before, peak()
+def peak_rss() -> int:
+    """Bytes that this process has had resident at most, its imports and the making of the file included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def wan_layout(config: MiVEConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
