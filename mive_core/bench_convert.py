@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .attention import torch_attention
+from .checkpoint import shapes_of
 from .config import PRESETS, MiVEConfig
 from .convert import init_from_wan
-from .dit import MiVEDiT
 from .errors import UserError
 from .tensors import stream_tensors
 
@@ -62,9 +61,7 @@ def peak_rss() -> int:
 
 def wan_layout(config: MiVEConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Wan2.1-T2V's keys and shapes around the blocks that MiVE shares with it, in bf16."""
-    with torch.device("meta"):
-        ours = MiVEDiT(config, operations=torch.nn, attention=torch_attention).state_dict()
-    shapes = {key: tuple(value.shape) for key, value in ours.items() if not key.startswith("context.")}
+    shapes = {key: shape for key, shape in shapes_of(config).items() if not key.startswith("context.")}
     doubled = shapes["patch_embedding.weight"]
     shapes["patch_embedding.weight"] = (doubled[0], doubled[1] // 2, *doubled[2:])
     for key, shape in list(shapes.items()):

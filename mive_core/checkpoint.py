@@ -81,9 +81,14 @@ def load_dit(path: str | Path, *, operations=torch.nn, attention: AttentionFn, d
 
 def check_whole(path: Path, shapes: dict[str, tuple], config: MiVEConfig) -> None:
     """Raises UserError unless the file's keys and shapes are those of the config's DiT; those of 8-bit storage are passed over."""
+    check_fit(path, {k: v for k, v in shapes.items() if not is_scale(k)}, shapes_of(config))
+
+
+def shapes_of(config: MiVEConfig) -> dict[str, tuple[int, ...]]:
+    """The keys of the config's DiT and their shapes; no memory is taken."""
     with torch.device("meta"):
         model = MiVEDiT(config, operations=torch.nn, attention=torch_attention)
-    check_fit(path, {k: v for k, v in shapes.items() if not is_scale(k)}, {k: tuple(v.shape) for k, v in model.state_dict().items()})
+    return {k: tuple(v.shape) for k, v in model.state_dict().items()}
 
 
 def check_fit(path: Path, got: dict[str, tuple], expected: dict[str, tuple]) -> None:

@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .attention import torch_attention
-from .checkpoint import WAN_TO_DIFFUSERS, check_fit, rename
+from .checkpoint import WAN_TO_DIFFUSERS, check_fit, rename, shapes_of
 from .config import VLM_SIZES, MiVEConfig
-from .dit import MiVEDiT
 from .errors import UserError
 from .files import check_input
 from .layers import parse_layers
@@ -39,9 +37,7 @@ def init_from_wan(source: str | Path, destination: str | Path, *, layers: str = 
     where = locate(path)
     shapes = {key: file.shapes[name] for key, (file, name) in where.items()}
     config = config_of(path, shapes, layers, vlm)
-    with torch.device("meta"):
-        model = MiVEDiT(config, operations=nn, attention=torch_attention)
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    wanted = shapes_of(config)
     fresh = {key for key in wanted if key.startswith("context.")}
     double = "patch_embedding.weight"
     copied = {key: shape for key, shape in wanted.items() if key not in fresh}

@@ -5,13 +5,9 @@ N tokens of the sequence (condition, reference and target), D width.
 """
 
 import math
-from collections.abc import Mapping
 
-import torch
-
-from .attention import torch_attention
+from .checkpoint import shapes_of
 from .config import MiVEConfig
-from .dit import MiVEDiT
 from .dit.blocks import PIECE
 from .quantize import MATRIX
 
@@ -37,8 +33,3 @@ def weight_bytes(config: MiVEConfig, itemsize: int, matrix_itemsize: int | None 
     for key, shape in shapes_of(config).items():
         total += math.prod(shape) * (matrix_itemsize if matrix_itemsize and MATRIX.fullmatch(key) else itemsize)
     return total
-
-
-def shapes_of(config: MiVEConfig) -> Mapping[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return {key: tuple(value.shape) for key, value in MiVEDiT(config, operations=torch.nn, attention=torch_attention).state_dict().items()}

@@ -74,7 +74,7 @@ def quantize(source: str | Path, destination: str | Path, form: str = "fp8_scale
 def to_float8(weight: Tensor, storage: torch.dtype) -> tuple[Tensor, Tensor]:
     """float32 -> the nearest float8 of weight / scale, and the scale: a float32 scalar that lays the largest entry on the type's largest."""
     scale = weight.abs().max() / torch.finfo(storage).max
-    scale = scale if scale > 0 else torch.ones(())
+    scale = torch.where(scale > 0, scale, 1.0)  # decided on the device: asking for the number would wait for it
     return (weight / scale).to(storage), scale
 
 
