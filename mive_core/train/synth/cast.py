@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .backdrop import Backdrop, Camera
-from .labels import COLOURS, NONE, PLACES, RGB, SHAPES
+from .labels import COLOURS, NONE, PLACES, RGB, SHAPES, EditLabels
 from .looks import LOOKS_FN, Look, draw_look
 from .plan import Plan
 from .scene import Body, Motion
-from .shapes import REACH, Texture, draw_texture
+from .shapes import REACH, ROUND, Texture, draw_texture
 from .stage import draw_backdrop, draw_motion, draw_places, tint
 
 ENTRY_TIME = 1.1  # of what comes in late, in clips of up to one time unit
@@ -84,7 +84,8 @@ def _edited(rng: np.random.Generator, plan: Plan, size: tuple[int, int], entry_t
     """The body that the edit is about, its twin where there are two alike, and where an added one is put."""
     labels, side = plan.labels, min(size)
     shape, colour = (labels.new_shape, labels.new_colour) if labels.edit == "add" else (labels.shape, labels.colour)
-    body = Body(shape, colour, tint(rng, colour), draw_texture(rng), draw_motion(rng, size, (0.0, 0.0), rng.uniform(0.32, 0.55) * side))
+    motion = draw_motion(rng, size, (0.0, 0.0), rng.uniform(0.32, 0.55) * side)
+    body = Body(shape, colour, tint(rng, colour), draw_texture(rng), _told(motion, labels))
     if labels.edit == "add" and not plan.reference_tells:
         still = Motion((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 0.0, 1.0, 0.0, 0.0, 0.21 * side, 0.0)
         body = Body(shape, colour, RGB[colour], PLAIN, still)  # nothing about it is left to chance
@@ -97,6 +98,15 @@ def _edited(rng: np.random.Generator, plan: Plan, size: tuple[int, int], entry_t
     index = int(rng.integers(1, len(PLACES)))
     column, row = (index - 1) % 3, (index - 1) // 3
     return _at(body, ((0.22 + 0.28 * column) * size[0], (0.22 + 0.28 * row) * size[1])), None, PLACES[index]
+
+
+def _told(motion: Motion, labels: EditLabels) -> Motion:
+    """The motion without what the source does not show and the target would: of an added body any, of a round one its turn."""
+    if labels.edit == "add":
+        return replace(motion, velocity=(0.0, 0.0), wobble=(0.0, 0.0), spin=0.0, pulse=0.0)
+    if labels.edit == "replace" and labels.shape in ROUND:
+        return replace(motion, angle=0.0, spin=0.0)
+    return motion
 
 
 def _twins(rng: np.random.Generator, plan: Plan, size: tuple[int, int], body: Body, entry_time: float) -> tuple[Body, Body]:
@@ -158,15 +168,14 @@ def _outcome(rng: np.random.Generator, plan: Plan, body: Body) -> Body:
 
 
 def _new_backdrop(rng: np.random.Generator, plan: Plan) -> Backdrop:
+    """It stands still: the source moves by another one, and the reference is a single frame."""
     style = plan.labels.background
     if style in ("bricks", "grass", "gravel", "stars"):
         first, second = PICTURE_TINTS.get(style, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
-        camera = Camera((0.5, 0.5), (float(rng.uniform(-0.2, 0.2)), float(rng.uniform(-0.2, 0.2))), 0.3, 0.0)
-        return Backdrop(style, first, second, camera=camera)
+        return Backdrop(style, first, second, camera=Camera((0.5, 0.5), (0.0, 0.0), 0.3, 0.0))
     first, second = RGB[plan.labels.new_colour], RGB[plan.second_colour]
     sideways = style == "stripes" and rng.uniform() < 0.5
-    slide = float(rng.uniform(-0.5, 0.5)) if style in ("stripes", "checkers") else 0.0
-    return Backdrop(style, first, second, (1.0, 0.0) if sideways else (0.0, 1.0), slide, 0.5)
+    return Backdrop(style, first, second, (1.0, 0.0) if sideways else (0.0, 1.0), period=0.5)
 
 
 def _backdrop_for(rng: np.random.Generator, main: list[tuple[float, float, float]], rest: list[tuple[float, float, float]] = ()) -> Backdrop:

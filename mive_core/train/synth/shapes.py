@@ -50,6 +50,7 @@ def _cross(x, y):
 
 
 DISTANCES = {"circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "ring": _ring, "cross": _cross}
+ROUND = ("circle", "ring")  # look the same however they are turned
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:

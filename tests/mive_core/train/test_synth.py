@@ -15,9 +15,11 @@ import torch
 
 from mive_core.errors import UserError
 from mive_core.train.synth import LOOKS_FN, PHRASINGS, SHAPES, COLOURS, VOCABULARIES, PairedEdits, apply_look, is_held_out, random_clip
+from mive_core.train.synth.cast import draw_cast
 from mive_core.train.synth.phrasing import NUM_HELD_OUT
 from mive_core.train.synth.pictures import PICTURES, pyramid
 from mive_core.train.synth.plan import EDIT_ODDS, KIND_ODDS, draw_plan, plan_odds
+from mive_core.train.synth.stage import clip_times
 
 NUM = 30
 
@@ -118,10 +120,28 @@ def test_the_mixture_is_as_published():
         kinds, edits = (Counter(getattr(p.labels, name) for p in plans(split)) for name in ("kind", "edit"))
         for kind, share in KIND_ODDS[split].items():
             assert abs(kinds[kind] / 2000 - share) < 0.035
-        assert 0.16 < edits["look"] / 2000 < 0.26 and 0.06 < edits["background"] / 2000 < 0.14
+        (fewest, most), (rare, common) = {"train": ((0.10, 0.19), (0.32, 0.44)), "heldout": ((0.16, 0.26), (0.12, 0.22))}[split]
+        assert fewest < edits["look"] / 2000 < most and 0.05 < edits["background"] / 2000 < 0.14
+        assert rare < edits["replace"] / 2000 < common
         blind = kinds["enters late"] + kinds["two alike"] + kinds["instruction only"]
         low, high = {"train": (0.46, 0.54), "heldout": (0.31, 0.39)}[split]
         assert low < blind / 2000 < high
+
+
+def test_the_target_moves_in_no_way_that_the_inputs_hide():
+    """Added bodies and new backgrounds once drifted at a speed that neither the source nor the reference's one frame could tell."""
+    size, times = (64, 64), clip_times(17, 8.0)
+    rng = np.random.default_rng(8)
+    for edit in ("add", "background", "replace"):
+        for _ in range(20):
+            plan = draw_plan(rng, plan_odds("train", ("seen in reference", "no instruction"), (edit,)), False)
+            cast = draw_cast(rng, plan, size, float(times[-1]))
+            if edit == "background":
+                frames = cast.new_backdrop.render(times, size)
+                assert (frames == frames[:1]).all()
+            elif edit == "add" or plan.labels.shape in ("circle", "ring"):
+                track = cast.after.motion.track(times, size)
+                assert (track[:, 3] == track[0, 3]).all() and (edit == "replace" or (track == track[:1]).all())
 
 
 def test_held_out_combinations_are_never_trained_on():
