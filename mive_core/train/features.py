@@ -5,6 +5,7 @@ C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm t
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,8 +21,9 @@ from ..config import MiVEConfig
 from ..tensors import read_tensors, write_tensors
 from ..types import PairedEdit
 from ..vlm import VLM, WEIGHTS
+from .block_code import Encoder, encoder_of
 from .synth import PairedEdits
-from .wan_vae import WholeClipVAE, encode_clips, read_whole_clip_vae
+from .wan_vae import read_whole_clip_vae
 
 NUM_PER_SHARD = 64
 
@@ -84,6 +86,13 @@ class Shard:
             digest.update(part)
         return digest.hexdigest()
 
+    def is_written(self) -> bool:
+        """Whether the file is there and of this fingerprint."""
+        if not self.path.is_file():
+            return False
+        with safe_open(self.path, framework="pt") as file:
+            return (file.metadata() or {}).get("fingerprint") == self.fingerprint
+
 
 def shards_of(bucket: Bucket, *, vae: str, vlm: str, config: MiVEConfig, seed: int, folder: str) -> list[Shard]:
     """Both parts of every clip of a bucket, in order."""
@@ -104,36 +113,47 @@ def states_of(pair: PairedEdit, vlm: VLM, config: MiVEConfig) -> dict[str, Tenso
     return {"states": vlm.condition(pair.request, config).states[0].to(torch.bfloat16)}
 
 
-def latents_of(pair: PairedEdit, vae: WholeClipVAE) -> dict[str, Tensor]:
-    """Normalised as VAE.encode gives them, by a network that a CPU runs five times as fast."""
+def latents_of(pair: PairedEdit, encode: Encoder) -> dict[str, Tensor]:
+    """Normalised as VAE.encode gives them; `encode` is encoder_of(vae), many times faster on a CPU."""
     clips = {"target": pair.target, "source": pair.request.source.frames, "reference": pair.request.reference[None]}
-    latents = {name: encode_clips(vae, frames[None])[0].to(torch.float16) for name, frames in clips.items()}
+    latents = {name: encode(frames[None])[0].to(torch.float16) for name, frames in clips.items()}
     return latents | {"mask": latent_mask(pair.mask).to(torch.float16)}
 
 
-@torch.inference_mode()
-def write_shard(shard: Shard) -> None:
-    """Computes one shard, unless the same one is there."""
-    if shard.path.is_file():
-        with safe_open(shard.path, framework="pt") as file:
-            if (file.metadata() or {}).get("fingerprint") == shard.fingerprint:
-                return
-    torch.set_num_threads(1)
+def features_of(shard: Shard) -> Callable[[PairedEdit], dict[str, Tensor]]:
+    """The shard's part of a paired edit, its model loaded."""
     if shard.part == "states":
         vlm = VLM.load(shard.model)
-        features = lambda pair: states_of(pair, vlm, shard.config)
-    else:
-        vae = read_whole_clip_vae(shard.model)
-        features = lambda pair: latents_of(pair, vae)
-    edits = PairedEdits(shard.seed, split="train", size=shard.bucket.size, num_frames=shard.bucket.num_frames)
-    tensors = {f"{index}.{name}": value for index in shard.indices for name, value in features(edits.sample(index).pair).items()}
-    write_tensors(shard.path, tensors, {"fingerprint": shard.fingerprint})
+        return lambda pair: states_of(pair, vlm, shard.config)
+    encode = encoder_of(read_whole_clip_vae(shard.model))
+    return lambda pair: latents_of(pair, encode)
+
+
+@torch.inference_mode()
+def write_shards(shards: Sequence[Shard]) -> None:
+    """Computes shards of the same clips, those that are not there yet; each clip is drawn once."""
+    wanted = [shard for shard in shards if not shard.is_written()]
+    if not wanted:
+        return
+    torch.set_num_threads(1)
+    computed = [(shard, features_of(shard), {}) for shard in wanted]
+    bucket = wanted[0].bucket
+    edits = PairedEdits(wanted[0].seed, split="train", size=bucket.size, num_frames=bucket.num_frames)
+    for index in wanted[0].indices:
+        pair = edits.sample(index).pair
+        for _, features, tensors in computed:
+            tensors.update({f"{index}.{name}": value for name, value in features(pair).items()})
+    for shard, _, tensors in computed:
+        write_tensors(shard.path, tensors, {"fingerprint": shard.fingerprint})
 
 
 def prepare(shards: list[Shard], num_processes: int) -> None:
-    """Computes the shards that are missing, in processes of one thread each."""
+    """Computes the shards of a bucket that are missing, in processes of one thread each."""
+    same_clips: dict[int, list[Shard]] = {}
+    for shard in shards:
+        same_clips.setdefault(shard.number, []).append(shard)
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(write_shard, shards), total=len(shards), desc="features", unit="shard"):
+        for _ in tqdm(pool.map(write_shards, same_clips.values()), total=len(same_clips), desc="features", unit="shard"):
             pass
 
 

@@ -140,9 +140,17 @@ class Encoder(nn.Module):
         self.head = nn.Sequential(RMSNorm(width, 3), nn.SiLU(), CausalConv3d(width, out_channels, 3))
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
+        return self.close(self.stream(x, batch), batch)
+
+    def stream(self, x: Tensor, batch: int) -> Tensor:
+        """(F*B, 3, H, W) -> what the head reads, (T*B, channels, H/8, W/8)."""
         x = self.conv1(x, batch)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, batch)
+        return x
+
+    def close(self, x: Tensor, batch: int) -> Tensor:
+        """The stream -> moments."""
         norm, silu, conv = self.head
         return conv(silu(norm(x)), batch)
 
@@ -186,7 +194,11 @@ class WholeClipVAE(nn.Module):
         """(B, 3, F, H, W) in -1..1 -> posterior mean and log variance, each (B, C, T, H/8, W/8)."""
         batch = len(video)
         x = rearrange(video, "b c f h w -> (f b) c h w").contiguous(memory_format=torch.channels_last)
-        moments = self.conv1(self.encoder(x, batch), batch)
+        return self.posterior(self.encoder.stream(x, batch), batch)
+
+    def posterior(self, stream: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """(T*B, channels, Y, X) at the encoder's head -> posterior mean and log variance, each (B, C, T, Y, X)."""
+        moments = self.conv1(self.encoder.close(stream, batch), batch)
         return rearrange(moments, "(t b) c h w -> b c t h w", b=batch).chunk(2, dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -216,6 +228,11 @@ def read_whole_clip_vae(path: str | Path) -> WholeClipVAE:
 def encode_clips(vae: WholeClipVAE, frames: Tensor) -> Tensor:
     """(B, F, H, W, 3) in 0..1 -> (B, C, T, H/8, W/8), normalised: VAE.encode, several times faster for a training cache."""
     mean, _ = vae.encode(frames.permute(0, 4, 1, 2, 3) * 2 - 1)
+    return normalise(mean)
+
+
+def normalise(mean: Tensor) -> Tensor:
+    """(B, C, T, Y, X) -> the same at unit variance, by Wan 2.1's statistics."""
     statistics = torch.tensor([LATENTS_MEAN, LATENTS_STD]).to(mean).view(2, 1, -1, 1, 1, 1)
     return (mean - statistics[0]) / statistics[1]
 

@@ -7,8 +7,8 @@ import torch
 
 from mive_core.config import PRESETS
 from mive_core.tensors import write_tensors
-from mive_core.train import features
-from mive_core.train.features import Bucket, latents_of, prepare, read_shards, shards_of, states_of
+from mive_core.train.block_code import encoder_of
+from mive_core.train.features import Bucket, latents_of, prepare, read_shards, shards_of, states_of, write_shards
 from mive_core.train.synth import PairedEdits
 from mive_core.train.wan_vae import WholeClipVAE, read_whole_clip_vae
 from mive_core.vae import VAE
@@ -33,7 +33,7 @@ def shards(vae_file, vlm_folder, folder):
 def test_latents_and_states_are_the_pipelines_own(vae_file, vlm_folder):
     pair = PairedEdits(4, "train", BUCKET.size, BUCKET.num_frames).sample(0).pair
     with torch.inference_mode():
-        got, vae = latents_of(pair, read_whole_clip_vae(vae_file)), VAE.load(vae_file)
+        got, vae = latents_of(pair, encoder_of(read_whole_clip_vae(vae_file))), VAE.load(vae_file)
         for name, frames in (("target", pair.target), ("source", pair.request.source.frames), ("reference", pair.request.reference[None])):
             assert torch.allclose(got[name].float(), vae.encode(frames)[0], atol=5e-3)
         vlm = VLM.load(vlm_folder)
@@ -45,7 +45,7 @@ def test_latents_and_states_are_the_pipelines_own(vae_file, vlm_folder):
 def test_shards_are_computed_once_and_again_when_the_model_changes(vae_file, vlm_folder, tmp_path):
     jobs = shards(vae_file, vlm_folder, tmp_path / "f")
     for job in jobs:
-        features.write_shard(job)
+        write_shards([job])
     entries = read_shards(jobs)
     assert len(entries) == BUCKET.num_clips and entries[0].target.shape == (16, 2, 4, 4) and entries[0].states.shape[0] == 2
     written = {job.path: job.path.stat().st_mtime_ns for job in jobs}
@@ -55,7 +55,7 @@ def test_shards_are_computed_once_and_again_when_the_model_changes(vae_file, vlm
     state = WholeClipVAE(8).state_dict()
     write_tensors(other, state, {})
     for job in shards(other, vlm_folder, tmp_path / "f"):
-        features.write_shard(job)
+        write_shards([job])
     changed = {job.path for job in jobs if job.path.stat().st_mtime_ns != written[job.path]}
     assert changed == {job.path for job in jobs if job.part == "latents"}
 
