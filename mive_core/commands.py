@@ -1,0 +1,164 @@
+"""What each command does: check its paths, call the library, print where the result is.
+
+The heavy imports stand inside the functions, so that `mive --help` answers at once.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import UserError
+
+MANY_TOKENS = 20_000
+
+
+def run_edit(arguments: argparse.Namespace) -> None:
+    from .files import check_input, check_output
+    from .manifest import ManifestEntry, load_entry
+    from .video import DEFAULT_FPS, VIDEO_SUFFIXES, write_video
+
+    output = check_output(arguments.output, "output", VIDEO_SUFFIXES)
+    source, reference = check_input(arguments.source, "source"), check_input(arguments.reference, "reference")
+    if output.exists() and (output.samefile(source) or output.samefile(reference)):
+        raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
+    request = load_entry(ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS),
+                         arguments.size, arguments.frames).request
+    num_frames, height, width = request.source.frames.shape[:3]
+    num_tokens = ((num_frames - 1) // 4 + 2) * (height // 16) * (width // 16)
+    if num_tokens > MANY_TOKENS and arguments.size is None:
+        warnings.warn(f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer")
+    from .evaluate import timed_edit
+    from .sample import Pipeline
+
+    edited, _ = timed_edit(Pipeline.load(arguments.models, arguments.layers), request, _settings(arguments))
+    sys.stdout.write(f"{write_video(output, edited)}\n")
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    from .files import check_output_folder
+    from .manifest import ManifestPairs, read_manifest
+
+    output = check_output_folder(arguments.output, "output")
+    entries = read_manifest(arguments.manifest)
+    pairs = ManifestPairs(entries, arguments.size, arguments.frames)
+    from .evaluate import evaluate
+    from .sample import Pipeline
+
+    evaluate(Pipeline.load(arguments.models, arguments.layers), pairs, output,
+             _settings(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
+             groups={"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]},
+             command=arguments.command_line)
+    sys.stdout.write(f"{output / 'report.json'}\n{output / 'sheet.png'}\n")
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from .files import check_input
+    from .train import train
+
+    train(check_input(arguments.config, "config"))
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    from .checkpoint import inspect
+    from .files import check_input
+
+    sys.stdout.write(json.dumps(inspect(check_input(arguments.path, "checkpoint")), indent=2) + "\n")
+
+
+def run_init_from_wan(arguments: argparse.Namespace) -> None:
+    from .files import check_output
+
+    destination = check_output(arguments.destination, "destination", (".safetensors",))
+    import torch
+
+    from .checkpoint import inspect
+    from .convert import init_from_wan
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[arguments.dtype]
+    init_from_wan(arguments.source, destination, layers=arguments.layers, vlm=arguments.vlm, dtype=dtype)
+    sys.stdout.write(json.dumps(inspect(destination), indent=2) + "\n")
+
+
+def run_quantize(arguments: argparse.Namespace) -> None:
+    from .files import check_input, check_output
+
+    destination = check_output(arguments.destination, "destination", (".safetensors",))
+    from .quantize import quantize
+
+    report = quantize(check_input(arguments.source, "checkpoint"), destination, arguments.format)
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def run_bench_dit(arguments: argparse.Namespace) -> None:
+    from .bench import bench_dit
+
+    _report(arguments, lambda: bench_dit(arguments.preset, tokens=arguments.tokens, blocks=arguments.blocks, repeats=arguments.repeats,
+                                         threads=arguments.threads))
+
+
+def run_bench_convert(arguments: argparse.Namespace) -> None:
+    from .bench_convert import bench_convert
+    from .files import check_input
+
+    folder = check_input(arguments.folder, "folder") if arguments.folder else None
+    _report(arguments, lambda: bench_convert(arguments.preset, folder=folder, repeats=arguments.repeats))
+
+
+def run_bench_card(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from .bench_card import bench_card
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
+    parts = tuple(part for part in arguments.parts.split(",") if part)
+    _report(arguments, lambda: bench_card(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=dtype,
+                                          repeats=arguments.repeats, blocks=arguments.blocks, parts=parts))
+
+
+def _report(arguments: argparse.Namespace, measure: Callable[[], dict]) -> None:
+    """Figures to stdout, and to the file that was asked for, whose name is checked before the measuring."""
+    from .files import check_output
+
+    output = check_output(arguments.output, "output", (".json",)) if arguments.output else None
+    figures = measure()
+    if output:
+        from .evaluate import write_json
+
+        write_json(output, figures | {"command": arguments.command_line})
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def run_data_synth(arguments: argparse.Namespace) -> None:
+    from .manifest import export_pairs
+    from .train.heldout import drawn_pairs
+    from .train.synth import PairedEdits
+
+    edits = PairedEdits(arguments.seed, arguments.split, arguments.size, arguments.frames)
+    sys.stdout.write(f"{export_pairs(drawn_pairs(edits, arguments.num), arguments.output)}\n")
+
+
+def run_data_looks(arguments: argparse.Namespace) -> None:
+    from .manifest import export_pairs
+    from .pixels import fit_clip
+    from .train.heldout import footage_pairs
+    from .video import read_clip
+
+    clip = fit_clip(read_clip(arguments.source, what="source", num_frames=arguments.frames), arguments.size, arguments.frames)
+    sys.stdout.write(f"{export_pairs(footage_pairs(clip), arguments.output)}\n")
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from .demo import run_demo as run
+
+    report = run(arguments.output, arguments.models, _settings(arguments), arguments.command_line)
+    sys.stdout.write(f"{Path(arguments.output) / 'edited.mp4'}\n{Path(arguments.output) / 'sheet.png'}\n"
+                     f"{Path(arguments.output) / 'report.json'}: {report['seconds']:.0f} s\n")
+
+
+def _settings(arguments: argparse.Namespace, **modes: str):
+    from .evaluate import EvaluationSettings
+
+    return EvaluationSettings(arguments.steps, arguments.cfg, arguments.shift, arguments.seed, **modes)
