@@ -2,10 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import convert, dit, inspect, latents, sampling, vlm
+from . import convert, dit, inspect, latents, lora, sampling, vlm
 from .bridge.paths import register
 
-MODULES = (vlm, dit, latents, sampling, inspect, convert)
+MODULES = (vlm, dit, latents, sampling, inspect, convert, lora)
 
 
 class MiVEExtension(ComfyExtension):

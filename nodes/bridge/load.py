@@ -11,6 +11,7 @@ import comfy.utils
 import torch
 
 from ...mive_core.checkpoint import check_whole, read_config
+from .lora import HostedDynamicPatcher, HostedPatcher
 from .model import MiVESupport
 
 
@@ -38,7 +39,8 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
     support.optimizations["fp8"] = fp8_matmul
 
     model = support.get_model(state)
-    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    dynamic = comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher
+    kind = HostedDynamicPatcher if dynamic and not disable_dynamic and not comfy.model_management.is_device_cpu(device) else HostedPatcher
     patcher = kind(model, load_device=device, offload_device=offload_device)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)

@@ -1,0 +1,61 @@
+"""A Wan LoRA onto a MiVE MODEL, under any of the names that Wan's LoRAs have, with what did not fit counted."""
+
+from pathlib import Path
+
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..mive_core.errors import UserError
+from ..mive_core.tensors import read_header
+from .bridge.lora import apply_lora
+from .bridge.model import MiVEModel
+from .bridge.paths import find
+from .bridge.said import logger, show
+
+EXPECTED = "a .safetensors file of a LoRA in models/loras"
+
+
+class MiVELoadLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MiVELoadLoRA", display_name="MiVE Load LoRA", category="MiVE", is_output_node=True, hidden=[io.Hidden.unique_id],
+            description="Puts a LoRA of Wan 2.1 or of MiVE onto the DiT and says how many of its keys fit. The stock LoRA loader works too, "
+                        "with fewer spellings of the names and without the count.",
+            search_aliases=["lora", "wan lora", "few-step", "lightx2v", "load lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="From MiVE Load DiT."),
+                io.Combo.Input("lora_name", options=list(list_loras()), tooltip=f"A LoRA of the DiT's width: of Wan 2.1 14B for a 14B. Expected: {EXPECTED}."),
+                io.Float.Input("strength_model", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="How much of the LoRA is added. 0: nothing."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="For MiVE Sampler, or for a further LoRA."),
+                     io.String.Output(display_name="report", tooltip="How many keys fit, and what the others belong to.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str) -> bool | str:
+        return True if lora_name in list_loras() else f"{lora_name!r} is not there; expected {EXPECTED}"
+
+    @classmethod
+    def execute(cls, model, lora_name: str, strength_model: float) -> io.NodeOutput:
+        if not isinstance(model.model, MiVEModel):
+            raise UserError("this MODEL is not MiVE's", where="model", got=type(model.model).__name__, expected="the output of MiVE Load DiT")
+        path = find(list_loras, lora_name, EXPECTED)
+        read_header(path)  # says what is wrong with a damaged file
+        patched, fit = apply_lora(model, comfy.utils.load_torch_file(str(path), safe_load=True), strength_model)
+        report = f"{lora_name}: {fit}"
+        if fit.num_fitting < fit.num_keys:
+            logger.warning("MiVE: %s", report)
+        show(cls, report)
+        return io.NodeOutput(patched, report, ui=ui.PreviewText(report))
+
+
+def list_loras() -> dict[str, Path]:
+    """Entry -> file, of .safetensors in models/loras."""
+    names = [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
+    found = {name: folder_paths.get_full_path("loras", name) for name in names}
+    return {name: Path(path) for name, path in found.items() if path is not None}
+
+
+NODES = [MiVELoadLoRA]
