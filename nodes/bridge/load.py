@@ -10,9 +10,11 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from ...mive_core.checkpoint import check_whole, read_config
+from ...mive_core.checkpoint import check_whole
+from ...mive_core.config import METADATA_KEY
 from .lora import HostedDynamicPatcher, HostedPatcher
 from .model import MiVESupport
+from .saved import config_of
 
 
 def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: bool = False, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
@@ -22,8 +24,9 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
 
     Raises UserError for files that are damaged or something else.
     """
-    config = read_config(Path(path))
+    config = config_of(Path(path))
     state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    state.pop(METADATA_KEY, None)
     state, _ = comfy.utils.convert_old_quants(state, metadata=metadata)
     check_whole(Path(path), {k: tuple(v.shape) for k, v in state.items()}, config)
 

@@ -19,6 +19,7 @@ from ...mive_core.dit.blocks import Modulation
 from ...mive_core.errors import UserError
 from ...mive_core.memory import activation_bytes
 from .conditioning import GUIDES, states_of
+from .saved import with_config
 
 CELLS_PER_TOKEN = 4  # latent cells in a patch of 1 x 2 x 2
 SLACK = 1.25  # an attention kernel's workspace, a layer's weights on their way in, what the allocator leaves unused
@@ -110,6 +111,10 @@ class MiVESupport(comfy.supported_models_base.BASE):
 
     def get_model(self, state_dict, prefix="", device=None) -> MiVEModel:
         return MiVEModel(self, device=device)
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What ComfyUI's save nodes write: keys as in every MiVE file, and the config among them."""
+        return with_config(state_dict, self.unet_config["config"])
 
 
 def check_shapes(noise: Tensor, source: Tensor, reference: Tensor) -> None:

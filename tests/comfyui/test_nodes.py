@@ -190,10 +190,13 @@ def test_wrong_files_are_named(pack, base):
 
 @pytest.mark.parametrize("added, said", [("blocks.0.cross_attn.q.weight", "a Wan T2V checkpoint"), ("img_emb.proj.0.weight", "a Wan I2V checkpoint")])
 def test_wan_is_named(pack, base, added, said):
+    """With the keys it lacks; for a T2V also the node that converts it, which an I2V cannot be."""
     path = base / "models" / "diffusion_models" / "wan.safetensors"
     state = {k: v for k, v in load_file(base / "models" / "diffusion_models" / DIT).items() if not k.startswith("context.")}
     save_file({**state, added: torch.zeros(1)}, path)
-    assert f"this looks like {said}" in refused(pack, "MiVELoadDiT", model=path.name)
+    message = refused(pack, "MiVELoadDiT", model=path.name)
+    assert f"this looks like {said}" in message and "no context.fuse.weight" in message
+    assert ("the MiVE Init From Wan node" in message) == ("T2V" in said)
     path.unlink()
 
 
