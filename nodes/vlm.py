@@ -82,8 +82,7 @@ class MiVELayerSelect(io.ComfyNode):
                 io.Combo.Input("preset", options=[*SPECS, EVEN, CUSTOM], default=FIRST_AND_LAST,
                                tooltip="first is the output of layer 1, last that of the last layer after the final norm."),
                 io.Int.Input("count", default=4, min=1, max=64, tooltip="How many layers, with the preset 'evenly spaced': from the first to the last."),
-                io.String.Input("custom", default="1,-1", tooltip="With the preset 'custom': numbers, first, last or slices, such as 1,-1 or 0:36:6. "
-                                                                  "0 is the input embedding, k the output of layer k, -1 the last."),
+                io.String.Input("custom", default="1,-1", tooltip="With the preset 'custom': numbers, first, last or slices, such as 1,-1 or 0:36:6. 0 is the input embedding, k the output of layer k, -1 the last."),
                 VlmType.Input("vlm", optional=True, tooltip="Only to show which of its layers the choice means."),
             ],
             outputs=[LayersType.Output(display_name="layers", tooltip="For MiVE Encode."),
@@ -128,7 +127,8 @@ class MiVEEncode(io.ComfyNode):
                 io.Float.Input("sampled_fps", default=DEFAULTS.video_fps, min=0.01, max=60.0, step=0.01, advanced=True,
                                tooltip="Frames a second that the VLM sees. Keep what the DiT was trained with: 2."),
                 io.Int.Input("max_video_tokens", default=DEFAULTS.max_video_tokens, min=16, max=65536, advanced=True,
-                             tooltip="The source is scaled to give at most this many tokens. More cost memory and time."),
+                             tooltip="The source is scaled to give at most this many tokens. More cost memory and time. "
+                                     "4096 stands for what the VLM was taught with: 512 for the tiny one, 4096 for the others."),
                 LayersType.Input("layers", optional=True, tooltip="From MiVE Layer Select. Without it: first + last."),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For MiVE Reference Latents.")],
@@ -138,7 +138,8 @@ class MiVEEncode(io.ComfyNode):
     def execute(cls, vlm: HostedVLM, source, reference, instruction: str, fps: float, sampled_fps: float, max_video_tokens: int,
                 layers: LayerChoice = LayerChoice()) -> io.NodeOutput:
         chosen = layers.resolve(vlm.vlm.num_layers)
-        budget = replace(DEFAULTS, video_fps=sampled_fps, max_video_tokens=max_video_tokens)
+        asked = {} if max_video_tokens == DEFAULTS.max_video_tokens else {"max_video_tokens": max_video_tokens}
+        budget = replace(vlm.taught, video_fps=sampled_fps, **asked)
         with logged():
             clip = fit_clip(Clip(source, fps))
             request = EditRequest(clip, fit_reference(reference, (clip.frames.shape[2], clip.frames.shape[1])), instruction)

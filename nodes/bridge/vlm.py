@@ -10,7 +10,7 @@ import comfy.text_encoders
 import torch
 from torch import nn
 
-from ...mive_core.config import MiVEConfig
+from ...mive_core.config import PRESETS, MiVEConfig
 from ...mive_core.prompt import build_inputs
 from ...mive_core.types import Condition, EditRequest
 from ...mive_core.vlm import VLM
@@ -50,6 +50,11 @@ class HostedVLM:
         patcher = comfy.model_patcher.ModelPatcher(Body(vlm.model), load_device=device,
                                                    offload_device=comfy.model_management.text_encoder_offload_device())
         return cls(vlm, patcher)
+
+    @property
+    def taught(self) -> MiVEConfig:
+        """The contract of the DiTs that read this VLM, as far as it is known by its size: budgets of tokens above all."""
+        return next((config for config in PRESETS.values() if config.vlm == self.vlm.name), MiVEConfig())
 
     def condition(self, request: EditRequest, config: MiVEConfig, layers: tuple[int, ...]) -> Condition:
         """EditRequest -> states of `layers`, resolved to 0..L, (1, K, S, D_vlm)."""

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mive_core.quantize import quantize
+from mive_core.types import Clip, EditRequest
 
 DIT, LORA, STEPS, TOLERANCE = "random.safetensors", "random.safetensors", 4, 1e-5
 
@@ -35,6 +36,18 @@ def test_condition_equals_the_librarys(pack, loaded, pipeline, request_):
     expected = pipeline.vlm.condition(request_, pipeline.config)
     assert values["mive_layers"] == expected.layers
     assert torch.equal(states, expected.states.movedim(1, 2).flatten(2))
+
+
+def test_budgets_are_those_of_the_vlm(pack, loaded, pipeline, request_):
+    """A long instruction and large pictures: MiVE Encode gave the tiny VLM 512 tokens of words and 4096 of video, where it was taught 48 and 512."""
+    frames = torch.nn.functional.interpolate(request_.source.frames.movedim(-1, 1), (576, 576)).movedim(1, -1)
+    request = EditRequest(Clip(frames, 8.0), frames[0], "make the red circle blue and the green square yellow " * 12)
+    with pytest.warns(UserWarning, match="got 240 tokens, expected at most 48"):
+        expected = pipeline.vlm.condition(request, pipeline.config)
+    (states, _), = pack.run("MiVEEncode", vlm=loaded.vlm, instruction=request.instruction, fps=8.0, source=frames, reference=frames[:1])[0]
+    assert torch.equal(states, expected.states.movedim(1, 2).flatten(2))
+    (more, _), = pack.run("MiVEEncode", vlm=loaded.vlm, instruction=request.instruction, fps=8.0, source=frames, reference=frames[:1], max_video_tokens=1024)[0]
+    assert more.shape[1] > states.shape[1]
 
 
 def test_latents_equal_the_librarys(loaded, pipeline, request_):
