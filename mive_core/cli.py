@@ -15,6 +15,7 @@ from .config import VLM_SIZES
 from .errors import UserError
 
 DEFAULT_MODELS = "tiny"
+DTYPES = ("bf16", "fp16", "fp32")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +80,7 @@ def build_parser() -> Parser:
     init.add_argument("destination", metavar="DST.safetensors", type=text)
     init.add_argument("--layers", type=text, default="first+last", metavar="SPEC", help="VLM layers it will read, default first+last")
     init.add_argument("--vlm", default="8b", choices=tuple(VLM_SIZES), help="the Qwen3-VL it will read, default 8b")
-    init.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: the source's; fp8 becomes bf16")
+    init.add_argument("--dtype", choices=DTYPES, help="default: the source's; fp8 becomes bf16")
     quantize = _command(commands, "quantize", run_quantize, "store a MiVE checkpoint's large matrices in 8 bits")
     quantize.add_argument("source", metavar="SRC", type=text, help="a file, a folder or a sharded index")
     quantize.add_argument("destination", metavar="DST.safetensors", type=text)
@@ -102,6 +103,7 @@ def _add_edit(commands) -> None:
     edit.add_argument("--layers", type=text, metavar="SPEC", help="VLM layers to read: first+last, 1,-1, last, 0:36:6")
     _add_fit(edit)
     _add_sampling(edit)
+    _add_machine(edit)
 
 
 def _add_eval(commands) -> None:
@@ -115,6 +117,7 @@ def _add_eval(commands) -> None:
                           help="wrong: another clip's instruction")
     _add_fit(evaluate)
     _add_sampling(evaluate)
+    _add_machine(evaluate)
 
 
 def _add_bench(commands) -> None:
@@ -134,7 +137,7 @@ def _add_bench(commands) -> None:
     card.add_argument("--size", type=size, default=(1280, 720), metavar="WxH", help="default 1280x720")
     card.add_argument("--frames", type=count, default=81, metavar="N", help="4n+1, default 81")
     card.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    card.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"))
+    card.add_argument("--dtype", default="bf16", choices=DTYPES)
     card.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
     card.add_argument("--parts", type=text, default="", metavar="A,B", help="of speed, attention, dit, dit_fp8, vlm, vae, training_block; default all")
     card.add_argument("--repeats", type=count, default=3)
@@ -168,6 +171,14 @@ def _add_sampling(parser: Parser) -> None:
     parser.add_argument("--cfg", type=finite, metavar="X", help="guidance; 1 is none")
     parser.add_argument("--shift", type=positive, metavar="X", help="of the timesteps")
     parser.add_argument("--seed", type=integer, default=0, metavar="N")
+
+
+def _add_machine(parser: Parser, device: str = "cpu", dtype: str = "fp32") -> None:
+    parser.add_argument("--device", default=device, choices=("cpu", "cuda"), help=f"default {device}")
+    parser.add_argument("--dtype", default=dtype, choices=DTYPES, help=f"of weights and arithmetic, default {dtype}")
+    parser.add_argument("--attention", default="auto", type=text, metavar="NAME",
+                        help="auto and sdpa: torch's own with its best kernel; sage: the package sageattention, checked at first use; matmul")
+    parser.add_argument("--compile", action="store_true", help="the DiT's blocks by torch.compile")
 
 
 def _command(commands, name: str, run, summary: str) -> Parser:

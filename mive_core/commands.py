@@ -33,7 +33,7 @@ def run_edit(arguments: argparse.Namespace) -> None:
     from .evaluate import timed_edit
     from .sample import Pipeline
 
-    edited, _ = timed_edit(Pipeline.load(arguments.models, arguments.layers), request, _settings(arguments))
+    edited, _ = timed_edit(Pipeline.load(arguments.models, arguments.layers, **_machine(arguments)), request, _settings(arguments))
     sys.stdout.write(f"{write_video(output, edited)}\n")
 
 
@@ -47,7 +47,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
     from .evaluate import evaluate
     from .sample import Pipeline
 
-    evaluate(Pipeline.load(arguments.models, arguments.layers), pairs, output,
+    evaluate(Pipeline.load(arguments.models, arguments.layers, **_machine(arguments)), pairs, output,
              _settings(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
              groups={"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]},
              command=arguments.command_line)
@@ -72,13 +72,10 @@ def run_init_from_wan(arguments: argparse.Namespace) -> None:
     from .files import check_output
 
     destination = check_output(arguments.destination, "destination", (".safetensors",))
-    import torch
-
     from .checkpoint import inspect
     from .convert import init_from_wan
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[arguments.dtype]
-    init_from_wan(arguments.source, destination, layers=arguments.layers, vlm=arguments.vlm, dtype=dtype)
+    init_from_wan(arguments.source, destination, layers=arguments.layers, vlm=arguments.vlm, dtype=_dtype(arguments.dtype))
     sys.stdout.write(json.dumps(inspect(destination), indent=2) + "\n")
 
 
@@ -108,13 +105,10 @@ def run_bench_convert(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_card(arguments: argparse.Namespace) -> None:
-    import torch
-
     from .bench_card import bench_card
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
     parts = tuple(part for part in arguments.parts.split(",") if part)
-    _report(arguments, lambda: bench_card(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=dtype,
+    _report(arguments, lambda: bench_card(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=_dtype(arguments.dtype),
                                           repeats=arguments.repeats, blocks=arguments.blocks, parts=parts))
 
 
@@ -156,6 +150,17 @@ def run_demo(arguments: argparse.Namespace) -> None:
     report = run(arguments.output, arguments.models, _settings(arguments), arguments.command_line)
     sys.stdout.write(f"{Path(arguments.output) / 'edited.mp4'}\n{Path(arguments.output) / 'sheet.png'}\n"
                      f"{Path(arguments.output) / 'report.json'}: {report['seconds']:.0f} s\n")
+
+
+def _machine(arguments: argparse.Namespace) -> dict:
+    """What Pipeline.load is told about the machine."""
+    return {"device": arguments.device, "dtype": _dtype(arguments.dtype), "attention": arguments.attention, "compiled": arguments.compile}
+
+
+def _dtype(name: str | None):
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[name]
 
 
 def _settings(arguments: argparse.Namespace, **modes: str):

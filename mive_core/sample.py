@@ -3,14 +3,17 @@
 F pixel frames (4n+1) of H x W; B batch, C latent channels, T x Y x X latent grid.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
-from .attention import torch_attention
+from .attention import attention_of
 from .checkpoint import load_dit, read_config, resolve
 from .config import MiVEConfig
 from .dit import MiVEDiT
@@ -23,6 +26,7 @@ from .vlm import VLM
 
 EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 MAX_CFG = 100.0
+COMPILERS = ("g++", "clang++", "cl")
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,16 @@ class Pipeline:
 
     @classmethod
     def load(cls, models: str | Path = "tiny", layers: str | None = None, *, dtype: torch.dtype = torch.float32,
-             device: torch.device | str = "cpu") -> "Pipeline":
+             device: torch.device | str = "cpu", attention: str = "auto", compiled: bool = False) -> "Pipeline":
         """`tiny`, or a folder with dit.safetensors, vae.safetensors and vlm/. Raises UserError where the three do not fit.
 
-        `layers` reads other VLM layers than the DiT was trained with, as many as it has inputs for.
+        `layers` reads other VLM layers than the DiT was trained with, as many as it has inputs for; `attention` is one of
+        attention.BACKENDS; `compiled` hands the DiT's blocks to torch.compile, which takes effect at the first step.
         """
+        check_device(device)
+        if compiled:
+            check_compiler(device)
+        function = attention_of(attention)
         folder = EMBEDDED.get(str(models), Path(models))
         if not folder.is_dir():
             raise UserError("no such folder of models", where=models, expected=f"{' or '.join(EMBEDDED)}, or a folder with dit.safetensors, vae.safetensors and vlm/")
@@ -50,7 +59,8 @@ class Pipeline:
         vlm = VLM.load(folder / "vlm", dtype=dtype, device=device)
         check_vlm(vlm, config, folder)
         vae = VAE.load(resolve(folder, "vae.safetensors"), dtype=dtype, device=device)
-        return cls(vlm, vae, load_dit(folder, attention=torch_attention, dtype=dtype, device=device), config)
+        dit = load_dit(folder, attention=function, dtype=dtype, device=device)
+        return cls(vlm, vae, dit.compile_blocks() if compiled else dit, config)
 
     @torch.inference_mode()
     def edit(self, request: EditRequest, *, steps: int | None = None, cfg: float | None = None, shift: float | None = None,
@@ -105,6 +115,22 @@ def check_vlm(vlm: VLM, config: MiVEConfig, where: object) -> None:
     if (vlm.width, vlm.num_layers) != (config.vlm_width, config.vlm_num_layers):
         raise UserError("the DiT was made for another VLM", where=where, got=f"{vlm.name} of width {vlm.width}, {vlm.num_layers} layers",
                         expected=f"{config.vlm} of width {config.vlm_width}, {config.vlm_num_layers} layers")
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises UserError where the device is not there."""
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device", where="device", got=str(device), fix="take cpu, or a torch that was built for the card")
+
+
+def check_compiler(device: torch.device | str) -> None:
+    """Raises UserError where torch.compile has nothing to compile with: a C++ compiler for a CPU, Triton for a GPU."""
+    if torch.device(device).type == "cpu":
+        if not any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name):
+            raise UserError("torch.compile needs a C++ compiler", where="compile", expected=" or ".join(COMPILERS), fix="install one, or leave compiling out")
+    elif not has_triton():
+        raise UserError("torch.compile needs Triton", where="compile", fix="install triton, or leave compiling out")
 
 
 def check_cfg(cfg: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..attention import AttentionFn
+from ..attention import AttentionFn, CheckedAttention
 from ..config import MiVEConfig
 from .blocks import Block, Modulation, bare_dtype
 from .context import ContextProjection
@@ -39,6 +39,17 @@ class MiVEDiT(nn.Module):
             Block(width, config.num_heads, config.ffn_width, config.eps, attention=attention, **parts)
             for _ in range(config.num_blocks))
         self.head = Head(width, config.latent_channels, config.patch_size, config.eps, **parts)
+
+    def compile_blocks(self) -> "MiVEDiT":
+        """Each block by torch.compile, which makes one graph for all of them, for they differ in weights only; the rest stays as it is.
+
+        An attention that is still to be checked stays out of the graph.
+        """
+        for block in self.blocks:
+            if isinstance(block.self_attn.attention, CheckedAttention):
+                block.self_attn.attention = torch.compiler.disable(block.self_attn.attention)
+            block.compile()
+        return self
 
     def embed_condition(self, states: Tensor) -> Tensor:
         """(B, K, S, D_vlm) -> (B, N_c, D). Does not depend on t: once per sampling."""
