@@ -53,8 +53,6 @@ class MiVESampler(io.ComfyNode):
         if shift:
             model = ModelSamplingSD3().patch(model, shift)[0]
         sampled, = nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)
-        if not sampled["samples"].isfinite().all():
-            raise UserError("the latents are no longer finite", where="sampling", fix="lower cfg, or load the DiT in bf16 or fp32")
         return io.NodeOutput(sampled)
 
 

@@ -82,6 +82,12 @@ class MiVEModel(comfy.model_base.BaseModel):
         condition = self.diffusion_model.context(states_of(cond, self.config).to(device), self.get_dtype_inference())
         return {name: comfy.conds.CONDRegular(value) for name, value in {**guides, "condition": condition}.items()}
 
+    def process_latent_out(self, latent: Tensor) -> Tensor:
+        """Where every sampler ends. Raises UserError where the latents are not finite: decoded, they would be a black video."""
+        if not latent.isfinite().all():
+            raise UserError("the latents are no longer finite", where="sampling", fix="lower cfg, or load the DiT in bf16 or fp32")
+        return super().process_latent_out(latent)
+
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
         """The source is cut with the window; the reference and the condition belong to every window."""
         if cond_key == "source":

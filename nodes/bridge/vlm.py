@@ -47,6 +47,8 @@ class HostedVLM:
             dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
         vlm = VLM.load(folder, dtype=dtype, tokenizer=QWEN_TOKENIZER)
         cast_at_use(vlm.model)
+        for layer in (*vlm.model.language_model.layers, *vlm.model.visual.blocks):  # on a CPU one reading takes minutes
+            layer.register_forward_pre_hook(lambda *_: comfy.model_management.throw_exception_if_processing_interrupted())
         patcher = comfy.model_patcher.ModelPatcher(Body(vlm.model), load_device=device,
                                                    offload_device=comfy.model_management.text_encoder_offload_device())
         return cls(vlm, patcher)
