@@ -60,7 +60,7 @@ class MiVEInitFromWan(io.ComfyNode):
 
 def destination(name: str) -> Path:
     """A plain file name -> its place in models/diffusion_models. Raises UserError for any other name, and for one that is taken."""
-    if not name.endswith(SUFFIX) or name == SUFFIX or PurePath(name).name != name or "\\" in name:
+    if not name.endswith(SUFFIX) or name == SUFFIX or PurePath(name).name != name or "\\" in name or not name.isprintable():
         raise UserError("this is no plain name of a file", where="filename", got=repr(name), expected=f"a name that ends in {SUFFIX}, without folders")
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]  # models/unet, the former one, comes first
     path = next((folder for folder in folders if folder.name == FOLDER), folders[0]) / name

@@ -1,5 +1,6 @@
 """Each node on its own: what it gives, and what it says to bad input."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -100,6 +101,17 @@ def test_mended_pictures_are_told_of(pack, loaded, caplog):
 
 # Reference Latents and the sampler
 
+def test_another_vae_is_refused(pack, loaded):
+    """A picture's VAE takes the frames for a batch of pictures and gives latents of four channels."""
+    import comfy.sd
+    from comfy.taesd.taesd import TAESD
+
+    torch.manual_seed(4)
+    weights = {key: torch.randn(value.shape) * 0.05 for key, value in TAESD().state_dict().items()}
+    other = comfy.sd.VAE(sd={**weights, "vae_scale": torch.tensor(0.18215), "vae_shift": torch.tensor(0.0)})
+    assert "vae: this is not a Wan 2.1 VAE; got latents of shape (17, 4, 6, 8)" in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, vae=other))
+
+
 def test_short_clips_are_refused_with_both_counts(pack, loaded):
     assert "got 17 frames; expected 33; ask for 17 or fewer" in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, length=33))
 
@@ -177,6 +189,8 @@ def test_wrong_files_are_named(pack, base):
     whole = (folder / DIT).read_bytes()
     cases = {
         "vae": ((base / "models" / "vae" / "random.safetensors").read_bytes(), "this looks like a Wan VAE"),
+        "vlm": ((base / "models" / "text_encoders" / VLM / "model.safetensors").read_bytes(), "this looks like a Qwen3-VL model"),
+        "lora": ((base / "models" / "loras" / "random.safetensors").read_bytes(), "this looks like a LoRA"),
         "truncated": (whole[:-1000], f"got {len(whole) - 1000} bytes; expected {len(whole)} bytes"),
         "page": (b"<!DOCTYPE html><html></html>", "this is a web page"),
         "zip": (b"PK\x03\x04" + bytes(600), "this is a zip archive or a pickle"),
@@ -215,6 +229,19 @@ def test_damaged_vlm_folders(pack, base):
     assert "truncated" in refused(pack, "MiVELoadVLM", model="broken")
     weights.unlink()
     assert "no model.safetensors" in refused(pack, "MiVELoadVLM", model="broken")
+    shards = {"model-00001-of-00002.safetensors": True, "model-00002-of-00002.safetensors": False}
+    whole = load_file(base / "models" / "text_encoders" / VLM / "model.safetensors")
+    home = {key: next(name for name, first in shards.items() if first == (index % 2 == 0)) for index, key in enumerate(whole)}
+    for name in shards:
+        save_file({key: value for key, value in whole.items() if home[key] == name}, folder / name, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": home}))
+    assert pack.run("MiVELoadVLM", model="broken")[0].vlm.num_layers == 4
+    second = folder / "model-00002-of-00002.safetensors"
+    second.write_bytes(second.read_bytes()[:-100])
+    message = refused(pack, "MiVELoadVLM", model="broken")
+    assert second.name in message and "truncated" in message
+    second.unlink()
+    assert f"a shard is missing; got no {second.name}" in refused(pack, "MiVELoadVLM", model="broken")
     shutil.rmtree(folder)
 
 
@@ -335,7 +362,8 @@ def test_an_interrupted_conversion_leaves_no_file(pack, wan):
     assert not [path.name for path in (pack.base / "models" / "diffusion_models").iterdir() if "broken" in path.name]
 
 
-@pytest.mark.parametrize("name", ["../out.safetensors", "a/b.safetensors", "a\\b.safetensors", ".safetensors", "out.ckpt", "/tmp/out.safetensors"])
+@pytest.mark.parametrize("name", ["../out.safetensors", "a/b.safetensors", "a\\b.safetensors", ".safetensors", "out.ckpt", "/tmp/out.safetensors", "C:\\x.safetensors",
+                                  "a\0.safetensors", "a\ud800.safetensors"])
 def test_a_name_that_leaves_the_folder_is_refused_when_the_prompt_is_checked(pack, name):
     assert "no plain name" in pack.node("MiVEInitFromWan").validate_inputs(filename=name, layers="first+last", vlm="2b")
 
