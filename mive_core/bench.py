@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-from .attention import torch_attention
+from .attention import attention_of
 from .config import PRESETS, MiVEConfig
 from .dit import MiVEDiT
 from .errors import UserError
@@ -65,8 +65,9 @@ def edge_flops(config: MiVEConfig, layout: Layout, ours: bool) -> float:
     return 2 * per_patch * channels * width * (2 * embedded + target) + context
 
 
-def make_ours(config: MiVEConfig, layout: Layout):
-    return forward_of(MiVEDiT(config, operations=torch.nn, attention=torch_attention).eval(), layout)
+def make_ours(config: MiVEConfig, layout: Layout, attention: str = "auto", compiled: bool = False):
+    model = MiVEDiT(config, operations=torch.nn, attention=attention_of(attention)).eval()
+    return forward_of(model.compile_blocks() if compiled else model, layout)
 
 
 def forward_of(model: MiVEDiT, layout: Layout):

@@ -9,13 +9,13 @@ import sys
 import warnings
 
 from . import __version__
-from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_data_looks, run_data_synth, run_demo, run_edit, run_eval,
-                       run_init_from_wan, run_inspect, run_quantize, run_train)
+from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_stage, run_data_looks, run_data_synth, run_demo, run_edit,
+                       run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
 from .config import VLM_SIZES
 from .errors import UserError
 
 DEFAULT_MODELS = "tiny"
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPES, PRESET_NAMES = ("bf16", "fp16", "fp32"), ("tiny", "1.3b", "14b")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,28 +121,43 @@ def _add_eval(commands) -> None:
 
 
 def _add_bench(commands) -> None:
-    bench = commands.add_parser("bench", help="measure speed").add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
-    dit = _command(bench, "dit", run_bench_dit, "our DiT beside diffusers' WanTransformer3DModel")
-    dit.add_argument("--preset", default="tiny", choices=("tiny", "1.3b", "14b"))
-    dit.add_argument("--tokens", type=count, default=2048)
-    dit.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
-    dit.add_argument("--repeats", type=count, default=7)
-    dit.add_argument("--threads", type=count)
+    bench = commands.add_parser("bench", help="measure speed and memory").add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
+    dit = _command(bench, "dit", run_bench_dit, "our DiT beside diffusers' WanTransformer3DModel, or with --size one forward of it alone")
+    dit.add_argument("--tokens", type=count, help="beside diffusers at that many, default 2048")
+    _add_stage(dit)
+    for name, summary in (("vlm", "Qwen3-VL over the edit's clip"), ("vae", "encoding, and decoding whole and in tiles"),
+                          ("edit", "a whole edit and its stages")):
+        _add_stage(_command(bench, name, run_bench_stage, summary))
     convert = _command(bench, "convert", run_bench_convert, "init-from-wan beside a copy of the same file, and its memory")
     convert.add_argument("--preset", default="1.3b", choices=("1.3b", "14b"), help="whose shapes the random file has, default 1.3b")
     convert.add_argument("--folder", type=text, metavar="DIR", help="where the files are written, and deleted afterwards")
     convert.add_argument("--repeats", type=count, default=3)
     card = _command(bench, "card", run_bench_card, "every stage of an edit at real sizes, on random weights, against the card's own speed")
-    card.add_argument("--preset", default="14b", choices=("tiny", "1.3b", "14b"), help="default 14b")
+    card.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="default 14b")
     card.add_argument("--size", type=size, default=(1280, 720), metavar="WxH", help="default 1280x720")
     card.add_argument("--frames", type=count, default=81, metavar="N", help="4n+1, default 81")
     card.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     card.add_argument("--dtype", default="bf16", choices=DTYPES)
     card.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
-    card.add_argument("--parts", type=text, default="", metavar="A,B", help="of speed, attention, dit, dit_fp8, vlm, vae, training_block; default all")
+    card.add_argument("--parts", type=text, default="", metavar="A,B",
+                      help="of speed, attention, dit, dit_fp8, vlm, training_block, dit_1.3b, vae, compiled; default all")
     card.add_argument("--repeats", type=count, default=3)
-    for command in (dit, convert, card):
-        command.add_argument("--output", type=text, metavar="FILE.json", help="also write the figures there")
+    for command in bench.choices.values():
+        command.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the figures there")
+
+
+def _add_stage(parser: Parser) -> None:
+    stage = parser.prog.split()[-1]
+    parser.set_defaults(stage=stage)
+    parser.add_argument("--preset", default="tiny", choices=PRESET_NAMES, help="whose shapes the random weights have, default tiny")
+    parser.add_argument("--size", type=size, metavar="WxH", help="multiples of 16" + ("" if stage == "dit" else ", default 96x96"))
+    parser.add_argument("--frames", type=count, default=17, metavar="N", help="4n+1, default 17")
+    parser.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
+    parser.add_argument("--repeats", type=count, default=7)
+    parser.add_argument("--threads", type=count)
+    if stage == "edit":
+        parser.add_argument("--steps", type=count, metavar="N", help="default: the preset's")
+    _add_machine(parser, attention=stage in ("dit", "edit"))
 
 
 def _add_data(commands) -> None:
@@ -173,9 +188,11 @@ def _add_sampling(parser: Parser) -> None:
     parser.add_argument("--seed", type=integer, default=0, metavar="N")
 
 
-def _add_machine(parser: Parser, device: str = "cpu", dtype: str = "fp32") -> None:
-    parser.add_argument("--device", default=device, choices=("cpu", "cuda"), help=f"default {device}")
-    parser.add_argument("--dtype", default=dtype, choices=DTYPES, help=f"of weights and arithmetic, default {dtype}")
+def _add_machine(parser: Parser, attention: bool = True) -> None:
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of weights and arithmetic, default fp32")
+    if not attention:
+        return
     parser.add_argument("--attention", default="auto", type=text, metavar="NAME",
                         help="auto and sdpa: torch's own with its best kernel; sage: the package sageattention, checked at first use; matmul")
     parser.add_argument("--compile", action="store_true", help="the DiT's blocks by torch.compile")

@@ -90,10 +90,40 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_dit(arguments: argparse.Namespace) -> None:
-    from .bench import bench_dit
+    if arguments.size is not None:
+        if arguments.tokens is not None:
+            raise UserError("--tokens and --size are two benchmarks", fix="--tokens runs beside diffusers, --size on its own")
+        run_bench_stage(arguments)
+        return
+    from .bench import bench_dit, make_ours
+    from .sample import check_compiler
 
-    _report(arguments, lambda: bench_dit(arguments.preset, tokens=arguments.tokens, blocks=arguments.blocks, repeats=arguments.repeats,
-                                         threads=arguments.threads))
+    if (arguments.device, arguments.dtype) != ("cpu", "fp32"):
+        raise UserError("beside diffusers the DiT runs in fp32 on a CPU", got=f"{arguments.dtype} on {arguments.device}", fix="--size measures it alone")
+    if arguments.compile:
+        check_compiler("cpu")
+
+    def make(config, layout):
+        return make_ours(config, layout, arguments.attention, arguments.compile)
+
+    _report(arguments, lambda: bench_dit(arguments.preset, tokens=arguments.tokens or 2048, blocks=arguments.blocks, repeats=arguments.repeats,
+                                         threads=arguments.threads, make_ours=make))
+
+
+def run_bench_stage(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from .bench_random import workload
+    from .bench_stage import bench_stage
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    has_dit = "attention" in arguments
+    work = workload(arguments.preset, size=arguments.size or (96, 96), num_frames=arguments.frames, device=arguments.device,
+                    dtype=_dtype(arguments.dtype), repeats=arguments.repeats, blocks=arguments.blocks,
+                    **({"attention": arguments.attention, "compiled": arguments.compile} if has_dit else {}))
+    options = {"steps": arguments.steps} if arguments.stage == "edit" else {}
+    _report(arguments, lambda: {"preset": arguments.preset, **bench_stage(arguments.stage, work, **options)})
 
 
 def run_bench_convert(arguments: argparse.Namespace) -> None:

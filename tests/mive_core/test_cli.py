@@ -106,7 +106,7 @@ def test_more_than_one_reference(work, capsys):
     assert "given more than once" in refused(capsys, [*EDIT, "--reference", "other.png"], work)
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["data"], ["bench", "vae"], ["train"], ["eval"], ["inspect"]])
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["data"], ["bench"], ["train"], ["eval"], ["inspect"]])
 def test_incomplete_commands(work, capsys, arguments):
     assert "--help` lists what it takes" in refused(capsys, arguments, work)
 
@@ -266,3 +266,22 @@ def test_damaged_models(work, random_models, capsys, damage, says):
 def test_pickles_are_never_read(work, capsys, name):
     torch.save({"weight": torch.zeros(3)}, work / name)
     assert name in refused(capsys, ["inspect", name], work)
+
+
+def test_a_stage_is_measured_from_the_command_line(work, capsys):
+    assert main(["bench", "vlm", "--size", "64x48", "--frames", "5", "--repeats", "1", "--json", "vlm.json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    written = json.loads((work / "vlm.json").read_text())
+    assert written == figures | {"command": "mive bench vlm --size 64x48 --frames 5 --repeats 1 --json vlm.json"} and figures["seconds"] > 0
+    assert main(["bench", "dit", "--size", "64x48", "--frames", "5", "--repeats", "1", "--attention", "matmul", "--dtype", "bf16"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["attention"], figures["dtype"], figures["stage"]) == ("matmul", "bfloat16", "dit")
+
+
+@pytest.mark.parametrize("options, says", [
+    (["dit", "--size", "64x64", "--tokens", "512"], "two benchmarks"), (["dit", "--dtype", "bf16"], "fp32 on a CPU"),
+    (["vae", "--frames", "6"], "the size does not fit"), (["dit", "--attention", "sage"], "needs the package sageattention"),
+    (["vlm", "--attention", "sdpa"], "unrecognized arguments"), (["edit", "--json", "figures.txt"], "unsupported file type"),
+])
+def test_benchmarks_that_cannot_be_are_refused(options, says, work, capsys):
+    assert says in refused(capsys, ["bench", *options], work)

@@ -1,40 +1,16 @@
 """The memory model against a forward whose tensors are counted as they come and go, at the real shapes, on no device at all."""
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mive_core.attention import torch_attention
 from mive_core.bench import Layout, forward_of
 from mive_core.config import PRESETS
+from mive_core.counted import Counted
 from mive_core.dit import MiVEDiT
 from mive_core.memory import activation_bytes, weight_bytes
-
-
-class Counted(TorchDispatchMode):
-    """Bytes of all storages alive that were made inside, now and at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
-                storage = tensor.untyped_storage()
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.forget, storage._cdata)
-                self.peak = max(self.peak, self.now)
-        return result
-
-    def forget(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
 
 
 def test_the_counter_counts():

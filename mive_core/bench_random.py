@@ -1,0 +1,217 @@
+"""The three models at their real shapes on random weights, and an edit for them: what the benchmarks run.
+
+L tokens of the DiT's sequence, D its width; S tokens of the VLM's.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+
+from .attention import AttentionFn, attention_of
+from .bench import Layout
+from .config import PRESETS, MiVEConfig
+from .dit import MiVEDiT
+from .errors import UserError
+from .planes import convolve_in_planes
+from .prompt import build_inputs
+from .quantize import FORMATS, MATRIX, to_float8
+from .repack import DEEPSTACK, MERGE, MROPE_SECTION, PIXELS, ROPE_THETA, VISION_HEADS
+from .sample import EMBEDDED, Pipeline, check_compiler, check_device
+from .tensors import read_header
+from .types import Clip, EditRequest, VLMInputs
+from .vae import ORIGINAL_KEY, SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE
+from .vlm import VLM, load_processor, model_of
+
+FLOAT8, _ = FORMATS["fp8_scaled"]
+SPREAD = 0.02  # of random weights
+ATTENTION_RANGE = "mive attention"  # what the profiler finds attention by
+TINY_VLM, TINY_VAE = EMBEDDED["tiny"] / "vlm", EMBEDDED["tiny"] / "vae.safetensors"
+QWEN3_VL_8B = {
+    "text_config": {"vocab_size": 151_936, "hidden_size": 4096, "head_dim": 128, "num_hidden_layers": 36, "intermediate_size": 12_288,
+                    "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": ROPE_THETA,
+                    "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": MROPE_SECTION}},
+    "vision_config": {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": VISION_HEADS, "patch_size": PIXELS["patch_size"],
+                      "temporal_patch_size": PIXELS["temporal_patch_size"], "spatial_merge_size": MERGE, "out_hidden_size": 4096,
+                      "num_position_embeddings": 2304, "deepstack_visual_indexes": DEEPSTACK[27]},
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The edit whose stages are measured, and how."""
+
+    config: MiVEConfig
+    size: tuple[int, int]  # width, height in pixels
+    num_frames: int
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int = 3
+    attention: str = "auto"
+    compiled: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Target frames, patch rows and columns."""
+        return (self.num_frames - 1) // TEMPORAL_FACTOR + 1, self.size[1] // (2 * SPATIAL_FACTOR), self.size[0] // (2 * SPATIAL_FACTOR)
+
+    @property
+    def layout(self) -> Layout:
+        """The paper's share of condition tokens, a twentieth."""
+        frames, rows, columns = self.grid
+        return Layout(max((frames + 1) * rows * columns // 19, 1), self.grid)
+
+    @property
+    def vlm_values(self) -> dict:
+        """Of the Qwen3VLConfig: the embedded model's where the preset reads that one, Qwen3-VL-8B's elsewhere."""
+        if self.config.vlm_width == PRESETS["tiny"].vlm_width:
+            return json.loads((TINY_VLM / "config.json").read_text())
+        return {**QWEN3_VL_8B, **special_tokens()}
+
+    @property
+    def describes(self) -> dict:
+        """What a report says of it."""
+        return {"blocks": self.config.num_blocks, "size": list(self.size), "frames": self.num_frames, "tokens": self.layout.num_tokens,
+                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
+                "dtype": str(self.dtype).removeprefix("torch."), "attention": self.attention, "compiled": self.compiled,
+                "torch": torch.__version__, "repeats": self.repeats}
+
+
+def workload(preset: str, *, size: tuple[int, int], num_frames: int, device: str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 3,
+             blocks: int | None = None, attention: str = "auto", compiled: bool = False) -> Workload:
+    """size is (width, height) in pixels. Raises UserError for unknown presets, sizes that do not fit, and what the machine lacks."""
+    if preset not in PRESETS:
+        raise UserError("unknown preset", where="preset", got=preset, expected=", ".join(PRESETS))
+    if num_frames % TEMPORAL_FACTOR != 1 or any(side % 16 or not side for side in size):
+        raise UserError("the size does not fit", got=f"{size[0]}x{size[1]}x{num_frames}", expected="multiples of 16, 4n+1 frames")
+    check_device(device)
+    attention_of(attention)
+    if compiled:
+        check_compiler(device)
+    config = replace(PRESETS[preset], num_blocks=blocks or PRESETS[preset].num_blocks)
+    return Workload(config, size, num_frames, torch.device(device), dtype, repeats, attention, compiled)
+
+
+class Float8Linear(nn.Module):
+    """A Linear in float8: weight and input are scaled to the type's range and multiplied as they are."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)  # (out, in)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        stored, scale = to_float8(rows, FLOAT8)
+        product = torch._scaled_mm(stored, self.weight.T, scale_a=scale.float(), scale_b=self.scale, bias=self.bias, out_dtype=x.dtype)
+        return product.unflatten(0, x.shape[:-1])
+
+
+def random_dit(work: Workload, float8: bool = False) -> MiVEDiT:
+    """A DiT of random weights on the device; in float8 it is never there in 16 bits, not even while it is made."""
+    attention = attention_of(work.attention)
+    with torch.device("meta"):
+        model = MiVEDiT(work.config, operations=nn, attention=attention if work.compiled else ranged(attention), dtype=work.dtype)
+    for name, layer in [*model.named_modules()]:
+        if float8 and isinstance(layer, nn.Linear) and MATRIX.fullmatch(f"{name}.weight"):
+            layer = filled(layer, work)
+            model.set_submodule(name, Float8Linear(*to_float8(layer.weight.float(), FLOAT8), layer.bias))
+    model = filled(model, work).eval()
+    return model.compile_blocks() if work.compiled else model
+
+
+def ranged(function: AttentionFn) -> AttentionFn:
+    """The function under a name that a profile shows."""
+    def attend(*given, **options) -> Tensor:
+        with record_function(ATTENTION_RANGE):
+            return function(*given, **options)
+
+    return attend
+
+
+def random_vlm(work: Workload) -> VLM:
+    """The Qwen3-VL that the preset reads, with a processor that gives it as many tokens as its own would."""
+    with torch.device("meta"):
+        model = model_of(work.vlm_values)
+    processor = load_processor(TINY_VLM)
+    if work.config.vlm_width != PRESETS["tiny"].vlm_width:
+        for reader in (processor.image_processor, processor.video_processor):
+            reader.patch_size = PIXELS["patch_size"]
+            reader.size = {"shortest_edge": 4096, "longest_edge": 2**25}  # pixels; the budget is tighter
+    return VLM(filled(model, work).eval(), processor, work.config.vlm)
+
+
+def random_network(work: Workload):
+    """Wan 2.1's VAE on the meta device, the embedded one's width for the tiny preset."""
+    from diffusers import AutoencoderKLWan
+
+    shapes = read_header(TINY_VAE).shapes
+    widths = {"base_dim": shapes[ORIGINAL_KEY][0], "decoder_base_dim": shapes["decoder.head.0.gamma"][0]}
+    with torch.device("meta"):
+        return AutoencoderKLWan(**widths if work.config.vlm_width == PRESETS["tiny"].vlm_width else {})
+
+
+def random_vae(work: Workload) -> VAE:
+    """As the library would load it: on a CPU with its convolutions in planes."""
+    network = filled(random_network(work), work)
+    if work.device.type == "cpu":
+        convolve_in_planes(network)
+    return VAE(network)
+
+
+def random_pipeline(work: Workload) -> Pipeline:
+    return Pipeline(random_vlm(work), random_vae(work), random_dit(work), work.config)
+
+
+def filled(module: nn.Module, work: Workload) -> nn.Module:
+    """What is still on the meta device -> random numbers on the work's device, in its dtype; buffers that are no weights stay float32."""
+    for owner in module.modules():
+        for name, value in [*owner.named_parameters(recurse=False)]:
+            if value.is_meta:
+                fresh = torch.empty(value.shape, device=work.device, dtype=work.dtype).normal_(std=SPREAD)
+                setattr(owner, name, nn.Parameter(fresh, requires_grad=False))
+        for name, value in [*owner.named_buffers(recurse=False)]:
+            if value.is_meta:
+                setattr(owner, name, torch.rand(value.shape, device=work.device, dtype=torch.float32))
+    return module
+
+
+def special_tokens() -> dict[str, int]:
+    """The ids by which the model finds pictures in a prompt, as the tokenizer at hand numbers them."""
+    processor = load_processor(TINY_VLM)
+    return {"image_token_id": processor.image_token_id, "video_token_id": processor.video_token_id,
+            "vision_start_token_id": processor.tokenizer.convert_tokens_to_ids(processor.vision_start_token),
+            "vision_end_token_id": processor.tokenizer.convert_tokens_to_ids(processor.vision_end_token)}
+
+
+def request_of(work: Workload) -> EditRequest:
+    """A clip of noise; the VLM's words do not matter here."""
+    width, height = work.size
+    frames = torch.rand(work.num_frames, height, width, 3, generator=torch.Generator().manual_seed(0))
+    return EditRequest(Clip(frames, 16.0), frames[0], "make the red circle blue")
+
+
+def inputs_of(work: Workload, processor: Callable) -> VLMInputs:
+    """What the VLM reads of the work's clip, within the config's budget of tokens."""
+    inputs = build_inputs(request_of(work), processor, work.config).to(work.device)
+    return replace(inputs, pixel_values=inputs.pixel_values.to(work.dtype), pixel_values_videos=inputs.pixel_values_videos.to(work.dtype))
+
+
+def vlm_flops(values: dict, inputs: VLMInputs) -> float:
+    """Multiply-adds counted twice, of a Qwen3VLConfig's body; of causal attention the half that counts."""
+    text, vision = values["text_config"], values["vision_config"]
+    tokens, width, head = inputs.input_ids.shape[1], text["hidden_size"], text["head_dim"]
+    queries, keys = text["num_attention_heads"] * head, text["num_key_value_heads"] * head
+    layer = 2 * tokens * (2 * width * queries + 2 * width * keys + 3 * width * text["intermediate_size"]) + 2 * tokens**2 * queries
+    frames = [rows * columns for count, rows, columns in torch.cat([inputs.image_grid_thw, inputs.video_grid_thw]).tolist() for _ in range(count)]
+    patches, inner, merged = sum(frames), vision["hidden_size"], vision["hidden_size"] * vision["spatial_merge_size"] ** 2
+    block = 2 * patches * (4 * inner**2 + 2 * inner * vision["intermediate_size"]) + 4 * sum(n**2 for n in frames) * inner
+    embedding = 2 * patches * 3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2 * inner
+    merger = 2 * patches / vision["spatial_merge_size"] ** 2 * (merged**2 + merged * vision["out_hidden_size"])
+    return (text["num_hidden_layers"] * layer + vision["depth"] * block + embedding
+            + (1 + len(vision["deepstack_visual_indexes"])) * merger)
