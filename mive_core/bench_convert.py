@@ -74,13 +74,13 @@ def wan_layout(config: MiVEConfig) -> dict[str, tuple[torch.dtype, tuple[int, ..
     return {key: (torch.bfloat16, shape) for key, shape in shapes.items()}
 
 
-def write_random(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+def write_random(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> None:
     """A file of that layout; its numbers are normal."""
     largest = max(math.prod(shape) for _, shape in layout.values())
     numbers = torch.randn(largest, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
     def produce(key: str) -> Tensor:
         dtype, shape = layout[key]
-        return numbers[: math.prod(shape)].view(shape)
+        return numbers[: math.prod(shape)].view(shape).to(dtype)
 
-    stream_tensors(path, layout, produce, {"format": "pt"})
+    stream_tensors(path, layout, produce, metadata or {"format": "pt"})

@@ -17,9 +17,10 @@ from .bench import Layout
 from .config import PRESETS, MiVEConfig
 from .dit import MiVEDiT
 from .errors import UserError
+from .float8 import Float8Linear, to_float8
 from .planes import convolve_in_planes
 from .prompt import build_inputs
-from .quantize import FORMATS, MATRIX, to_float8
+from .quantize import FORMATS, MATRIX
 from .repack import DEEPSTACK, MERGE, MROPE_SECTION, PIXELS, ROPE_THETA, VISION_HEADS
 from .sample import EMBEDDED, Pipeline, check_compiler, check_device
 from .tensors import read_header
@@ -96,22 +97,6 @@ def workload(preset: str, *, size: tuple[int, int], num_frames: int, device: str
     return Workload(config, size, num_frames, torch.device(device), dtype, repeats, attention, compiled)
 
 
-class Float8Linear(nn.Module):
-    """A Linear in float8: weight and input are scaled to the type's range and multiplied as they are."""
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor):
-        super().__init__()
-        self.register_buffer("weight", weight)  # (out, in)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        stored, scale = to_float8(rows, FLOAT8)
-        product = torch._scaled_mm(stored, self.weight.T, scale_a=scale.float(), scale_b=self.scale, bias=self.bias, out_dtype=x.dtype)
-        return product.unflatten(0, x.shape[:-1])
-
-
 def random_dit(work: Workload, float8: bool = False) -> MiVEDiT:
     """A DiT of random weights on the device; in float8 it is never there in 16 bits, not even while it is made."""
     attention = attention_of(work.attention)
@@ -120,7 +105,7 @@ def random_dit(work: Workload, float8: bool = False) -> MiVEDiT:
     for name, layer in [*model.named_modules()]:
         if float8 and isinstance(layer, nn.Linear) and MATRIX.fullmatch(f"{name}.weight"):
             layer = filled(layer, work)
-            model.set_submodule(name, Float8Linear(*to_float8(layer.weight.float(), FLOAT8), layer.bias))
+            model.set_submodule(name, Float8Linear(*to_float8(layer.weight.float(), FLOAT8), layer.bias, multiplied=True))
     model = filled(model, work).eval()
     return model.compile_blocks() if work.compiled else model
 

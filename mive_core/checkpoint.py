@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import AttentionFn, torch_attention
 from .config import MiVEConfig
 from .dit import MiVEDiT
 from .errors import UserError
-from .tensors import INDEX_SUFFIX, family_of, is_scale, read_headers, read_weights, resolve, write_tensors
+from .float8 import MODES, Float8Linear
+from .tensors import INDEX_SUFFIX, family_of, is_scale, read_headers, read_scaled, read_tensor, resolve, scale_of, write_tensors
 
 # Wan's and our spelling of the shared layers -> diffusers' WanTransformer3DModel
 WAN_TO_DIFFUSERS = {
@@ -64,18 +65,31 @@ def read_config(path: Path) -> MiVEConfig:
 
 
 def load_dit(path: str | Path, *, operations=torch.nn, attention: AttentionFn, dtype: torch.dtype = torch.float32,
-             device: torch.device | str = "cpu") -> MiVEDiT:
+             device: torch.device | str = "cpu", float8: str = "scaled_back") -> MiVEDiT:
     """A MiVE checkpoint (file, folder or sharded index) -> the model, in eval mode. Every key must fit, and no other be there.
 
-    8-bit weights are scaled back to `dtype`: here they save disk, in ComfyUI memory too.
+    One tensor at a time goes to its place: beside the model none is held. `float8`, one of float8.MODES, says what becomes of
+    8-bit matrices: scaled back to `dtype` they save disk alone, kept or multiplied they save memory too.
     """
+    if float8 not in MODES:
+        raise UserError("unknown handling of 8 bits", where="float8", got=repr(float8), expected=", ".join(MODES))
     path = resolve(path, "dit.safetensors")
     config = read_config(path)
+    files = {key: file for file in read_headers(path) for key in file.shapes}
+    check_whole(path, {key: file.shapes[key] for key, file in files.items()}, config)
     with torch.device("meta"):
         model = MiVEDiT(config, operations=operations, attention=attention, dtype=dtype)
-    tensors = read_weights(path, dtype)
-    check_whole(path, {k: tuple(v.shape) for k, v in tensors.items()}, config)
-    model.load_state_dict({k: v.to(device) for k, v in tensors.items()}, strict=True, assign=True)
+    state = {}
+    for key, file in files.items():
+        layer = key.removesuffix(".weight")
+        scale = scale_of(file, key)
+        if scale is not None and float8 != "scaled_back" and file.shapes[scale] in ((), (1,)) and isinstance(model.get_submodule(layer), nn.Linear):
+            weight, factor = read_tensor(file, key).to(device), read_tensor(file, scale).float().view(()).to(device)
+            model.set_submodule(layer, Float8Linear(weight, factor, model.get_submodule(layer).bias, float8 == "multiplied"))
+            state |= {key: weight, f"{layer}.weight_scale": factor}
+        elif not is_scale(key):
+            state[key] = read_scaled(file, key, dtype).to(device)
+    model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
 

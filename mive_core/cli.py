@@ -9,13 +9,14 @@ import sys
 import warnings
 
 from . import __version__
-from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_stage, run_data_looks, run_data_synth, run_demo, run_edit,
-                       run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
+from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_load, run_bench_stage, run_data_looks, run_data_synth, run_demo,
+                       run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
 from .config import VLM_SIZES
 from .errors import UserError
 
 DEFAULT_MODELS = "tiny"
 DTYPES, PRESET_NAMES = ("bf16", "fp16", "fp32"), ("tiny", "1.3b", "14b")
+FLOAT8_MODES = ("scaled_back", "kept", "multiplied")  # float8.py's, which would bring torch along
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,6 +105,7 @@ def _add_edit(commands) -> None:
     _add_fit(edit)
     _add_sampling(edit)
     _add_machine(edit)
+    edit.add_argument("--fp8", default="scaled_back", choices=FLOAT8_MODES, help="8-bit matrices: scaled back when read, kept in memory, or multiplied as such")
 
 
 def _add_eval(commands) -> None:
@@ -118,6 +120,7 @@ def _add_eval(commands) -> None:
     _add_fit(evaluate)
     _add_sampling(evaluate)
     _add_machine(evaluate)
+    evaluate.add_argument("--fp8", default="scaled_back", choices=FLOAT8_MODES, help="8-bit matrices: scaled back when read, kept in memory, or multiplied as such")
 
 
 def _add_bench(commands) -> None:
@@ -132,6 +135,12 @@ def _add_bench(commands) -> None:
     convert.add_argument("--preset", default="1.3b", choices=("1.3b", "14b"), help="whose shapes the random file has, default 1.3b")
     convert.add_argument("--folder", type=text, metavar="DIR", help="where the files are written, and deleted afterwards")
     convert.add_argument("--repeats", type=count, default=3)
+    load = _command(bench, "load", run_bench_load, "memory and time of loading a random file of real shapes, in a process of its own")
+    load.add_argument("--model", default="1.3b", choices=(*PRESET_NAMES, *VLM_SIZES), help="a DiT, or 2b to 32b for a Qwen3-VL in one file; default 1.3b")
+    load.add_argument("--blocks", type=count, help="fewer blocks or layers than the model has")
+    load.add_argument("--shards", type=count, default=1)
+    load.add_argument("--fp8", action="store_true", help="the VLM's matrices in 8 bits")
+    load.add_argument("--folder", type=text, metavar="DIR", help="where the file is written, and deleted afterwards")
     card = _command(bench, "card", run_bench_card, "every stage of an edit at real sizes, on random weights, against the card's own speed")
     card.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="default 14b")
     card.add_argument("--size", type=size, default=(1280, 720), metavar="WxH", help="default 1280x720")

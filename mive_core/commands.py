@@ -134,6 +134,14 @@ def run_bench_convert(arguments: argparse.Namespace) -> None:
     _report(arguments, lambda: bench_convert(arguments.preset, folder=folder, repeats=arguments.repeats))
 
 
+def run_bench_load(arguments: argparse.Namespace) -> None:
+    from .bench_load import bench_load
+    from .files import check_input
+
+    folder = check_input(arguments.folder, "folder") if arguments.folder else None
+    _report(arguments, lambda: bench_load(arguments.model, shards=arguments.shards, folder=folder, float8=arguments.fp8, blocks=arguments.blocks))
+
+
 def run_bench_card(arguments: argparse.Namespace) -> None:
     from .bench_card import bench_card
 
@@ -184,7 +192,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 def _machine(arguments: argparse.Namespace) -> dict:
     """What Pipeline.load is told about the machine."""
-    return {"device": arguments.device, "dtype": _dtype(arguments.dtype), "attention": arguments.attention, "compiled": arguments.compile}
+    return {"device": arguments.device, "dtype": _dtype(arguments.dtype), "attention": arguments.attention, "compiled": arguments.compile,
+            "float8": arguments.fp8}
 
 
 def _dtype(name: str | None):

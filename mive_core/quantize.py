@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .checkpoint import check_whole, read_config
 from .errors import UserError
+from .float8 import to_float8
 from .tensors import DTYPES, FLOAT8, FileBytes, bytes_of, is_scale, read_headers, read_tensor, resolve, stream_tensors
 
 FORMATS = {"fp8_scaled": (torch.float8_e4m3fn, "float8_e4m3fn")}  # name -> storage, and what ComfyUI calls it
@@ -69,13 +70,6 @@ def quantize(source: str | Path, destination: str | Path, form: str = "fp8_scale
     stream_tensors(Path(destination), layout, produce, config.to_metadata())
     before = sum(file.path.stat().st_size for file in read_headers(path))
     return {"format": form, "bytes_before": before, "bytes": Path(destination).stat().st_size, "relative_error": errors}
-
-
-def to_float8(weight: Tensor, storage: torch.dtype) -> tuple[Tensor, Tensor]:
-    """float32 -> the nearest float8 of weight / scale, and the scale: a float32 scalar that lays the largest entry on the type's largest."""
-    scale = weight.abs().max() / torch.finfo(storage).max
-    scale = torch.where(scale > 0, scale, 1.0)  # decided on the device: asking for the number would wait for it
-    return (weight / scale).to(storage), scale
 
 
 def measure(weight: Tensor, restored: Tensor) -> dict[str, float]:

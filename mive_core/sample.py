@@ -40,11 +40,13 @@ class Pipeline:
 
     @classmethod
     def load(cls, models: str | Path = "tiny", layers: str | None = None, *, dtype: torch.dtype = torch.float32,
-             device: torch.device | str = "cpu", attention: str = "auto", compiled: bool = False) -> "Pipeline":
+             device: torch.device | str = "cpu", attention: str = "auto", compiled: bool = False,
+             float8: str = "scaled_back") -> "Pipeline":
         """`tiny`, or a folder with dit.safetensors, vae.safetensors and vlm/. Raises UserError where the three do not fit.
 
         `layers` reads other VLM layers than the DiT was trained with, as many as it has inputs for; `attention` is one of
-        attention.BACKENDS; `compiled` hands the DiT's blocks to torch.compile, which takes effect at the first step.
+        attention.BACKENDS; `compiled` hands the DiT's blocks to torch.compile, which takes effect at the first step; `float8`, one of
+        float8.MODES, says what becomes of a DiT's 8-bit matrices.
         """
         check_device(device)
         if compiled:
@@ -59,7 +61,7 @@ class Pipeline:
         vlm = VLM.load(folder / "vlm", dtype=dtype, device=device)
         check_vlm(vlm, config, folder)
         vae = VAE.load(resolve(folder, "vae.safetensors"), dtype=dtype, device=device)
-        dit = load_dit(folder, attention=function, dtype=dtype, device=device)
+        dit = load_dit(folder, attention=function, dtype=dtype, device=device, float8=float8)
         return cls(vlm, vae, dit.compile_blocks() if compiled else dit, config)
 
     @torch.inference_mode()

@@ -166,20 +166,19 @@ def bytes_of(file: TensorFile, key: str) -> FileBytes:
     return FileBytes(file.path, *file.places[key])
 
 
+def scale_of(file: TensorFile, key: str) -> str | None:
+    """The key of an 8-bit weight's scale; None for other weights, and where the file has none for it."""
+    layer = key.removesuffix(".weight")
+    return next((layer + end for end in SCALES if layer + end in file.shapes), None) if file.dtypes[key] in FLOAT8 else None
+
+
 def read_scaled(file: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
     """One weight in `dtype`; an 8-bit one times its scale, where the file has one for it (for the whole, or one a row)."""
-    weight = read_tensor(file, key).to(dtype)
-    layer = key.removesuffix(".weight")
-    scale = next((layer + end for end in SCALES if layer + end in file.shapes), None) if file.dtypes[key] in FLOAT8 else None
+    weight, scale = read_tensor(file, key).to(dtype), scale_of(file, key)
     if scale is None:
         return weight
     factor = read_tensor(file, scale).to(dtype)
     return weight.mul_(factor if factor.numel() == 1 else factor.view(-1, 1))
-
-
-def read_weights(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of a file or a sharded index in `dtype`, 8-bit ones times their scales; one tensor at a time is held twice."""
-    return {key: read_scaled(file, key, dtype) for file in read_headers(path) for key in file.shapes if not is_scale(key)}
 
 
 def is_scale(key: str) -> bool:

@@ -63,14 +63,8 @@ class VLM:
     def _load_file(cls, path: Path, dtype: torch.dtype, device: torch.device | str, tokenizer: str | Path | None) -> "VLM":
         if tokenizer is None:
             raise UserError("one file holds no tokenizer", where=path, fix="give a Hugging Face folder of Qwen3-VL, or a folder with Qwen's tokenizer as well")
-        library = _transformers()
-        values, weights = read_repack(path, dtype)
-        model, info = library.Qwen3VLModel.from_pretrained(None, config=library.Qwen3VLConfig(**values), state_dict=weights, dtype=dtype,
-                                                           output_loading_info=True)
-        if info["missing_keys"] or info["unexpected_keys"]:
-            strange = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-            raise UserError("this is no whole Qwen3-VL", where=path, got=f"{len(strange)} weights missing or unknown, such as {strange[0]}")
-        return cls(model.to(device), load_repacked_processor(Path(tokenizer)), name_of(values["text_config"]["hidden_size"], path))
+        model = load_repack(path, dtype, device)
+        return cls(model, load_repacked_processor(Path(tokenizer)), name_of(model.config.text_config.hidden_size, path))
 
     @property
     def num_layers(self) -> int:
@@ -127,6 +121,18 @@ def model_arguments(model: nn.Module, inputs: VLMInputs) -> dict[str, Tensor]:
     """The inputs under transformers' names; 4.57 finds the kinds of token by itself."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in vars(inputs).items() if name in known}
+
+
+def load_repack(path: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """One file -> a Qwen3-VL body. Raises UserError where the file holds anything else."""
+    library = _transformers()
+    values, weights = read_repack(path, dtype)
+    model, info = library.Qwen3VLModel.from_pretrained(None, config=library.Qwen3VLConfig(**values), state_dict=weights, dtype=dtype,
+                                                       output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"]:
+        strange = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+        raise UserError("this is no whole Qwen3-VL", where=path, got=f"{len(strange)} weights missing or unknown, such as {strange[0]}")
+    return model.to(device)
 
 
 def new_model(folder: Path) -> nn.Module:

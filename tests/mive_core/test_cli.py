@@ -285,3 +285,10 @@ def test_a_stage_is_measured_from_the_command_line(work, capsys):
 ])
 def test_benchmarks_that_cannot_be_are_refused(options, says, work, capsys):
     assert says in refused(capsys, ["bench", *options], work)
+
+
+def test_words_said_twice_are_said_alike():
+    """The command line repeats two lists so that its help needs no torch."""
+    from mive_core import cli, config, float8
+
+    assert cli.FLOAT8_MODES == float8.MODES and set(cli.PRESET_NAMES) == config.PRESETS.keys()

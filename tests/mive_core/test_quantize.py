@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 from mive_core import cli
 from mive_core.attention import torch_attention
+from mive_core.bench import Layout, forward_of
 from mive_core.checkpoint import load_dit, read_config, save_dit
 from mive_core.errors import UserError
+from mive_core.float8 import MODES, Float8Linear, to_float8
 from mive_core.quantize import MATRIX, quantize
 
 
@@ -47,6 +49,41 @@ def test_the_model_read_back_is_near_the_first_and_the_report_says_how_near(rand
         weights = [model.get_submodule(f"blocks.0.{layer}").weight for model in (first, second)]
         assert error["weight"] == pytest.approx(float((weights[1] - weights[0]).norm() / weights[0].norm()), rel=1e-3)
         assert 0 < error["product"] < 0.05
+
+
+def test_kept_in_8_bits_it_computes_what_scaling_back_computes(quantized):
+    """And takes one byte an entry of the matrices instead of two, and a scale."""
+    path, report = quantized
+    back, kept, multiplied = (load_dit(path, attention=torch_attention, dtype=torch.bfloat16, float8=mode) for mode in MODES)
+    assert sum(isinstance(module, Float8Linear) for module in kept.modules()) == 6
+    assert kept.blocks[0].ffn[0].weight.dtype == torch.float8_e4m3fn
+    sizes = [sum(value.numel() * value.itemsize for value in model.state_dict().values()) for model in (back, kept)]
+    entries = sum(value.numel() for key, value in back.state_dict().items() if MATRIX.fullmatch(key))
+    assert sizes[0] - sizes[1] == entries - 6 * 4
+    results = []
+    for model in (back, kept, multiplied):
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            try:
+                results.append(forward_of(model, Layout(5, (2, 2, 3)))())
+            except (RuntimeError, NotImplementedError) as error:
+                pytest.skip(f"no float8 products here: {error}")
+    assert results[0].std() > 0.05 and torch.equal(results[1], results[0])
+    assert 0 < (results[2] - results[0]).norm() < 0.1 * results[0].norm()
+    with pytest.raises(UserError, match="unknown handling of 8 bits; got 'thrown'"):
+        load_dit(path, attention=torch_attention, float8="thrown")
+
+
+def test_a_float8_layer_is_near_the_layer_it_was_made_of():
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(64, 32).to(torch.bfloat16), torch.randn(2, 16, 64, dtype=torch.bfloat16)
+    made = to_float8(layer.weight.detach().float(), torch.float8_e4m3fn)
+    for multiplied in (False, True):
+        try:
+            got = Float8Linear(*made, layer.bias.detach(), multiplied)(x)
+        except (RuntimeError, NotImplementedError) as error:
+            pytest.skip(f"no float8 products here: {error}")
+        assert got.shape == (2, 16, 32) and (got - layer(x)).norm() < 0.08 * layer(x).norm()
 
 
 def test_a_matrix_of_zeros_stays_zero(random_models, tmp_path):

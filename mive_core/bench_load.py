@@ -1,0 +1,116 @@
+"""What loading takes: peak memory of a process that does nothing else, beside the size of the file, and seconds.
+
+The files have real shapes and random numbers; they are deleted afterwards.
+"""
+
+import json
+import math
+import multiprocessing
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .attention import torch_attention
+from .bench_convert import write_random
+from .checkpoint import load_dit, shapes_of
+from .config import PRESETS, VLM_SIZES
+from .errors import UserError
+from .tensors import INDEX_SUFFIX
+from .vlm import load_repack, model_of
+
+GOAL = 1.15  # times the file
+STATUS = Path("/proc/self/status")
+# what the published Qwen3-VLs' shapes are beside their width and depth: inner width, heads; vision depth, width, inner width
+VLM_SHAPES = {"2b": (6144, 16, 24, 1024, 4096), "4b": (9728, 32, 24, 1024, 4096), "8b": (12288, 32, 27, 1152, 4304), "32b": (25600, 64, 27, 1152, 4304)}
+VOCABULARY, POSITIONS, KEY_HEADS, HEAD = 151_936, 2304, 8, 128
+
+
+def bench_load(what: str, *, shards: int = 1, folder: Path | None = None, float8: bool = False, blocks: int | None = None) -> dict:
+    """what: a preset of the DiT, or 2b to 32b for a Qwen3-VL in one file -> bytes of file and of memory, and seconds.
+
+    `float8` stores the VLM's matrices in 8 bits. Raises UserError where there is no room, or memory cannot be told on this system.
+    """
+    if what not in PRESETS.keys() | VLM_SIZES.keys():
+        raise UserError("unknown model", got=what, expected=", ".join([*PRESETS, *VLM_SIZES]))
+    if not STATUS.exists():
+        raise UserError("this system does not tell a process's peak memory", expected="Linux")
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        layout, metadata = vlm_layout(what, blocks, float8) if what in VLM_SIZES else dit_layout(what, blocks)
+        size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+        free = shutil.disk_usage(temporary).free
+        if free < 1.05 * size:
+            raise UserError("there is no room for the benchmark", where=temporary, got=f"{free / 1e9:.1f} GB free", expected=f"{1.05 * size / 1e9:.1f} GB")
+        path = write_shards(Path(temporary), layout, metadata, shards)
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            found = process.apply(measure_load, (_load_vlm if what in VLM_SIZES else _load_dit, path))
+    return {"model": what, "blocks": blocks, "shards": shards, "float8": float8, "file_bytes": size, **found,
+            "growth_over_file": (found["peak_rss"] - found["rss_before"]) / size, "peak_over_file": found["peak_rss"] / size,
+            "goal": GOAL, "torch": torch.__version__}
+
+
+def measure_load(load: Callable[[Path], object], path: Path) -> dict:
+    """Runs in a process of its own: bytes resident before, at most, and after, and the seconds in between."""
+    before = resident("VmRSS")
+    begun = time.perf_counter()
+    model = load(path)
+    seconds = time.perf_counter() - begun
+    held = sum(value.numel() * value.itemsize for value in {**dict(model.named_parameters()), **dict(model.named_buffers())}.values())
+    return {"seconds": seconds, "rss_before": before, "peak_rss": resident("VmHWM"), "rss_after": resident("VmRSS"), "model_bytes": held}
+
+
+def resident(field: str) -> int:
+    """Bytes that Linux counts for this process: VmRSS now, VmHWM at most."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
+
+
+def _load_dit(path: Path):
+    return load_dit(path, attention=torch_attention, dtype=torch.bfloat16)
+
+
+def _load_vlm(path: Path):
+    model_of({"text_config": {"num_hidden_layers": 1, "hidden_size": 8, "vocab_size": 8, "head_dim": 8}, "vision_config": {"depth": 1}})  # imports all of it
+    return load_repack(path, torch.bfloat16, "cpu")
+
+
+def dit_layout(preset: str, blocks: int | None) -> tuple[dict, dict[str, str]]:
+    """Keys, dtypes and shapes of a MiVE checkpoint in bf16, and its metadata."""
+    config = replace(PRESETS[preset], num_blocks=blocks or PRESETS[preset].num_blocks)
+    return {key: (torch.bfloat16, shape) for key, shape in shapes_of(config).items()}, config.to_metadata()
+
+
+def vlm_layout(size: str, layers: int | None, float8: bool) -> tuple[dict, dict[str, str]]:
+    """The same of a Qwen3-VL in one file as ComfyUI's users have it, fewer layers where asked."""
+    (width, depth), (inner, heads, vision_depth, vision_width, vision_inner) = VLM_SIZES[size], VLM_SHAPES[size]
+    values = {"text_config": {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers or depth, "num_attention_heads": heads,
+                              "num_key_value_heads": KEY_HEADS, "head_dim": HEAD, "vocab_size": VOCABULARY},
+              "vision_config": {"depth": vision_depth, "hidden_size": vision_width, "intermediate_size": vision_inner, "out_hidden_size": width,
+                                "num_position_embeddings": POSITIONS}}
+    with torch.device("meta"):
+        state = model_of(values).state_dict()
+    layout = {}
+    for key, value in state.items():
+        small = float8 and value.ndim == 2 and key.endswith("_proj.weight")
+        layout[f"model.{key}"] = (torch.float8_e4m3fn if small else torch.bfloat16, tuple(value.shape))
+        if small:
+            layout[f"model.{key.removesuffix('weight')}weight_scale"] = (torch.float32, ())
+    return layout, {"format": "pt"}
+
+
+def write_shards(folder: Path, layout: dict, metadata: dict[str, str], shards: int) -> Path:
+    """Files of about the same number of tensors, with an index where there are more than one -> what to load."""
+    keys = list(layout)
+    if shards == 1:
+        write_random(folder / "dit.safetensors", layout, metadata)
+        return folder / "dit.safetensors"
+    parts = {f"dit-{i + 1:05d}-of-{shards:05d}.safetensors": keys[i * len(keys) // shards:(i + 1) * len(keys) // shards] for i in range(shards)}
+    for name, own in parts.items():
+        write_random(folder / name, {key: layout[key] for key in own}, metadata)
+    index = folder / f"dit{INDEX_SUFFIX}"
+    index.write_text(json.dumps({"weight_map": {key: name for name, own in parts.items() for key in own}}))
+    return index
