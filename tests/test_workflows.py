@@ -12,6 +12,11 @@ FILES = sorted((ROOT / "workflows").glob("*.json"))
 NAMES = {"mive_quickstart", "mive_720p", "mive_stock_sampler", "mive_long_video", "mive_layer_study", "mive_fewstep"}
 TITLE = 30  # height of a node's title bar, which lies above its position
 NOTE = "MarkdownNote"
+DRAWN = {  # heights below the title bar with what they show after a run, measured in the browser with the new nodes
+    "MiVELoadDiT": 110, "MiVELoadVLM": 110, "VAELoader": 62, "GetVideoComponents": 94, "ImageFromBatch": 90, "EmptyImage": 146, "ImageBlend": 110,
+    "MiVEReferenceLatents": 222, "MiVESampler": 314, "VAEDecode": 54, "CreateVideo": 110, "WanContextWindowsManual": 250, "ModelSamplingSD3": 62,
+    "KSampler": 262, "MiVELoadLoRA": 236, "PreviewImage": 260, "MiVELayerSelect": 236,
+}
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
@@ -75,6 +80,12 @@ def test_links_are_consistent(workflow):
         assert all(links[entry["link"]][3:5] == [node["id"], slot] for slot, entry in enumerate(node["inputs"]) if entry["link"] is not None)
 
 
+def test_nodes_have_the_height_that_they_are_drawn_with(workflow):
+    """The new (Vue) nodes are taller than the classic ones, and grow over whatever is below where the file gives them less."""
+    for node in workflow["nodes"]:
+        assert node["size"][1] >= DRAWN.get(node["type"], 0), (node["id"], node["type"])
+
+
 def test_nothing_overlaps(workflow):
     for a, b in combinations(workflow["nodes"], 2):
         assert not overlap(box(a), box(b)), (a["id"], a["type"], b["id"], b["type"])
@@ -97,7 +108,12 @@ def test_the_note_names_every_file(workflow):
     assert len(loaders) >= 3
     for node in loaders:
         name = node["widgets_values"][0]
-        assert f"`{name}`" in note if name.startswith("tiny/") else f"/{name}" in note and "models/" in note, name
+        assert f"**{name}**" in note if name.startswith("tiny/") else f"/{name}" in note and "models/" in note, name
+
+
+def test_the_note_can_be_read_in_both_canvases(workflow):
+    """Seen in the browser: with the new nodes, code in a coloured note is blue on blue."""
+    assert "`" not in note_of(workflow)
 
 
 def test_offered_downloads_are_named_in_the_note(workflow):

@@ -22,8 +22,11 @@ def logged() -> Iterator[list[str]]:
 
 
 def show(node, text: str) -> None:
-    """Writes on the face of a running node, which has the hidden input `unique_id`; ui.PreviewText alone is not drawn there."""
+    """Writes on the face of a running node, which has the hidden input `unique_id`; ui.PreviewText alone is not drawn there.
+
+    Lines end in a semicolon: the new (Vue) nodes draw them as one.
+    """
     if node.hidden.unique_id:
         from server import PromptServer  # only a server draws nodes, and it has imported this itself
 
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+        PromptServer.instance.send_progress_text(text.replace("\n", ";\n"), node.hidden.unique_id)
