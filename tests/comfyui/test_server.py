@@ -49,6 +49,7 @@ def test_help_pages_and_templates_are_served(server):
     info = server.get("/object_info")
     for name in (name for name in info if name.startswith("MiVE")):
         assert server.text(f"/extensions/mive/docs/{name}.md").startswith("# MiVE")
+        assert server.bytes(f"/extensions/mive/docs/images/{name}.webp")[8:12] == b"WEBP"  # where the browser looks for the page's picture
     assert "mive_quickstart" in server.get("/workflow_templates")["mive"]
     assert json.loads(server.text("/api/workflow_templates/mive/mive_quickstart.json"))["nodes"]
 
@@ -152,12 +153,19 @@ def test_after_an_error_the_next_prompt_succeeds(server, prompt):
     assert server.run(prompt)["status"]["status_str"] == "success"
 
 
-def test_layer_select_writes_its_choice_on_its_face(server):
+@pytest.mark.parametrize("node, kind, extra, said", [
+    ("8", "MiVELayerSelect", {"preset": "custom", "count": 4, "custom": "2,-1", "vlm": ["7", 0]}, b"layers 2, 4 of 4"),
+    ("9", "MiVEPreflight", {"video": ["5", 0], "width": 0, "height": 0, "length": 0, "policy": "trim"}, b"9 frames of 64x64;\ntokens: 48 target"),
+    ("10", "MiVELoadLoRA", {"model": ["6", 0], "lora_name": "random.safetensors", "strength_model": 1.0}, b"random.safetensors: all 4 keys fit"),
+])
+def test_what_a_node_found_is_on_its_face(server, node, kind, extra, said):
     """Seen in the browser: the text in a node's `ui` is drawn nowhere. What is drawn comes as a binary message, 3, over the socket."""
     import aiohttp
 
-    prompt = {"7": {"class_type": "MiVELoadVLM", "inputs": {"model": "tiny/vlm", "dtype": "fp32", "device": "cpu"}},
-              "8": {"class_type": "MiVELayerSelect", "inputs": {"preset": "custom", "count": 4, "custom": "2,-1", "vlm": ["7", 0]}}}
+    prompt = {"5": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 9, "color": 0}},
+              "6": {"class_type": "MiVELoadDiT", "inputs": {"model": "random.safetensors", "weight_dtype": "default"}},
+              "7": {"class_type": "MiVELoadVLM", "inputs": {"model": "tiny/vlm", "dtype": "fp32", "device": "cpu"}},
+              node: {"class_type": kind, "inputs": extra}}
 
     async def texts() -> list[bytes]:
         async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=reader") as socket:
@@ -171,5 +179,5 @@ def test_layer_select_writes_its_choice_on_its_face(server):
                     if event["type"] == "executing" and event["data"]["prompt_id"] == number and event["data"]["node"] is None:
                         return found
 
-    said, = asyncio.run(texts())
-    assert b"layers 2, 4 of 4" in said
+    text, = asyncio.run(texts())
+    assert said in text
