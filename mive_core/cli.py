@@ -9,8 +9,8 @@ import sys
 import warnings
 
 from . import __version__
-from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_load, run_bench_stage, run_data_looks, run_data_synth, run_demo,
-                       run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
+from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_load, run_bench_stage, run_data_cache, run_data_looks,
+                       run_data_synth, run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
 from .config import VLM_SIZES
 from .errors import UserError
 
@@ -170,7 +170,7 @@ def _add_stage(parser: Parser) -> None:
 
 
 def _add_data(commands) -> None:
-    data = commands.add_parser("data", help="make pairs to measure on").add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
+    data = commands.add_parser("data", help="make pairs to measure on, and features to train on").add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
     synth = _command(data, "synth", run_data_synth, "drawn clips with their manifest")
     synth.add_argument("--output", required=True, type=text, metavar="DIR")
     synth.add_argument("--num", type=count, default=64)
@@ -178,6 +178,16 @@ def _add_data(commands) -> None:
     synth.add_argument("--seed", type=integer, default=0)
     synth.add_argument("--size", type=size, default=(96, 96), metavar="WxH")
     synth.add_argument("--frames", type=count, default=17, metavar="N")
+    cache = _command(data, "cache", run_data_cache, "latents and VLM states of a manifest's pairs, for `mive train`; goes on where it stopped")
+    cache.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
+    cache.add_argument("--models", required=True, type=text, metavar="DIR", help="dit.safetensors (its config is read), vae.safetensors and vlm/")
+    cache.add_argument("--output", required=True, type=text, metavar="DIR")
+    cache.add_argument("--bucket", action="append", type=bucket, default=[], metavar="WxHxF",
+                       help="a size and length to fit clips to, may be given again; a clip goes to the nearest shape that is no longer than it; default: as it is")
+    cache.add_argument("--states", default="bf16", choices=("bf16", "fp8"), help="how VLM states are stored; fp8: half the bytes, a scale for each token")
+    cache.add_argument("--negative", action="store_true", help="also of an empty instruction, for condition_dropout")
+    cache.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
+    cache.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the models' arithmetic, default fp32")
     looks = _command(data, "looks", run_data_looks, "real footage under eight known looks, with its manifest")
     looks.add_argument("--source", required=True, type=text, metavar="V")
     looks.add_argument("--output", required=True, type=text, metavar="DIR")
@@ -260,3 +270,14 @@ def size(value: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"got {value[:40]!r}; expected WIDTHxHEIGHT, such as 192x112")
     return int(match[1]), int(match[2])
+
+
+def bucket(value: str) -> tuple[int, int, int]:
+    """WIDTHxHEIGHTxFRAMES, which the models must be able to take."""
+    match = re.fullmatch(r"([0-9]{1,6})[xX]([0-9]{1,6})[xX]([0-9]{1,6})", value)
+    if not match:
+        raise argparse.ArgumentTypeError(f"got {value[:40]!r}; expected WIDTHxHEIGHTxFRAMES, such as 832x480x81")
+    width, height, frames = (int(part) for part in match.groups())
+    if width % 16 or height % 16 or frames % 4 != 1 or not width or not height:
+        raise argparse.ArgumentTypeError(f"got {value}; expected sides that are multiples of 16 and 4n+1 frames")
+    return width, height, frames

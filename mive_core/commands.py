@@ -172,6 +172,23 @@ def run_data_synth(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{export_pairs(drawn_pairs(edits, arguments.num), arguments.output)}\n")
 
 
+def run_data_cache(arguments: argparse.Namespace) -> None:
+    from .files import check_output_folder
+    from .manifest import read_manifest
+
+    output = check_output_folder(arguments.output, "output")
+    entries = read_manifest(arguments.manifest)
+    from .sample import EMBEDDED
+    from .train.cache import CacheSettings, Encoders, cache
+
+    settings = CacheSettings(tuple(arguments.bucket), arguments.states, arguments.negative)
+    encoders = Encoders.load(EMBEDDED.get(arguments.models, arguments.models), dtype=_dtype(arguments.dtype), device=arguments.device)
+    index = cache(entries, encoders, output, settings, say=lambda line: sys.stderr.write(f"mive: {line}\n"))
+    for item in index["skipped"]:
+        warnings.warn(f"pair {item['pair'] + 1} ({item['name']}) is left out: {item['why']}")
+    sys.stdout.write(f"{output}: {index['pairs']} pairs, {len(index['skipped'])} left out, {index['bytes'] / 1e6:.3g} MB\n")
+
+
 def run_data_looks(arguments: argparse.Namespace) -> None:
     from .manifest import export_pairs
     from .pixels import fit_clip

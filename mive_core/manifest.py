@@ -1,6 +1,7 @@
 """Manifests of paired edits: one JSON object a line, paths relative to the manifest.
 
-A path names a video file, a folder of frames or (reference, mask) one image. `target` and `mask` may be left out.
+A path names a video file, a folder of frames or (reference, mask) one image. `target` and `mask` may be left out, and beside
+a target the `reference` too: it then is the target's first frame, as in the paper's training.
 """
 
 import json
@@ -18,7 +19,7 @@ from .video import DEFAULT_FPS, read_clip, read_image, write_frames
 
 PATH_KEYS = ("source", "reference", "target", "mask")
 TEXT_KEYS = ("instruction", "name", "kind", "edit")
-REQUIRED_KEYS = ("source", "reference", "instruction")
+REQUIRED_KEYS = ("source", "instruction")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ManifestEntry:
     """One line of a manifest; its paths are usable as they stand."""
 
     source: Path
-    reference: Path
+    reference: Path | None  # None: the target's first frame
     instruction: str
     target: Path | None = None
     mask: Path | None = None  # a folder of images or a video, white where the edit is; an image stands for every frame
@@ -54,14 +55,17 @@ def read_manifest(path: str | os.PathLike) -> list[ManifestEntry]:
 def load_entry(entry: ManifestEntry, size: tuple[int, int] | None = None, num_frames: int | None = None) -> PairedEdit:
     """Reads and fits what the entry names; size (width, height) and num_frames as in `fit_clip`."""
     clip = read_clip(entry.source, what="source", fps=entry.fps, num_frames=num_frames)
-    source = fit_clip(clip, size, num_frames, f"source {str(entry.source)!r}")
+    source, source_size = fit_clip(clip, size, num_frames, f"source {str(entry.source)!r}"), (clip.frames.shape[2], clip.frames.shape[1])
     count, height, width = source.frames.shape[:3]
     size = (width, height)
-    reference = fit_reference(read_image(entry.reference, what="reference"), size, f"reference {str(entry.reference)!r}")
     target = mask = None
     if entry.target is not None:
         clip = _same_length(read_clip(entry.target, what="target", fps=entry.fps, num_frames=count), entry.target, "target", count)
         target = fit_clip(clip, size, count, f"target {str(entry.target)!r}").frames
+    if entry.reference is None:
+        reference = target[0].clone()
+    else:
+        reference = fit_reference(read_image(entry.reference, what="reference"), size, f"reference {str(entry.reference)!r}", source_size)
     if entry.mask is not None:
         clip = read_clip(entry.mask, what="mask", fps=entry.fps, num_frames=count)
         still = len(clip.frames) == 1
@@ -135,6 +139,8 @@ def _entry(line: str, manifest: Path, number: int) -> ManifestEntry:
     for key in REQUIRED_KEYS:
         if values.get(key) is None:
             raise UserError(f"the key {key!r} is missing", where=where)
+    if values.get("reference") is None and values.get("target") is None:
+        raise UserError("the key 'reference' is missing", where=where, fix="a line with a target may leave it out")
     fields = {key: value for key, value in values.items() if value is not None}
     for key in fields.keys() - {"fps"}:
         if not isinstance(fields[key], str):
@@ -144,7 +150,7 @@ def _entry(line: str, manifest: Path, number: int) -> ManifestEntry:
         raise UserError("the key 'fps' is not a frame rate", where=where, got=json.dumps(fps), expected="more than 0, less than 1000")
     for key in fields.keys() & set(PATH_KEYS):
         fields[key] = _inside(fields[key], manifest, f"{where}: the key {key!r}")
-    return ManifestEntry(**fields)
+    return ManifestEntry(**{"reference": None, **fields})
 
 
 def _inside(text: str, manifest: Path, where: str) -> Path:

@@ -106,10 +106,11 @@ def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | 
     return Clip(cover(frames, size), clip.fps)
 
 
-def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "reference") -> Tensor:
+def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "reference", source_size: tuple[int, int] | None = None) -> Tensor:
     """(H, W, C) -> (height, width, 3) in 0..1 for size (width, height); the same policy as the source's.
 
-    Warns where cropping takes more than a tenth of the picture: it would no longer lie over the source.
+    Warns where cropping takes a tenth more of the picture than of the source, which was `source_size`, the same by default, before
+    it was fitted: the two would no longer lie over each other.
     Raises UserError for a batch of images, bad pixels and sides out of bounds.
     """
     if reference.ndim == 4:
@@ -117,7 +118,8 @@ def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "refere
             raise UserError("one reference is needed", where=where, got=f"{len(reference)} images")
         reference = reference[0]
     image = check_frames(reference[None], where)
-    shape, ratio = image.shape, size[0] / size[1] * image.shape[1] / image.shape[2]
+    (width, height), shape = source_size or size, image.shape
+    ratio = width / height * shape[1] / shape[2]
     if min(ratio, 1 / ratio) < 0.9:
         warnings.warn(f"{where}: {shape[2]}x{shape[1]} is cropped at the centre to the shape of {size[0]}x{size[1]}; "
                       "it should be the source's first frame, edited", stacklevel=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import UserError
 from .recipe import read_recipe
 
-TASKS = ("vae", "vlm", "dit")
+TASKS = ("vae", "vlm", "dit", "edit")
 
 
 def train(recipe_path: str | Path) -> None:

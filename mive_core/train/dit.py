@@ -105,16 +105,9 @@ class DiTTask:
         return min((step + 1) / self.recipe.num_warmup_steps, remaining, 1.0)
 
     def loss(self, step: int, batch: EditFeatures, generator: torch.Generator) -> dict[str, Tensor]:
-        """Weighted squared error of the velocity, and the unweighted one inside and outside the mask."""
         noise = torch.randn(batch.target.shape, generator=generator)
         t = shift_time(torch.rand(len(noise), generator=generator), self.recipe.time_shift)
-        path = flow_path(batch.target, noise, t)
-        velocity = self.model(path.x_t, batch.source, batch.reference, self.model.embed_condition(batch.states), t)
-        error = (self.channels.view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
-        weight = 1 + (self.recipe.edited_weight - 1) * batch.mask
-        edited, kept = batch.mask.sum().clamp(min=1), (1 - batch.mask).sum().clamp(min=1)
-        return {"loss": (weight * error).sum() / weight.sum(),
-                "edited": (batch.mask * error).sum() / edited, "kept": ((1 - batch.mask) * error).sum() / kept}
+        return velocity_losses(self.model, batch, batch.states, noise, t, self.recipe.edited_weight, self.channels)
 
     def after_step(self, step: int) -> None:
         """Nothing to bound."""
@@ -122,6 +115,21 @@ class DiTTask:
     def export(self, path: Path) -> None:
         """fp16 weights and the whole config."""
         save_dit(path, self.model.state_dict(), self.config, torch.float16)
+
+
+def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor, t: Tensor, edited_weight: float,
+                    channels: Tensor | float = 1.0) -> dict[str, Tensor]:
+    """Weighted squared error of the velocity (loss), and the unweighted one inside and outside the mask (edited, kept).
+
+    noise (B, C, T, Y, X), t (B,); `channels` (C,) or one number weighs latent channels.
+    """
+    path = flow_path(batch.target, noise, t)
+    velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t)
+    error = (torch.as_tensor(channels).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
+    weight = 1 + (edited_weight - 1) * batch.mask
+    edited, kept = batch.mask.sum().clamp(min=1), (1 - batch.mask).sum().clamp(min=1)
+    return {"loss": (weight * error).sum() / weight.sum(),
+            "edited": (batch.mask * error).sum() / edited, "kept": ((1 - batch.mask) * error).sum() / kept}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import state
-from .recipe import Recipe, fingerprint
+from .recipe import Recipe, defaults_of, fingerprint
 
 
 class Task(Protocol):
@@ -24,13 +24,13 @@ class Task(Protocol):
     recipe: Recipe
     modules: Mapping[str, nn.Module]  # trained, averaged and checkpointed
     optimizers: Mapping[str, torch.optim.Optimizer]
-    dataset: Dataset  # dataset[step] is the whole batch of that step, a function of (seed, step) alone
+    dataset: Dataset  # dataset[n] is the n-th batch, a function of (seed, n) alone; a step takes recipe.num_accumulated of them
 
     def rate(self, step: int) -> float:
         """Factor on every optimizer's learning rate at this step, 0..1."""
 
     def loss(self, step: int, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Scalars, among them 'loss'. Draw noise from the generator only: it is seeded by (seed, step)."""
+        """Scalars, among them 'loss'. Draw noise from the generator only: it is seeded by (seed, number of the batch)."""
 
     def after_step(self, step: int) -> None:
         """Called after the optimizers' step, for instance to bound norms."""
@@ -51,17 +51,17 @@ def run(task: Task, *, stop_at: int | None = None) -> None:
         torch.set_num_threads(recipe.num_threads)
     averages = {name: value.detach().clone() for name, value in _weights(task)} if recipe.ema else {}
     plan = fingerprint(recipe)
-    first = state.restore(folder, task.modules, averages, task.optimizers, plan)
+    first = state.restore(folder, task.modules, averages, task.optimizers, plan, defaults_of(recipe))
     groups = [group for optimizer in task.optimizers.values() for group in optimizer.param_groups]
     base_rates = [group["lr"] for group in groups]
     last = recipe.num_steps if stop_at is None else min(stop_at, recipe.num_steps)
     saved_at = time.monotonic()
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-        for step, batch in _progress(recipe, _batches(task, first, last), first):
+        for step, batches in _progress(recipe, _batches(task, first, last), first):
             started = time.monotonic()
             for group, base_rate in zip(groups, base_rates):
                 group["lr"] = base_rate * task.rate(step)
-            losses = _step(task, step, batch)
+            losses = _step(task, step, batches)
             _average(task, averages, step)
             if step % recipe.log_every == 0:
                 line = {"step": step} | {name: float(value.detach()) for name, value in losses.items()}
@@ -78,7 +78,8 @@ def run(task: Task, *, stop_at: int | None = None) -> None:
 def export_newest(task: Task, path: Path) -> int:
     """Exports the newest checkpoint of an unfinished run; returns the number of steps it has done."""
     averages = {name: value.detach().clone() for name, value in _weights(task)} if task.recipe.ema else {}
-    num_steps = state.restore(Path(task.recipe.output_dir), task.modules, averages, task.optimizers, fingerprint(task.recipe))
+    num_steps = state.restore(Path(task.recipe.output_dir), task.modules, averages, task.optimizers,
+                              fingerprint(task.recipe), defaults_of(task.recipe))
     _use(task, averages)
     task.export(path)
     return num_steps
@@ -89,25 +90,33 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
 
 
-def _step(task: Task, step: int, batch: Any) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(step_seed(task.recipe.seed, step))
-    with torch.autocast("cpu", torch.bfloat16, enabled=task.recipe.bf16):
-        losses = task.loss(step, batch, generator)
+def _step(task: Task, step: int, batches: list) -> dict[str, Tensor]:
+    """One optimizer step on the mean gradient of the batches -> their mean losses."""
+    recipe, first = task.recipe, step * len(batches)
     for optimizer in task.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
-    losses["loss"].backward()
-    if task.recipe.clip_norm:
+    means: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches, first):
+        generator = torch.Generator().manual_seed(step_seed(recipe.seed, number))
+        with torch.autocast(torch.device(recipe.device).type, torch.bfloat16, enabled=recipe.bf16):
+            losses = task.loss(step, batch, generator)
+        (losses["loss"] / len(batches)).backward()
+        for name, value in losses.items():
+            means[name] = means.get(name, 0) + value.detach() / len(batches)
+    if recipe.clip_norm:
         parameters = [p for module in task.modules.values() for p in module.parameters()]
-        losses["grad_norm"] = nn.utils.clip_grad_norm_(parameters, task.recipe.clip_norm)
+        means["grad_norm"] = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
     for optimizer in task.optimizers.values():
         optimizer.step()
     task.after_step(step)
-    return losses
+    return means
 
 
-def _batches(task: Task, first: int, last: int) -> Iterator[tuple[int, Any]]:
-    loader = DataLoader(task.dataset, batch_size=None, sampler=range(first, last), num_workers=task.recipe.num_workers)
-    return zip(range(first, last), loader)
+def _batches(task: Task, first: int, last: int) -> Iterator[tuple[int, list]]:
+    """(step, its batches)."""
+    count = task.recipe.num_accumulated
+    loader = iter(DataLoader(task.dataset, batch_size=None, sampler=range(first * count, last * count), num_workers=task.recipe.num_workers))
+    return ((step, [next(loader) for _ in range(count)]) for step in range(first, last))
 
 
 def _progress(recipe: Recipe, batches: Iterator, first: int) -> Iterator:

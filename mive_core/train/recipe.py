@@ -14,7 +14,7 @@ from ..errors import UserError
 class Recipe:
     """What every task shares; each task adds its own fields by inheritance."""
 
-    task: str  # vae, vlm or dit
+    task: str  # vae, vlm, dit or edit
     output_dir: str  # checkpoints and log.jsonl
     export: str  # the finished model, written at the end
     num_steps: int
@@ -25,12 +25,14 @@ class Recipe:
     num_checkpoints: int = 2  # kept
     log_every: int = 20  # steps
     clip_norm: float = 1.0  # of the gradient, 0: none
+    num_accumulated: int = 1  # batches whose gradients are averaged into one step
+    device: str = "cpu"  # or cuda
     bf16: bool = False  # matrix products and convolutions in bfloat16, weights and sums in float32; only some CPUs gain
     ema: float = 0.0  # decay of the averaged weights, 0: none; the export takes them
 
 
 # Fields that may differ between the run that wrote a checkpoint and the one that resumes it.
-FREE_FIELDS = frozenset({"output_dir", "export", "num_threads", "num_workers", "checkpoint_every_s", "num_checkpoints", "log_every"})
+FREE_FIELDS = frozenset({"device", "output_dir", "export", "num_threads", "num_workers", "checkpoint_every_s", "num_checkpoints", "log_every"})
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -77,3 +79,9 @@ def _typed(name: str, value: object, wanted: type, where: object) -> object:
 def fingerprint(recipe: Recipe) -> dict:
     """The fields that a checkpoint depends on, as JSON gives them back."""
     return json.loads(json.dumps({name: value for name, value in asdict(recipe).items() if name not in FREE_FIELDS}))
+
+
+def defaults_of(recipe: Recipe) -> dict:
+    """The same fields' defaults: what a checkpoint that is older than a field was trained with."""
+    return json.loads(json.dumps({field.name: field.default for field in fields(recipe)
+                                  if field.default is not MISSING and field.name not in FREE_FIELDS}))

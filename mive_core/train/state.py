@@ -35,15 +35,16 @@ def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Ma
 
 
 def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, Tensor],
-            optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict) -> int:
+            optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict, defaults: dict) -> int:
     """Loads the newest complete checkpoint and returns the first step to do, 0 where there is none.
 
-    Raises UserError where the checkpoint was written by another recipe.
+    A field that the checkpoint does not know counts as its default. Raises UserError where it was written by another recipe.
     """
     tensors, state = _newest(folder)
     if state is None:
         return 0
-    differing = sorted(key for key in recipe.keys() | state["recipe"].keys() if recipe.get(key) != state["recipe"].get(key))
+    written = defaults | state["recipe"]
+    differing = sorted(key for key in recipe.keys() | written.keys() if recipe.get(key) != written.get(key))
     if differing:
         raise UserError("the checkpoint there was written by another recipe", where=folder, got="different " + ", ".join(differing),
                         fix="choose another output_dir, or remove that folder to start anew")

@@ -138,3 +138,9 @@ def test_manifests_that_are_none(tmp_path):
         read_manifest(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         read_manifest(tmp_path / "gone.jsonl")
+
+
+def test_beside_a_target_the_reference_is_its_first_frame(folder):
+    (entry,) = read_manifest(write(folder, {"source": "source", "target": "target", "instruction": "make it red"}))
+    pair = load_entry(entry, num_frames=5)
+    assert torch.equal(pair.request.reference, pair.target[0]) and not torch.equal(pair.target[0], pair.request.source.frames[0])

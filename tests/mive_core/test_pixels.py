@@ -105,6 +105,13 @@ def test_a_reference_is_fitted_as_the_source_is(recwarn):
     assert len(recwarn) == 2 and "cropped at the centre" in str(recwarn[0].message)  # 16:9 to 3:2
 
 
+def test_a_reference_that_is_cropped_as_its_source_is_raises_no_alarm(recwarn):
+    fit_reference(gray(1, 64, 64)[0], (96, 48), source_size=(128, 128))
+    assert not recwarn
+    fit_reference(gray(1, 64, 64)[0], (96, 48), source_size=(128, 96))
+    assert "cropped at the centre" in str(recwarn[0].message)
+
+
 def test_a_reference_of_another_shape_is_cropped_with_a_warning():
     with pytest.warns(UserWarning, match="64x64 is cropped at the centre to the shape of 96x48"):
         assert fit_reference(gray(1, 64, 64)[0], (96, 48)).shape == (48, 96, 3)

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
 from mive_core.errors import UserError
 from mive_core.train import train
-from mive_core.train.loop import export_newest, run, step_seed
+from mive_core.train.loop import _step, export_newest, run, step_seed
 from mive_core.train.recipe import Recipe, parse_recipe
 
 
@@ -122,6 +123,31 @@ def test_an_unfinished_run_exports_its_averaged_weights(tmp_path):
     early = load_file(str(tmp_path / "early.safetensors"))
     assert same(early, {key: stored[f"average.model.{key}"] for key in early})
     assert not torch.equal(early["0.weight"], stored["module.model.0.weight"])
+
+
+def test_accumulated_batches_give_the_mean_gradient(tmp_path):
+    """Two batches of 8 in one step: as one batch of both, since the line's loss is a mean."""
+    task = LineTask(recipe(tmp_path, num_accumulated=2, clip_norm=0.0))
+    batches = [task.dataset[0], task.dataset[1]]
+    noises = [0.1 * torch.randn(8, 3, generator=torch.Generator().manual_seed(step_seed(0, n))) for n in (0, 1)]
+    x, y = torch.cat([b[0] + n for b, n in zip(batches, noises)]), torch.cat([b[1] for b in batches])
+    expected = torch.autograd.grad((task.modules["model"](x)[:, 0] - y).square().mean(), list(task.modules["model"].parameters()))
+    losses = _step(task, 0, batches)
+    for parameter, gradient in zip(task.modules["model"].parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient)
+    assert losses["loss"].shape == ()
+
+
+def test_a_checkpoint_older_than_a_field_resumes_with_its_default(tmp_path):
+    run(LineTask(recipe(tmp_path)), stop_at=5)
+    for path in (tmp_path / "run").glob("step_*.safetensors"):
+        with safe_open(str(path), framework="pt") as file:
+            tensors, state = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["mive.training"])
+        del state["recipe"]["num_accumulated"]
+        save_file(tensors, str(path), {"mive.training": json.dumps(state)})
+    run(LineTask(recipe(tmp_path)), stop_at=6)
+    with pytest.raises(UserError, match="different num_accumulated"):
+        run(LineTask(recipe(tmp_path, num_accumulated=2)))
 
 
 def test_step_seeds_differ():

@@ -1,0 +1,251 @@
+"""What training reads of a manifest's pairs, computed once by frozen models: latents, and the states of the chosen VLM layers.
+
+A cache is a folder of shards and an index.json that says what they were made by and for. An interrupted one goes on where it
+stopped, shard by shard. C latent channels, T x Y x X latent grid; K chosen layers, S VLM tokens, D_vlm their width.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from ..checkpoint import read_config
+from ..config import MiVEConfig
+from ..errors import UserError
+from ..files import check_output_folder, written_beside
+from ..manifest import ManifestEntry, load_entry
+from ..sample import check_vlm
+from ..tensors import read_header, resolve, shard_files, write_tensors
+from ..types import PairedEdit
+from ..vae import VAE
+from ..video import read_clip
+from ..vlm import VLM, WEIGHTS
+from .features import latent_mask
+
+INDEX = "index.json"
+METADATA_KEY = "mive.cache"
+NUM_PER_SHARD = 16
+STATES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+SCALE = ".scale"  # beside 8-bit states: one number a token
+FREE_DISK = 1.05  # of what is still to be written
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a cache depends on beside the models and the pairs."""
+
+    buckets: tuple[tuple[int, int, int], ...] = ()  # (width, height, frames) to choose from; none: each clip as it is
+    states: str = "bf16"
+    negative: bool = False  # the states of an empty instruction too, for condition dropout
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """Where one pair's features are, and the shapes that decide which pairs can share a batch."""
+
+    shard: str
+    key: str
+    name: str
+    grid: tuple[int, int, int]  # T, Y, X
+    num_tokens: int  # S
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen models that a cache is made by, and the contract of the DiT that is to read it."""
+
+    vae: VAE
+    vlm: VLM
+    config: MiVEConfig
+    digest: str  # of both models
+
+    @classmethod
+    def load(cls, models: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Encoders":
+        """A folder with dit.safetensors (only its config is read), vae.safetensors and vlm/. Raises UserError."""
+        folder = Path(models)
+        config = read_config(resolve(folder, "dit.safetensors"))
+        vlm = VLM.load(folder / "vlm", dtype=dtype, device=device)
+        check_vlm(vlm, config, folder)
+        vae = resolve(folder, "vae.safetensors")
+        digest = digest_of([vae, *shard_files(resolve(folder / "vlm", WEIGHTS)), folder / "vlm" / "tokenizer.json"])
+        return cls(VAE.load(vae, dtype=dtype, device=device), vlm, config, digest)
+
+    @torch.inference_mode()
+    def features(self, pair: PairedEdit, settings: CacheSettings) -> dict[str, Tensor]:
+        """target, source (C, T, Y, X) and reference (C, 1, Y, X) in bf16; mask (T, Y, X); states, negative (K, S, D_vlm) and scales."""
+        if pair.target is None:
+            raise UserError("the pair has no target, so there is nothing to learn")
+        clips = {"target": pair.target, "source": pair.request.source.frames, "reference": pair.request.reference[None]}
+        features = {name: self.vae.encode(frames)[0].to(torch.bfloat16) for name, frames in clips.items()}
+        mask = torch.ones(pair.target.shape[:3], dtype=torch.bool) if pair.mask is None else pair.mask
+        features["mask"] = latent_mask(mask).to(torch.bfloat16)
+        requests = {"states": pair.request} | ({"negative": replace(pair.request, instruction="")} if settings.negative else {})
+        for name, request in requests.items():
+            features |= stored(name, self.vlm.condition(request, self.config).states[0], settings.states)
+        return features
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """Of the files' names, lengths and headers, which is quick at any size; a tokenizer is read whole."""
+    digest = hashlib.sha256()
+    for file in files:
+        header = repr(sorted(read_header(file).shapes.items())) if file.suffix == ".safetensors" else file.read_text(encoding="utf-8")
+        digest.update(f"{file.name} {file.stat().st_size} {header}".encode())
+    return digest.hexdigest()[:16]
+
+
+def stored(name: str, states: Tensor, how: str) -> dict[str, Tensor]:
+    """(K, S, D_vlm) as a cache holds it: bf16, or 8 bits with one scale a token, since single channels are thousands of times the rest."""
+    if how == "bf16":
+        return {name: states.to(torch.bfloat16)}
+    scale = states.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / torch.finfo(STATES["fp8"]).max
+    return {name: (states.float() / scale).to(STATES["fp8"]), name + SCALE: scale}
+
+
+def restored(name: str, tensors: dict[str, Tensor]) -> Tensor:
+    """The inverse of `stored`, in float32."""
+    states = tensors[name].float()
+    return states * tensors[name + SCALE] if name + SCALE in tensors else states
+
+
+def fit_bucket(entry: ManifestEntry, buckets: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+    """The bucket nearest in aspect ratio, then the longest, of those that are no longer than the clip. Raises UserError where none is."""
+    clip = read_clip(entry.source, what="source", fps=entry.fps, num_frames=max(frames for _, _, frames in buckets)).frames
+    num_frames, height, width = clip.shape[:3]
+    fitting = [bucket for bucket in buckets if bucket[2] <= num_frames]
+    if not fitting:
+        raise UserError("the clip is shorter than every bucket", got=f"{num_frames} frames", expected=f"{min(b[2] for b in buckets)} or more")
+    return min(fitting, key=lambda b: (abs(math.log(b[0] / b[1]) - math.log(width / height)), -b[2], -b[0]))
+
+
+def read_pair(entry: ManifestEntry, settings: CacheSettings) -> PairedEdit:
+    """Raises UserError for whatever makes the pair unusable."""
+    if not settings.buckets:
+        return load_entry(entry)
+    width, height, num_frames = fit_bucket(entry, settings.buckets)
+    return load_entry(entry, (width, height), num_frames)
+
+
+def cache(entries: Sequence[ManifestEntry], encoders: Encoders, folder: str | Path, settings: CacheSettings = CacheSettings(),
+          say: Callable[[str], None] = lambda text: None) -> dict:
+    """Computes what is missing of the cache -> its index.
+
+    A pair that cannot be used is skipped, counted and named in the index. Raises UserError where the folder cannot be written,
+    holds a cache of something else, the disk is too small or no pair is usable.
+    """
+    folder = check_output_folder(folder, "output")
+    folder.mkdir(parents=True, exist_ok=True)
+    contract = contract_of(encoders, settings)
+    check_same(folder, contract)
+    groups = [range(first, min(first + NUM_PER_SHARD, len(entries))) for first in range(0, len(entries), NUM_PER_SHARD)]
+    marks = {number: fingerprint(contract, [entries[i] for i in lines]) for number, lines in enumerate(groups)}
+    missing = [number for number in marks if report_of(folder / shard_name(number), marks[number]) is None]
+    if missing:
+        check_space(folder, entries, encoders, settings, sum(len(groups[number]) for number in missing), say)
+    for number in tqdm(missing, desc="cache", unit="shard", disable=None):
+        write_shard(folder / shard_name(number), groups[number], entries, encoders, settings, marks[number])
+    reports = [report_of(folder / shard_name(number), marks[number]) for number in marks]
+    return write_index(folder, contract, reports)
+
+
+def contract_of(encoders: Encoders, settings: CacheSettings) -> dict:
+    config = json.loads(json.dumps(asdict(encoders.config)))
+    read = {key: config[key] for key in ("vlm", "vlm_width", "vlm_num_layers", "video_fps", "max_video_tokens", "max_instruction_tokens", "latent_format")}
+    return {"layers": list(encoders.config.resolved_layers), **read, "models": encoders.digest, **json.loads(json.dumps(asdict(settings)))}
+
+
+def check_same(folder: Path, contract: dict) -> None:
+    """Raises UserError where the folder's index is of a cache made otherwise."""
+    if (folder / INDEX).is_file():
+        existing = read_index(folder)["contract"]
+        differing = [key for key in contract if existing.get(key) != contract[key]]
+        if differing:
+            raise UserError("the folder holds a cache that was made otherwise", where=folder, got=f"{differing[0]} {existing.get(differing[0])}",
+                            expected=f"{contract[differing[0]]}", fix="choose another folder, or remove that one")
+
+
+def check_space(folder: Path, entries: Sequence[ManifestEntry], encoders: Encoders, settings: CacheSettings, count: int, say: Callable[[str], None]) -> None:
+    """Says how many bytes `count` pairs will take, judged by the first usable one. Raises UserError where the disk has no room for them."""
+    sizes = (sum(t.nbytes for t in features.values()) for _, features in usable(range(len(entries)), entries, encoders, settings, []))
+    size = next(sizes, None)
+    if size is None:
+        raise UserError("no pair of the manifest can be used", got=f"{len(entries)} lines", fix="`mive eval` on one of them says more")
+    free = shutil.disk_usage(folder).free
+    say(f"about {size * count / 1e9:.3g} GB for {count} pairs, {size / 1e6:.3g} MB each; {free / 1e9:.3g} GB are free")
+    if size * count * FREE_DISK > free:
+        raise UserError("the disk is too small for the cache", where=folder, got=f"{free} bytes free", expected=f"about {size * count}",
+                        fix="free some space, or store the states in fp8")
+
+
+def usable(lines: Sequence[int], entries: Sequence[ManifestEntry], encoders: Encoders, settings: CacheSettings,
+           skipped: list[dict]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The features of those pairs that can be used; the others are added to `skipped`, with the reason."""
+    for line in lines:
+        try:
+            features = encoders.features(read_pair(entries[line], settings), settings)
+        except UserError as error:
+            skipped.append({"pair": line, "name": entries[line].name or str(entries[line].source), "why": str(error)})
+            continue
+        yield line, features
+
+
+def write_shard(path: Path, lines: Sequence[int], entries: Sequence[ManifestEntry], encoders: Encoders, settings: CacheSettings, mark: str) -> None:
+    skipped: list[dict] = []
+    tensors, kept = {}, []
+    for line, features in usable(lines, entries, encoders, settings, skipped):
+        key = f"{line:08d}"
+        tensors |= {f"{key}.{name}": value.cpu() for name, value in features.items()}
+        kept.append(asdict(CacheEntry(path.name, key, entries[line].name, tuple(features["target"].shape[1:]), features["states"].shape[1])))
+    report = {"fingerprint": mark, "entries": kept, "skipped": skipped}
+    write_tensors(path, tensors or {"empty": torch.zeros(1)}, {METADATA_KEY: json.dumps(report)})
+
+
+def report_of(path: Path, mark: str) -> dict | None:
+    """What a shard says of itself; None where it is not there, is damaged or was made of something else."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            report = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (FileNotFoundError, SafetensorError, ValueError):
+        return None
+    return report if report.get("fingerprint") == mark else None
+
+
+def write_index(folder: Path, contract: dict, reports: Sequence[dict]) -> dict:
+    index = {"contract": contract, "pairs": sum(len(r["entries"]) for r in reports), "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+             "skipped": [item for r in reports for item in r["skipped"]], "entries": [item for r in reports for item in r["entries"]]}
+    if not index["entries"]:
+        raise UserError("no pair of the manifest can be used", where=folder, got=index["skipped"][0]["why"])
+    with written_beside(folder / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return index
+
+
+def read_index(folder: str | Path) -> dict:
+    """A cache's index. Raises UserError where there is none, or it is unreadable."""
+    path = Path(folder) / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return index | {"entries": [CacheEntry(**{**entry, "grid": tuple(entry["grid"])}) for entry in index["entries"]]}
+    except OSError:
+        raise UserError("this is no cache of features", where=folder, got=f"no {INDEX}", fix="`mive data cache` makes one") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("the cache's index is damaged", where=path, got=str(error), fix="run `mive data cache` again: what is there is kept") from None
+
+
+def fingerprint(contract: dict, entries: Sequence[ManifestEntry]) -> str:
+    """Of the contract and the pairs' lines, with the length and time of each file they name."""
+    files = [path for entry in entries for path in (entry.source, entry.reference, entry.target, entry.mask) if path is not None]
+    marks = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.exists()]
+    return hashlib.sha256(repr((sorted(contract.items()), entries, marks)).encode()).hexdigest()
+
+
+def shard_name(number: int) -> str:
+    return f"{number:06d}.safetensors"
