@@ -123,12 +123,17 @@ def random_vlm(work: Workload) -> VLM:
     """The Qwen3-VL that the preset reads, with a processor that gives it as many tokens as its own would."""
     with torch.device("meta"):
         model = model_of(work.vlm_values)
+    return VLM(filled(model, work).eval(), reader(work), work.config.vlm)
+
+
+def reader(work: Workload):
+    """The embedded VLM's processor, with real patches where the preset reads a real one."""
     processor = load_processor(TINY_VLM)
     if work.config.vlm_width != PRESETS["tiny"].vlm_width:
-        for reader in (processor.image_processor, processor.video_processor):
-            reader.patch_size = PIXELS["patch_size"]
-            reader.size = {"shortest_edge": 4096, "longest_edge": 2**25}  # pixels; the budget is tighter
-    return VLM(filled(model, work).eval(), processor, work.config.vlm)
+        for part in (processor.image_processor, processor.video_processor):
+            part.patch_size = PIXELS["patch_size"]
+            part.size = {"shortest_edge": 4096, "longest_edge": 2**25}  # pixels; the budget is tighter
+    return processor
 
 
 def random_network(work: Workload):

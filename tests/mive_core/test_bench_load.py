@@ -11,7 +11,7 @@ needs_linux = pytest.mark.skipif(not STATUS.exists(), reason="NO /proc: peak mem
 @needs_linux
 def test_a_sharded_dit_is_measured_and_removed(tmp_path):
     figures = bench_load("1.3b", blocks=2, shards=3, folder=tmp_path)
-    assert figures["file_bytes"] == figures["model_bytes"] > 200e6
+    assert figures["file_bytes"] == figures["model_bytes"] > 190e6
     assert figures["rss_before"] < figures["peak_rss"] and figures["rss_before"] + 0.9 * figures["file_bytes"] < figures["peak_rss"]
     assert figures["growth_over_file"] < figures["goal"] + 0.1  # a small file: what the interpreter adds weighs more
     assert not list(tmp_path.iterdir())
