@@ -12,12 +12,14 @@ TASKS = ("vae", "vlm", "dit", "edit")
 def train(recipe_path: str | Path) -> None:
     """Trains the model that a YAML recipe describes; resumes where its output_dir holds a checkpoint.
 
-    Each task's module has `build(values: dict, where) -> Task`. Raises UserError for a recipe that does not fit.
+    Under torchrun or `accelerate launch` each process trains on its share of every step's batches. Each task's module has `build(values: dict, where) -> Task`. Raises UserError for a recipe that does not fit.
     """
     values = read_recipe(recipe_path)
     if values["task"] not in TASKS:
         raise UserError("unknown task", where=recipe_path, got=values["task"], expected=" or ".join(TASKS))
     module = import_module(f".{values['task']}", __package__)
     from .loop import run
+    from .ranks import joined
 
-    run(module.build(values, where=recipe_path))
+    with joined(values.get("device", "cpu")) as ranks:
+        run(module.build(values, where=recipe_path), ranks=ranks)

@@ -5,6 +5,7 @@ Whatever is random derives from (seed, step), so a resumed run continues bit for
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Protocol
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import state
+from .ranks import Ranks
 from .recipe import Recipe, defaults_of, fingerprint
 
 
@@ -39,47 +41,52 @@ class Task(Protocol):
         """Writes the finished model. The modules then hold the averaged weights, where `ema` is set."""
 
 
-def run(task: Task, *, stop_at: int | None = None) -> None:
+def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks()) -> None:
     """Trains from the newest checkpoint in `output_dir`, or from step 0, and exports at the end.
 
-    `stop_at` ends the run before that step, without a checkpoint, as a crash would.
+    `stop_at` ends the run before that step, without a checkpoint, as a crash would. Of several processes the first one writes.
     """
     recipe = task.recipe
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
-    averages = {name: value.detach().clone() for name, value in _weights(task)} if recipe.ema else {}
-    plan = fingerprint(recipe)
-    first = state.restore(folder, task.modules, averages, task.optimizers, plan, defaults_of(recipe))
+    averages = _copies(task)
+    plan = plan_of(recipe, ranks)
+    first = state.restore(folder, task.modules, averages, task.optimizers, plan, _defaults(recipe))
+    ranks.wait()  # until all have read, before one writes
     groups = [group for optimizer in task.optimizers.values() for group in optimizer.param_groups]
     base_rates = [group["lr"] for group in groups]
     last = recipe.num_steps if stop_at is None else min(stop_at, recipe.num_steps)
     saved_at = time.monotonic()
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-        for step, batches in _progress(recipe, _batches(task, first, last), first):
+    with open(folder / "log.jsonl" if ranks.is_first else os.devnull, "a", encoding="utf-8") as log:
+        for step, batches in _progress(recipe, _batches(task, first, last, ranks), first, ranks):
             started = time.monotonic()
             for group, base_rate in zip(groups, base_rates):
                 group["lr"] = base_rate * task.rate(step)
-            losses = _step(task, step, batches)
+            losses = _step(task, step, batches, ranks)
             _average(task, averages, step)
             if step % recipe.log_every == 0:
                 line = {"step": step} | {name: float(value.detach()) for name, value in losses.items()}
                 log.write(json.dumps(line | {"seconds": round(time.monotonic() - started, 4)}) + "\n")
                 log.flush()
-            if time.monotonic() - saved_at > recipe.checkpoint_every_s or step == recipe.num_steps - 1:
+            if ranks.is_first and (time.monotonic() - saved_at > recipe.checkpoint_every_s or step == recipe.num_steps - 1):
                 state.save(folder, step, task.modules, averages, task.optimizers, plan, recipe.num_checkpoints)
                 saved_at = time.monotonic()
-    if last == recipe.num_steps:
+    if last == recipe.num_steps and ranks.is_first:
         _use(task, averages)
         task.export(Path(recipe.export))
 
 
+def plan_of(recipe: Recipe, ranks: Ranks) -> dict:
+    """What a checkpoint depends on: the recipe, and how many batches make a step, however they are shared out."""
+    return fingerprint(recipe) | {"batches_a_step": recipe.num_accumulated * ranks.size}
+
+
 def export_newest(task: Task, path: Path) -> int:
     """Exports the newest checkpoint of an unfinished run; returns the number of steps it has done."""
-    averages = {name: value.detach().clone() for name, value in _weights(task)} if task.recipe.ema else {}
-    num_steps = state.restore(Path(task.recipe.output_dir), task.modules, averages, task.optimizers,
-                              fingerprint(task.recipe), defaults_of(task.recipe))
+    averages = _copies(task)
+    num_steps = state.restore(Path(task.recipe.output_dir), task.modules, averages, task.optimizers, plan_of(task.recipe, Ranks()), _defaults(task.recipe))
     _use(task, averages)
     task.export(path)
     return num_steps
@@ -90,21 +97,23 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
 
 
-def _step(task: Task, step: int, batches: list) -> dict[str, Tensor]:
-    """One optimizer step on the mean gradient of the batches -> their mean losses."""
-    recipe, first = task.recipe, step * len(batches)
+def _step(task: Task, step: int, batches: list, ranks: Ranks = Ranks()) -> dict[str, Tensor]:
+    """One optimizer step on the mean gradient of all processes' batches -> their mean losses."""
+    recipe = task.recipe
+    parameters = [p for module in task.modules.values() for p in module.parameters()]
     for optimizer in task.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     means: dict[str, Tensor] = {}
-    for number, batch in enumerate(batches, first):
+    for number, batch in zip(ranks.batches_of(step, len(batches)), batches):
         generator = torch.Generator().manual_seed(step_seed(recipe.seed, number))
         with torch.autocast(torch.device(recipe.device).type, torch.bfloat16, enabled=recipe.bf16):
             losses = task.loss(step, batch, generator)
         (losses["loss"] / len(batches)).backward()
         for name, value in losses.items():
             means[name] = means.get(name, 0) + value.detach() / len(batches)
+    ranks.average_([p.grad for p in parameters if p.grad is not None])
+    ranks.average_(list(means.values()))
     if recipe.clip_norm:
-        parameters = [p for module in task.modules.values() for p in module.parameters()]
         means["grad_norm"] = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
     for optimizer in task.optimizers.values():
         optimizer.step()
@@ -112,15 +121,25 @@ def _step(task: Task, step: int, batches: list) -> dict[str, Tensor]:
     return means
 
 
-def _batches(task: Task, first: int, last: int) -> Iterator[tuple[int, list]]:
-    """(step, its batches)."""
+def _batches(task: Task, first: int, last: int, ranks: Ranks) -> Iterator[tuple[int, list]]:
+    """(step, this process's batches of it)."""
     count = task.recipe.num_accumulated
-    loader = iter(DataLoader(task.dataset, batch_size=None, sampler=range(first * count, last * count), num_workers=task.recipe.num_workers))
+    numbers = [number for step in range(first, last) for number in ranks.batches_of(step, count)]
+    loader = iter(DataLoader(task.dataset, batch_size=None, sampler=numbers, num_workers=task.recipe.num_workers))
     return ((step, [next(loader) for _ in range(count)]) for step in range(first, last))
 
 
-def _progress(recipe: Recipe, batches: Iterator, first: int) -> Iterator:
-    return tqdm(batches, desc=f"train {recipe.task}", initial=first, total=recipe.num_steps, unit="step", mininterval=5.0)
+def _progress(recipe: Recipe, batches: Iterator, first: int, ranks: Ranks) -> Iterator:
+    return tqdm(batches, desc=f"train {recipe.task}", initial=first, total=recipe.num_steps, unit="step", mininterval=5.0, disable=not ranks.is_first)
+
+
+def _defaults(recipe: Recipe) -> dict:
+    return defaults_of(recipe) | {"batches_a_step": 1}
+
+
+def _copies(task: Task) -> dict[str, Tensor]:
+    """Where the averaged weights are kept."""
+    return {name: value.detach().clone() for name, value in _weights(task)} if task.recipe.ema else {}
 
 
 def _weights(task: Task) -> Iterator[tuple[str, Tensor]]:

@@ -32,7 +32,7 @@ class Recipe:
 
 
 # Fields that may differ between the run that wrote a checkpoint and the one that resumes it.
-FREE_FIELDS = frozenset({"device", "output_dir", "export", "num_threads", "num_workers", "checkpoint_every_s", "num_checkpoints", "log_every"})
+FREE_FIELDS = frozenset({"device", "num_accumulated", "output_dir", "export", "num_threads", "num_workers", "checkpoint_every_s", "num_checkpoints", "log_every"})
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 

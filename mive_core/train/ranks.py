@@ -1,0 +1,62 @@
+"""Several processes that train one model, each on its share of a step's batches: started by torchrun or `accelerate launch`."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes logs, checkpoints and the export."""
+        return self.rank == 0
+
+    def batches_of(self, step: int, num_accumulated: int) -> range:
+        """The numbers of this process's batches of a step; together the processes take size * num_accumulated in a row."""
+        first = (step * self.size + self.rank) * num_accumulated
+        return range(first, first + num_accumulated)
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes its mean over the processes, in one exchange for each dtype."""
+        if self.size == 1:
+            return
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault(tensor.dtype, []).append(tensor)
+        for alike in kinds.values():
+            joined = torch.cat([tensor.reshape(-1) for tensor in alike])
+            distributed.all_reduce(joined)
+            for tensor, part in zip(alike, joined.div_(self.size).split([tensor.numel() for tensor in alike])):
+                tensor.copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """The processes that the launcher's environment names, connected; one alone where there is no launcher."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()

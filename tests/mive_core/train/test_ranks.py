@@ -1,0 +1,71 @@
+"""Two processes that train together do what one does with twice the batches."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mive_core.manifest import export_pairs, read_manifest
+from mive_core.train import train
+from mive_core.train.cache import Encoders, cache
+from mive_core.train.heldout import drawn_pairs
+from mive_core.train.ranks import Ranks
+from mive_core.train.synth import PairedEdits
+
+STEPS = 20
+
+
+def test_the_batches_of_a_step_are_shared_out_and_none_is_left_over():
+    for size in (1, 2, 3):
+        for step in range(3):
+            shared = [number for rank in range(size) for number in Ranks(rank, size).batches_of(step, 2)]
+            assert shared == list(range(step * 2 * size, (step + 1) * 2 * size))
+
+
+@pytest.fixture(scope="module")
+def pairs(random_models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    manifest = export_pairs(drawn_pairs(PairedEdits(5, "train", (32, 32), 5), 6), folder / "pairs")
+    cache(read_manifest(manifest), Encoders.load(random_models), folder / "cache")
+    return folder / "cache"
+
+
+def recipe(folder: Path, pairs, random_models, **changes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"task": "edit", "start_from": str(random_models / "dit.safetensors"), "caches": [str(pairs)], "num_steps": STEPS, "learning_rate": 1e-3,
+              "num_warmup_steps": 5, "output_dir": str(folder / "run"), "export": str(folder / "out.safetensors"), "num_workers": 0, "log_every": 1,
+              "ema": 0.9, **changes}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def train_by_two(path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([sys.executable, "-m", "mive_core.train", str(path)], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                                  stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-2000:]
+
+
+@pytest.mark.parametrize("changes", [{"lora_rank": 2}, {}], ids=["lora", "full"])
+def test_two_processes_equal_one_with_accumulation(pairs, random_models, tmp_path, changes):
+    train(recipe(tmp_path / "one", pairs, random_models, num_accumulated=2, **changes))
+    train_by_two(recipe(tmp_path / "two", pairs, random_models, **changes))
+    one, two = ([json.loads(line) for line in (tmp_path / name / "run" / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert len(one) == len(two) == STEPS and len({line["loss"] for line in one}) == STEPS
+    for a, b in zip(one, two):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 * (1 + a["grad_norm"])
+    a, b = (load_file(tmp_path / name / "out.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a) and a.keys() == b.keys()
