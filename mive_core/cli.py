@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from . import __version__
-from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_load, run_bench_stage, run_data_cache, run_data_looks,
+from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_looks,
                        run_data_synth, run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
 from .config import VLM_SIZES
 from .errors import UserError
@@ -141,6 +141,13 @@ def _add_bench(commands) -> None:
     load.add_argument("--shards", type=count, default=1)
     load.add_argument("--fp8", action="store_true", help="the VLM's matrices in 8 bits")
     load.add_argument("--folder", type=text, metavar="DIR", help="where the file is written, and deleted afterwards")
+    growth = _command(bench, "growth", run_bench_growth, "time and memory of a forward by frames and size, whole and in windows")
+    growth.add_argument("--preset", default="tiny", choices=PRESET_NAMES)
+    growth.add_argument("--size", type=size, default=(320, 192), metavar="WxH", help="default 320x192")
+    growth.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
+    growth.add_argument("--window", type=count, default=33, metavar="N", help="frames of a window, 4n+1, default 33; a quarter of it is shared")
+    growth.add_argument("--repeats", type=count, default=1)
+    growth.add_argument("--plot", type=text, metavar="FILE.png")
     card = _command(bench, "card", run_bench_card, "every stage of an edit at real sizes, on random weights, against the card's own speed")
     card.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="default 14b")
     card.add_argument("--size", type=size, default=(1280, 720), metavar="WxH", help="default 1280x720")

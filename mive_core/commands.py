@@ -142,6 +142,22 @@ def run_bench_load(arguments: argparse.Namespace) -> None:
     _report(arguments, lambda: bench_load(arguments.model, shards=arguments.shards, folder=folder, float8=arguments.fp8, blocks=arguments.blocks))
 
 
+def run_bench_growth(arguments: argparse.Namespace) -> None:
+    from .bench_growth import bench_growth, write_growth
+    from .files import check_output
+
+    plot = check_output(arguments.plot, "plot", (".png",)) if arguments.plot else None
+
+    def measure() -> dict:
+        report = bench_growth(arguments.preset, size=arguments.size, blocks=arguments.blocks, window_frames=arguments.window,
+                              overlap_frames=(arguments.window - 1) // 16 * 4 + 1, repeats=arguments.repeats)
+        if plot:
+            write_growth(plot, report)
+        return report
+
+    _report(arguments, measure)
+
+
 def run_bench_card(arguments: argparse.Namespace) -> None:
     from .bench_card import bench_card
 

@@ -13,7 +13,7 @@ def test_a_sharded_dit_is_measured_and_removed(tmp_path):
     figures = bench_load("1.3b", blocks=2, shards=3, folder=tmp_path)
     assert figures["file_bytes"] == figures["model_bytes"] > 190e6
     assert figures["rss_before"] < figures["peak_rss"] and figures["rss_before"] + 0.9 * figures["file_bytes"] < figures["peak_rss"]
-    assert figures["growth_over_file"] < figures["goal"] + 0.1  # a small file: what the interpreter adds weighs more
+    assert figures["peak_rss"] - figures["rss_before"] < figures["file_bytes"] + 200e6  # a second copy would be as much again; the rest is libraries
     assert not list(tmp_path.iterdir())
 
 
