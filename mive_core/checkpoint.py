@@ -123,9 +123,9 @@ def inspect(path: str | Path) -> dict:
     if not path.exists():
         raise UserError("no such file or folder", where=path)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors",) or p.name.endswith(INDEX_SUFFIX))
+        found = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".gguf") or p.name.endswith(INDEX_SUFFIX))
         if not found:
-            raise UserError("the folder has no .safetensors file", where=path)
+            raise UserError("the folder has no .safetensors or .gguf file", where=path)
         return {str(p.relative_to(path)): inspect(p) for p in found}
     headers = read_headers(path)
     shapes = {k: v for h in headers for k, v in h.shapes.items()}

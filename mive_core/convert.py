@@ -16,7 +16,7 @@ from .config import VLM_SIZES, MiVEConfig
 from .errors import UserError
 from .files import check_input
 from .layers import parse_layers
-from .tensors import (DTYPES, FLOAT8, WAN_FAMILY, FileBytes, TensorFile, bytes_of, family_of, is_scale, read_headers, read_scaled, resolve,
+from .tensors import (DTYPES, WAN_FAMILY, FileBytes, TensorFile, bytes_of, family_of, is_scale, read_headers, read_scaled, resolve,
                       stream_tensors)
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole ComfyUI checkpoints
@@ -30,7 +30,7 @@ def init_from_wan(source: str | Path, destination: str | Path, *, layers: str = 
                   dtype: torch.dtype | None = None, progress: Callable[[int, int], None] | None = None) -> MiVEConfig:
     """Reads a Wan2.1-T2V file, sharded index or diffusers folder, writes one MiVE file, returns its config.
 
-    `dtype` None keeps the source's; fp8 becomes bf16. Holds one tensor at a time, and tells `progress` which of how many it is at;
+    `dtype` None keeps the source's; fp8 and what GGUF has quantised become bf16. Holds one tensor at a time, and tells `progress` which of how many it is at;
     where that raises, no file is left. Raises UserError for anything that is no whole Wan T2V.
     """
     path = find_wan(source)
@@ -45,7 +45,7 @@ def init_from_wan(source: str | Path, destination: str | Path, *, layers: str = 
     check_fit(path, {**{k: v for k, v in shapes.items() if not LEFT_OUT.search(k)}, double: single}, copied)
     if dtype is None:
         kinds = {file.dtypes[name] for file, name in where.values()}
-        dtype = torch.bfloat16 if kinds & (FLOAT8 | {"BF16"}) else torch.float16 if "F16" in kinds else torch.float32
+        dtype = torch.bfloat16 if kinds - {"F16", "F32"} else torch.float16 if "F16" in kinds else torch.float32
     generator = torch.Generator().manual_seed(SEED)
 
     places = {key: i for i, key in enumerate(wanted)}

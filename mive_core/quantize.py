@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import ggml
 from .checkpoint import check_whole, read_config
 from .errors import UserError
 from .float8 import to_float8
@@ -37,9 +38,9 @@ def quantize(source: str | Path, destination: str | Path, form: str = "fp8_scale
     config = read_config(path)
     where = {key: file for file in read_headers(path) for key in file.shapes}
     check_whole(path, {key: file.shapes[key] for key, file in where.items()}, config)
-    small = [key for key, file in where.items() if file.dtypes[key] in FLOAT8 or is_scale(key)]
+    small = [key for key, file in where.items() if file.dtypes[key] in FLOAT8 | ggml.QUANTISED.keys() or is_scale(key)]
     if small:
-        raise UserError("the checkpoint is in 8 bits already", where=path, got=f"{small[0]} as {where[small[0]].dtypes[small[0]]}",
+        raise UserError("the checkpoint is in 8 bits already, or fewer", where=path, got=f"{small[0]} as {where[small[0]].dtypes[small[0]]}",
                         expected="16 or 32 bits")
     note = torch.frombuffer(bytearray(json.dumps({"format": name}).encode()), dtype=torch.uint8)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from . import ggml
 from .errors import UserError
 from .files import check_input, written_beside
 
@@ -93,10 +94,12 @@ def resolve(path: str | Path, default_name: str) -> Path:
 
 
 def read_header(path: Path) -> TensorFile:
-    """Checks a safetensors file from the outside. Raises UserError for pickles, pages, archives and truncated files."""
+    """Checks a safetensors or GGUF file from the outside. Raises UserError for pickles, pages, archives and truncated files."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise UserError("pickle files are never opened, because opening one runs its code", where=path,
                         expected="a .safetensors file", fix="convert it with its own tool")
+    if path.suffix.lower() == ggml.SUFFIX:
+        return TensorFile(path, *ggml.read_outside(path))
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(512)
@@ -152,13 +155,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensor(file: TensorFile, key: str) -> Tensor:
-    """One tensor, in the file's dtype. Its bytes alone are read; nothing of the file stays mapped. Raises UserError for unknown dtypes."""
-    dtype = DTYPES.get(file.dtypes[key])
-    if dtype is None:
+    """One tensor, in the file's dtype; what GGUF has quantised becomes float32. Its bytes alone are read; nothing of the file stays
+    mapped. Raises UserError for unknown dtypes."""
+    label = file.dtypes[key]
+    dtype, quantised = DTYPES.get(label), label in ggml.QUANTISED and file.path.suffix.lower() == ggml.SUFFIX
+    if dtype is None and not quantised:
         raise UserError("this dtype cannot be read", where=file.path, got=f"{key} as {file.dtypes[key]}", expected=", ".join(DTYPES))
     first, last = file.places[key]
-    data = torch.from_numpy(np.fromfile(file.path, np.uint8, last - first, offset=first))
-    return data.view(dtype).view(file.shapes[key])
+    data = np.fromfile(file.path, np.uint8, last - first, offset=first)
+    return ggml.decode(data, label, file.shapes[key], file.path) if quantised else torch.from_numpy(data).view(dtype).view(file.shapes[key])
 
 
 def bytes_of(file: TensorFile, key: str) -> FileBytes:

@@ -121,7 +121,7 @@ def test_incomplete_commands(work, capsys, arguments):
     (["train", "bad.jsonl"], "task"),
     (["inspect", "gone.safetensors"], "no such file"),
     (["inspect", "a\0b"], "NUL"),
-    (["inspect", "frames"], "no .safetensors file"),
+    (["inspect", "frames"], "no .safetensors or .gguf file"),
     (["bench", "dit", "--preset", "huge"], "invalid choice: 'huge'"),
     (["bench", "dit", "--output", "gone/figures.json"], "its folder does not exist"),
     (["data", "synth", "--output", "out", "--size", "90x90"], "got 90x90"),
