@@ -158,3 +158,14 @@ def test_bad_files_are_named(pack, loaded, write, base):
         pack.run("MiVELoadLoRA", model=loaded.model, lora_name=name)
     verdict = pack.node("MiVELoadLoRA").validate_inputs(lora_name="../gone.safetensors")
     assert isinstance(verdict, str) and "models/loras" in verdict
+
+
+def test_with_dynamic_vram_the_patcher_still_looks(pack, loaded, monkeypatch):
+    """ComfyUI's main then makes another class the usual one; it needs a card, and on a CPU hands back the plain one, which would not look."""
+    import comfy.model_patcher
+
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
+    model, = pack.run("MiVELoadDiT", model="random.safetensors")
+    assert type(model) is type(loaded.model) and not model.is_dynamic()
+    theirs = pack.submodule("nodes.bridge.lora").HostedDynamicPatcher
+    assert issubclass(theirs, comfy.model_patcher.ModelPatcherDynamic) and theirs.add_patches is type(model).add_patches
