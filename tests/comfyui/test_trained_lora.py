@@ -1,0 +1,38 @@
+"""A LoRA that `mive train` writes, taken by ComfyUI's stock loader unchanged: the edit it was trained to make."""
+
+import torch
+
+from mive_core.manifest import export_pairs, read_manifest
+from mive_core.train.cache import Encoders, cache
+from mive_core.train.edit import EditRecipe, EditTask
+from mive_core.train.heldout import drawn_pairs
+from mive_core.train.loop import run
+from mive_core.train.synth import PairedEdits
+
+NAME = "trained.safetensors"
+
+
+def test_the_stock_loader_takes_a_trained_lora(pack, loaded, pipeline, base, tmp_path):
+    import comfy.model_management
+    import nodes
+
+    models = base / "standalone"
+    manifest = export_pairs(drawn_pairs(PairedEdits(5, "train", (32, 32), 5), 2), tmp_path / "pairs")
+    cache(read_manifest(manifest), Encoders.load(models), tmp_path / "cache")
+    task = EditTask(EditRecipe(task="edit", start_from=str(models / "dit.safetensors"), caches=(str(tmp_path / "cache"),), num_steps=3, lora_rank=4,
+                               learning_rate=1e-2, num_warmup_steps=1, num_workers=0, output_dir=str(tmp_path / "run"), export=str(base / "models" / "loras" / NAME)))
+    run(task)
+
+    patched, = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, NAME, 1.0)
+    assert len(patched.patches) == 6 * task.config.num_blocks
+    comfy.model_management.load_models_gpu([patched])
+    torch.manual_seed(1)
+    noisy, source, reference = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 16, 3, 4, 4), torch.randn(1, 16, 1, 4, 4)
+    condition, t = torch.randn(1, 9, task.config.width), torch.tensor([0.5])
+    with torch.inference_mode():
+        hosted = patched.model.diffusion_model(noisy, t, source=source, reference=reference, condition=condition)
+        trained = task.model.eval()(noisy, source, reference, condition, t)
+        untrained = pipeline.dit(noisy, source, reference, condition, t)
+    (base / "models" / "loras" / NAME).unlink()
+    assert (trained - untrained).abs().max() > 1e-3
+    torch.testing.assert_close(hosted, trained, atol=1e-5, rtol=1e-5)
