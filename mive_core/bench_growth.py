@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,16 +98,23 @@ def measure_point(point: Point) -> dict:
     CLEAR.write_text("5")  # the kernel's mark of the highest falls to what is resident now
     call()
     rss = resident("VmHWM") - before
-    seconds = statistics.median(timed(call) for _ in range(point.repeats))
+    seconds, spent = (statistics.median(found) for found in zip(*(_timed(call) for _ in range(point.repeats))))
     with Counted() as counted:
         call()
     one = Workload(work.config, work.size, TEMPORAL_FACTOR * (point.window - 1) + 1, work.device, work.dtype) if num_windows > 1 else work
-    # condition tokens are projected inside the call and are part of the sequence; a velocity for each, and in windows their sum
-    latents = LATENT_CHANNELS * math.prod(work.grid) * 4 * 4 * (2 if num_windows > 1 else 1)
-    predicted = activation_bytes(work.config, one.layout.num_tokens, 4) + latents
+    # beside the sequence: about one velocity, and in windows the sum of them over the whole clip
+    latents = [LATENT_CHANNELS * 4 * math.prod(grid) * 4 for grid in (one.grid, work.grid)]
+    predicted = activation_bytes(work.config, one.layout.num_tokens, 4) + latents[0] + (latents[1] if num_windows > 1 else 0)
     return {"frames": point.num_frames, "size": list(point.size), "tokens": work.layout.num_tokens, "windows": num_windows, "seconds": seconds,
+            "processor_seconds": spent,
             "flops": num_windows * dit_flops(one), "predicted_bytes": predicted, "counted_bytes": counted.peak, "rss_bytes": rss,
             "counted_error": predicted / counted.peak - 1, "rss_error": predicted / rss - 1}
+
+
+def _timed(call) -> tuple[float, float]:
+    """Seconds by the clock, and of this process's work alone, which others on the machine disturb less."""
+    begun = time.process_time()
+    return timed(call), time.process_time() - begun
 
 
 def forward(model, work: Workload, point: Point):
@@ -145,15 +153,15 @@ def exponent(rows: list[dict]) -> float | None:
     longer = rows[len(rows) // 2:]
     if len(longer) < 2:
         return None
-    x, y = ([math.log(row[key]) for row in longer] for key in ("frames", "seconds"))
+    x, y = ([math.log(row[key]) for row in longer] for key in ("frames", "processor_seconds"))
     return statistics.linear_regression(x, y).slope
 
 
 def draw_growth(report: dict) -> Image.Image:
-    """Seconds and memory by frames, whole and in windows."""
+    """Seconds of one processor and memory by frames, whole and in windows."""
     picture = Image.new("RGB", (920, 380), PAPER)
     lines = {"whole": report["by_frames"], f"in windows of {report['window_frames']}": report["by_frames_in_windows"]}
-    for left, key, unit, title in ((0, "seconds", 1.0, "seconds a forward"), (460, "rss_bytes", 2**20, "MB beside the weights; dots: by the formula")):
+    for left, key, unit, title in ((0, "processor_seconds", 1.0, "seconds a forward"), (460, "rss_bytes", 2**20, "MB beside the weights; dots: by the formula")):
         _draw_panel(picture, left, lines, key, unit, title)
     return picture
 
@@ -161,7 +169,7 @@ def draw_growth(report: dict) -> Image.Image:
 def _draw_panel(picture: Image.Image, left: int, lines: dict[str, list[dict]], key: str, unit: float, title: str) -> None:
     draw, small = ImageDraw.Draw(picture), ImageFont.load_default(13)
     x0, y0, x1, y1 = left + 60, 340, left + 440, 50
-    most = max(row[key] / unit for rows in lines.values() for row in rows)
+    most = max(row[shown] / unit for rows in lines.values() for row in rows for shown in (key, "predicted_bytes")[:1 + (key == "rss_bytes")])
     longest = max(row["frames"] for rows in lines.values() for row in rows)
 
     def place(frames: float, value: float) -> tuple[float, float]:

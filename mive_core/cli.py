@@ -156,7 +156,7 @@ def _add_bench(commands) -> None:
     card.add_argument("--dtype", default="bf16", choices=DTYPES)
     card.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
     card.add_argument("--parts", type=text, default="", metavar="A,B",
-                      help="of speed, attention, dit, dit_fp8, vlm, training_block, dit_1.3b, vae, compiled; default all")
+                      help="of speed, attention, dit, dit_fp8, vlm, training_block, vae, dit_1.3b, compiled; default all")
     card.add_argument("--repeats", type=count, default=3)
     for command in bench.choices.values():
         command.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the figures there")
