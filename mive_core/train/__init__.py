@@ -17,9 +17,8 @@ def train(recipe_path: str | Path) -> None:
     values = read_recipe(recipe_path)
     if values["task"] not in TASKS:
         raise UserError("unknown task", where=recipe_path, got=values["task"], expected=" or ".join(TASKS))
-    module = import_module(f".{values['task']}", __package__)
     from .loop import run
     from .ranks import joined
 
     with joined(values.get("device", "cpu")) as ranks:
-        run(module.build(values, where=recipe_path), ranks=ranks)
+        run(import_module(f".{values['task']}", __package__).build(values, where=recipe_path), ranks=ranks)

@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
@@ -25,6 +27,7 @@ from .cache import CacheEntry, read_index, restored
 from .dit import velocity_losses
 from .features import EditFeatures
 from .loop import step_seed
+from .ranks import whole
 from .recipe import Recipe, parse_recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,6 +57,7 @@ class EditRecipe(Recipe):
     condition_dropout: float = 0.0  # share of the steps that read the empty instruction, for guidance
     edited_weight: float = 1.0  # of the loss in latent cells under the mask, against 1 elsewhere
     recompute: bool = False  # a block's activations are computed again in the backward pass, and not kept
+    sharded: bool = False  # several processes hold a part of all weights each, put together block by block (FSDP2)
 
 
 class CachedBatches(Dataset):
@@ -134,6 +138,8 @@ class EditTask:
             self.modules = {"dit": self.model.requires_grad_(True)}
         if recipe.recompute:
             recompute_blocks(self.model)
+        if recipe.sharded:
+            shard(self.model)
         self.optimizers = {"adamw": torch.optim.AdamW(self.modules[next(iter(self.modules))].parameters(), lr=recipe.learning_rate, betas=recipe.betas,
                                                       weight_decay=recipe.weight_decay, fused=True)}
 
@@ -157,8 +163,10 @@ class EditTask:
         """A whole MiVE checkpoint in the dtype it was loaded in, or a LoRA in peft's format."""
         if self.recipe.lora_rank:
             save_lora(path, self.modules["lora"], self.recipe)
-        else:
-            save_dit(path, self.model.state_dict(), self.config)
+            return
+        weights = {name: whole(value) for name, value in self.model.state_dict().items()}
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            save_dit(path, weights, self.config)
 
 
 def draw_times(num: int, sampling: str, generator: torch.Generator) -> Tensor:
@@ -192,6 +200,16 @@ def recompute_blocks(model: MiVEDiT) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def shard(model: MiVEDiT) -> None:
+    """FSDP2: a block's weights are whole only while it runs, the others' while the model does. Raises UserError where it runs alone."""
+    if not distributed.is_initialized():
+        raise UserError("sharded training takes several processes", got="one", fix="start it with torchrun or `accelerate launch`")
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "embed_condition")
+
+
 def check(recipe: EditRecipe, where: object) -> None:
     """Raises UserError for values that a type does not rule out."""
     for name, known in (("time_sampling", TIME_SAMPLINGS), ("weight_dtype", tuple(DTYPES))):
@@ -200,6 +218,8 @@ def check(recipe: EditRecipe, where: object) -> None:
     unknown = sorted(set(recipe.lora_targets) - set(LORA_TARGETS))
     if unknown:
         raise UserError("a LoRA cannot sit there", where=where, got=", ".join(unknown), expected=", ".join(LORA_TARGETS))
+    if recipe.sharded and recipe.lora_rank:
+        raise UserError("a LoRA is not sharded: its weights are few, and each process holds the frozen ones", where=where, fix="set sharded to false")
     if not recipe.caches:
         raise UserError("the recipe names no cache", where=where, fix="`mive data cache` makes one")
 

@@ -12,11 +12,12 @@ from typing import Any, Iterator, Mapping, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import state
-from .ranks import Ranks
+from .ranks import Ranks, whole
 from .recipe import Recipe, defaults_of, fingerprint
 
 
@@ -38,7 +39,10 @@ class Task(Protocol):
         """Called after the optimizers' step, for instance to bound norms."""
 
     def export(self, path: Path) -> None:
-        """Writes the finished model. The modules then hold the averaged weights, where `ema` is set."""
+        """Writes the finished model. The modules then hold the averaged weights, where `ema` is set.
+
+        Called by the first process, and by all of them where weights are sharded: then the first one is to write.
+        """
 
 
 def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks()) -> None:
@@ -70,12 +74,13 @@ def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks()) -> No
                 line = {"step": step} | {name: float(value.detach()) for name, value in losses.items()}
                 log.write(json.dumps(line | {"seconds": round(time.monotonic() - started, 4)}) + "\n")
                 log.flush()
-            if ranks.is_first and (time.monotonic() - saved_at > recipe.checkpoint_every_s or step == recipe.num_steps - 1):
-                state.save(folder, step, task.modules, averages, task.optimizers, plan, recipe.num_checkpoints)
+            if step == recipe.num_steps - 1 or ranks.agree(time.monotonic() - saved_at > recipe.checkpoint_every_s):
+                state.save(folder, step, task.modules, averages, task.optimizers, plan, recipe.num_checkpoints, ranks)
                 saved_at = time.monotonic()
-    if last == recipe.num_steps and ranks.is_first:
+    if last == recipe.num_steps:
         _use(task, averages)
-        task.export(Path(recipe.export))
+        if ranks.is_first or _is_sharded(task):
+            task.export(Path(recipe.export))
 
 
 def plan_of(recipe: Recipe, ranks: Ranks) -> dict:
@@ -114,7 +119,7 @@ def _step(task: Task, step: int, batches: list, ranks: Ranks = Ranks()) -> dict[
     ranks.average_([p.grad for p in parameters if p.grad is not None])
     ranks.average_(list(means.values()))
     if recipe.clip_norm:
-        means["grad_norm"] = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+        means["grad_norm"] = whole(nn.utils.clip_grad_norm_(parameters, recipe.clip_norm))
     for optimizer in task.optimizers.values():
         optimizer.step()
     task.after_step(step)
@@ -135,6 +140,10 @@ def _progress(recipe: Recipe, batches: Iterator, first: int, ranks: Ranks) -> It
 
 def _defaults(recipe: Recipe) -> dict:
     return defaults_of(recipe) | {"batches_a_step": 1}
+
+
+def _is_sharded(task: Task) -> bool:
+    return any(isinstance(value, DTensor) for _, value in _weights(task))
 
 
 def _copies(task: Task) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as distributed
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,27 @@ class Ranks:
         return range(first, first + num_accumulated)
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes its mean over the processes, in one exchange for each dtype."""
+        """Each tensor becomes its mean over the processes, in one exchange for each dtype; gradients of sharded weights already are."""
         if self.size == 1:
             return
         kinds: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
+            if isinstance(tensor, DTensor):
+                continue
             kinds.setdefault(tensor.dtype, []).append(tensor)
         for alike in kinds.values():
             joined = torch.cat([tensor.reshape(-1) for tensor in alike])
             distributed.all_reduce(joined)
             for tensor, part in zip(alike, joined.div_(self.size).split([tensor.numel() for tensor in alike])):
                 tensor.copy_(part.view_as(tensor))
+
+    def agree(self, answer: bool) -> bool:
+        """What the first process answers, on all: clocks differ."""
+        if self.size == 1:
+            return answer
+        answers = [answer]
+        distributed.broadcast_object_list(answers)
+        return answers[0]
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -60,3 +71,13 @@ def joined(device: str) -> Iterator[Ranks]:
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor that processes hold in parts, put together; all of them must ask. Any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def placed_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, in the parts that `like` is in."""
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else value

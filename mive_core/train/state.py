@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..tensors import write_tensors
+from .ranks import Ranks, placed_like, whole
 
 METADATA_KEY = "mive.training"
 PATTERN = "step_*.safetensors"
 
 
 def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Mapping[str, Tensor],
-         optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict, keep: int) -> Path:
-    """Everything that the step after `step` needs; older checkpoints beyond `keep` are removed."""
+         optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict, keep: int, ranks: Ranks = Ranks()) -> Path:
+    """Everything that the step after `step` needs; older checkpoints beyond `keep` are removed.
+
+    All processes call it, since each may hold a part of every tensor; the first one writes.
+    """
     tensors = {f"module.{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     tensors |= {f"average.{key}": value for key, value in averages.items()}
     scalars: dict[str, object] = {}
@@ -26,8 +30,14 @@ def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Ma
             for key, value in entry.items():
                 (tensors if isinstance(value, Tensor) else scalars)[f"optimizer.{name}.{index}.{key}"] = value
     # Cloned, because tensors that share storage cannot be stored.
-    tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
     path = folder / f"step_{step:08d}.safetensors"
+    parts, tensors = tensors, {}
+    for key, value in parts.items():
+        joined = whole(value.detach())
+        if ranks.is_first:
+            tensors[key] = joined.cpu().clone()
+    if not ranks.is_first:
+        return path
     write_tensors(path, tensors, {METADATA_KEY: json.dumps({"step": step, "recipe": recipe, "scalars": scalars})})
     for old in sorted(folder.glob(PATTERN))[:-keep]:
         old.unlink()
@@ -49,14 +59,17 @@ def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, 
         raise UserError("the checkpoint there was written by another recipe", where=folder, got="different " + ", ".join(differing),
                         fix="choose another output_dir, or remove that folder to start anew")
     for name, module in modules.items():
-        module.load_state_dict(_below(tensors, f"module.{name}."))
+        current = module.state_dict()
+        module.load_state_dict({key: placed_like(value, current[key]) for key, value in _below(tensors, f"module.{name}.").items()})
     for key, value in _below(tensors, "average.").items():
-        averages[key].copy_(value)
+        averages[key].copy_(placed_like(value, averages[key]))
     for name, optimizer in optimizers.items():
         entries: dict[int, dict] = {}
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         for key, value in (_below(tensors, f"optimizer.{name}.") | _below(state["scalars"], f"optimizer.{name}.")).items():
             index, _, field = key.partition(".")
-            entries.setdefault(int(index), {})[field] = value
+            weight = weights[int(index)]
+            entries.setdefault(int(index), {})[field] = placed_like(value, weight) if getattr(value, "shape", None) == weight.shape else value
         optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
     return state["step"] + 1
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mive_core.errors import UserError
 from mive_core.manifest import export_pairs, read_manifest
 from mive_core.train import train
 from mive_core.train.cache import Encoders, cache
@@ -59,13 +60,33 @@ def train_by_two(path: Path) -> None:
         assert process.returncode == 0, errors[-2000:]
 
 
-@pytest.mark.parametrize("changes", [{"lora_rank": 2}, {}], ids=["lora", "full"])
-def test_two_processes_equal_one_with_accumulation(pairs, random_models, tmp_path, changes):
+@pytest.mark.parametrize("changes, others", [({"lora_rank": 2}, {}), ({}, {}), ({}, {"sharded": True, "recompute": True})], ids=["lora", "full", "sharded"])
+def test_two_processes_equal_one_with_accumulation(pairs, random_models, tmp_path, changes, others):
     train(recipe(tmp_path / "one", pairs, random_models, num_accumulated=2, **changes))
-    train_by_two(recipe(tmp_path / "two", pairs, random_models, **changes))
+    train_by_two(recipe(tmp_path / "two", pairs, random_models, **changes, **others))
     one, two = ([json.loads(line) for line in (tmp_path / name / "run" / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
     assert len(one) == len(two) == STEPS and len({line["loss"] for line in one}) == STEPS
     for a, b in zip(one, two):
         assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 * (1 + a["grad_norm"])
     a, b = (load_file(tmp_path / name / "out.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a) and a.keys() == b.keys()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_resume_bit_for_bit(pairs, random_models, tmp_path, sharded):
+    """A run that was cut off in its sixth step, for the checkpoint after the fourth is the newest."""
+    changes = {"num_steps": 8, "sharded": sharded, "checkpoint_every_s": 0.0, "num_checkpoints": 9}
+    train_by_two(recipe(tmp_path / "whole", pairs, random_models, **changes))
+    path = recipe(tmp_path / "halves", pairs, random_models, **changes)
+    (tmp_path / "halves" / "run").mkdir()
+    newest = "step_00000004.safetensors"
+    (tmp_path / "halves" / "run" / newest).write_bytes((tmp_path / "whole" / "run" / newest).read_bytes())
+    train_by_two(path)
+    whole, halves = (load_file(tmp_path / name / "out.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    assert len((tmp_path / "halves" / "run" / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_sharding_needs_company(pairs, random_models, tmp_path):
+    with pytest.raises(UserError, match="takes several processes; got one; start it with torchrun"):
+        train(recipe(tmp_path, pairs, random_models, sharded=True))
