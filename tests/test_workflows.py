@@ -15,7 +15,7 @@ NOTE = "MarkdownNote"
 DRAWN = {  # heights below the title bar with what they show after a run, measured in the browser with the new nodes
     "MiVELoadDiT": 110, "MiVELoadVLM": 110, "VAELoader": 62, "GetVideoComponents": 94, "ImageFromBatch": 90, "EmptyImage": 146, "ImageBlend": 110,
     "MiVEReferenceLatents": 222, "MiVESampler": 314, "VAEDecode": 54, "CreateVideo": 110, "WanContextWindowsManual": 250, "ModelSamplingSD3": 62,
-    "KSampler": 262, "MiVELoadLoRA": 236, "PreviewImage": 260, "MiVELayerSelect": 236,
+    "KSampler": 262, "MiVELoadLoRA": 236, "PreviewImage": 260, "MiVELayerSelect": 236, "SaveVideo": 340,
 }
 
 
