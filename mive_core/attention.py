@@ -36,10 +36,14 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | 
 
 
 def best_kernels(device: torch.device) -> AbstractContextManager:
-    """cuDNN's kernel before flash attention where the card is made for it, as torch 2.11 orders them by itself and earlier ones do not."""
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in HOPPER_AND_BLACKWELL:
-        return sdpa_kernel(KERNEL_ORDER, set_priority=True)
-    return nullcontext()
+    """cuDNN's kernel before flash attention where the card is made for it, as torch 2.11 orders them by itself and earlier ones do not.
+
+    In what the compiler traces the order is torch's own.
+    """
+    own = device.type != "cuda" or torch.version.hip is not None or torch.compiler.is_compiling()
+    if own or torch.cuda.get_device_capability(device)[0] not in HOPPER_AND_BLACKWELL:
+        return nullcontext()
+    return sdpa_kernel(KERNEL_ORDER, set_priority=True)
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs) -> Tensor:
