@@ -113,7 +113,7 @@ def test_incomplete_commands(work, capsys, arguments):
 
 @pytest.mark.parametrize("arguments, says", [
     (["eval", "--manifest", "gone.jsonl", "--output", "out"], "no such file"),
-    (["eval", "--manifest", "bad.jsonl", "--output", "out"], "bad.jsonl:1: the key 'reference' is missing"),
+    (["eval", "--manifest", "bad.jsonl", "--output", "out"], "bad.jsonl:1: the key 'instruction' is missing"),
     (["eval", "--manifest", "bad.jsonl", "--output", "clip.mp4"], "'clip.mp4' is a file; expected a folder"),
     (["eval", "--manifest", "bad.jsonl", "--output", "clip.mp4/out"], "is a file"),
     (["eval", "--manifest", "bad.jsonl", "--output", "out", "--instruction-mode", "rude"], "invalid choice: 'rude'"),
