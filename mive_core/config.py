@@ -78,7 +78,11 @@ class MiVEConfig:
         if text is None:
             raise UserError("no MiVE config in the file's metadata", where=where, expected=f"the key {METADATA_KEY!r}",
                             fix="a Wan checkpoint becomes a MiVE one with `mive init-from-wan`")
-        return cls.from_dict(json.loads(text), where)
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UserError("the MiVE config in the file cannot be read", where=where, got=str(error), fix="download it again") from error
+        return cls.from_dict(values, where)
 
     @classmethod
     def from_dict(cls, values: dict, where: object = None) -> "MiVEConfig":

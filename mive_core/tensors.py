@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import ggml
+from .config import METADATA_KEY
 from .errors import UserError
 from .files import check_input, written_beside
 
@@ -120,6 +121,9 @@ def read_header(path: Path) -> TensorFile:
         raise UserError("the file is truncated" if size < expected else "the file is longer than its header says", where=path,
                         got=f"{size} bytes", expected=f"{expected} bytes", fix="download it again")
     places = {k: tuple(8 + header_size + offset for offset in v["data_offsets"]) for k, v in header.items()}
+    if METADATA_KEY in header and header.pop(METADATA_KEY)["dtype"] == "U8":  # as hosts store it that keep metadata to themselves
+        first, last = places.pop(METADATA_KEY)
+        metadata = {**metadata, METADATA_KEY: np.fromfile(path, np.uint8, last - first, offset=first).tobytes().decode("utf-8", "replace")}
     return TensorFile(path, {k: tuple(v["shape"]) for k, v in header.items()}, {k: v["dtype"] for k, v in header.items()}, metadata, places)
 
 
@@ -148,7 +152,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for shard in read_headers(path):
         try:
             with safe_open(shard.path, framework="pt") as file:
-                tensors.update({key: file.get_tensor(key) for key in file.keys()})
+                tensors.update({key: file.get_tensor(key) for key in shard.shapes})
         except SafetensorError as error:
             raise UserError("the file cannot be read", where=shard.path, got=str(error), fix="download it again") from error
     return tensors

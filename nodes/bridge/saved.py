@@ -1,6 +1,7 @@
 """What a file says of itself: the config in its metadata or, where ComfyUI's own save nodes wrote it, in a tensor of bytes.
 
-Those nodes write metadata of their own and ask the model only for its tensors, so the config travels among them.
+Those nodes write metadata of their own and ask the model only for its tensors, so the config travels among them; read_header
+finds it there.
 """
 
 from pathlib import Path
@@ -25,11 +26,6 @@ def with_config(state: dict[str, Tensor], config: MiVEConfig) -> dict[str, Tenso
 def config_of(path: Path) -> MiVEConfig:
     """The config of a MiVE DiT's file. Raises UserError where the file is something else, is damaged, or does not say."""
     header = read_header(path)
-    if METADATA_KEY in header.places:
-        first, last = header.places[METADATA_KEY]
-        with open(path, "rb") as file:
-            file.seek(first)
-            return MiVEConfig.from_metadata({METADATA_KEY: file.read(last - first).decode()}, where=path)
     if f"{PREFIX}context.fuse.weight" in header.shapes:
         raise UserError("the file was saved without MiVE's config", where=path, got=f"keys that start with {PREFIX}, as an older pack's MODEL was saved",
                         fix="load the DiT that it was made from, and save it again with this version")

@@ -14,6 +14,7 @@ from mive_core.attention import torch_attention
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
+from mive_core.tensors import read_tensors
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=2)
 
@@ -38,6 +39,17 @@ def test_round_trip_is_bit_equal(model, saved):
     assert loaded.config == CONFIG
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]  # nothing half-written beside it
+
+
+def test_the_config_may_travel_in_a_tensor_of_bytes(model, tmp_path):
+    """As ComfyUI's Save Model writes it, whose metadata is its own."""
+    path, text = tmp_path / "dit.safetensors", CONFIG.to_metadata()["mive.config"].encode()
+    save_file({**model.state_dict(), "mive.config": torch.frombuffer(bytearray(text), dtype=torch.uint8)}, path, metadata={"prompt": "{}"})
+    assert load(path).config == CONFIG and checkpoint.inspect(path)["layers"] == [1, -1]
+    assert "mive.config" not in read_tensors(path)
+    save_file({**model.state_dict(), "mive.config": torch.zeros(9, dtype=torch.uint8)}, path)
+    with pytest.raises(UserError, match="config in the file cannot be read"):
+        load(path)
 
 
 def test_sharded_equals_whole(model, saved, tmp_path):
