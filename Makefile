@@ -10,7 +10,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0
-	$(BIN)/python -m pip install --quiet --editable ".[train]" "pytest>=8"
+	$(BIN)/python -m pip install --quiet --editable ".[train]" gguf "pytest>=8"
 	touch $@
 
 demo: $(STAMP)
