@@ -12,6 +12,7 @@ METADATA_KEY = "mive.config"
 ROPE_SCHEMES = ("wan_reference_before",)  # target (t, y, x) from 0, reference at t = -1, condition identity
 LATENT_FORMATS = ("wan2.1",)
 VLM_SIZES = {"2b": (2048, 28), "4b": (2560, 36), "8b": (4096, 36), "32b": (5120, 64)}  # Qwen3-VL as published: width, layers
+VLM_FEED_FORWARD = {2048: 6144, 2560: 9728, 4096: 12_288, 5120: 25_600}  # inner width, by width
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import comfy.model_management
 import torch
 
 from ...mive_core.bench import Layout, block_flops, edge_flops
-from ...mive_core.config import MiVEConfig
+from ...mive_core.config import VLM_FEED_FORWARD, MiVEConfig
+from ...mive_core.memory import vae_decode_bytes, vlm_bytes
 from ...mive_core.vae import LATENT_CHANNELS
 
 SIDE = 512  # of the matrices that the device's speed is measured with on a CPU
@@ -28,7 +29,16 @@ def describe_cost(num_frames: int, height: int, width: int, steps: int, patcher=
     seconds = flops / measure_speed(patcher.load_device, patcher.model.get_dtype_inference())
     free = comfy.model_management.get_free_memory(patcher.load_device)
     return [*lines, f"memory: {_size(weights)} of weights and at most {_size(activations)} for one step; {_size(free)} free on {patcher.load_device}",
+            describe_ends(config, num_frames, height, width, layout.num_condition, config.max_video_tokens + grid[1] * grid[2] // 4),
             f"time: at best {seconds:.2g} s a step, {steps * seconds:.2g} s for {steps} steps; twice that where cfg is not 1"]
+
+
+def describe_ends(config: MiVEConfig, num_frames: int, height: int, width: int, num_tokens: int, num_visual: int) -> str:
+    """What reading and decoding hold, in 16 bits: of the VLM that the DiT names and of a VAE of Wan's own width."""
+    inner = VLM_FEED_FORWARD.get(config.vlm_width, 4 * config.vlm_width)
+    reading = vlm_bytes(config.vlm_width, inner, num_tokens, num_visual, 2, num_video=config.max_video_tokens)
+    whole, tiled = (vae_decode_bytes(num_frames, height, width, 2, tiled=tiled) for tiled in (False, True))
+    return f"before and after: about {_size(reading)} beside {config.vlm}'s weights; to decode with Wan's VAE {_size(whole)} whole, {_size(tiled)} in tiles"
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype) -> float:

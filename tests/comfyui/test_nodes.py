@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mive_core.memory import vae_decode_bytes
+
 DIT, VLM = "random.safetensors", "Qwen3-VL-random"
 
 
@@ -288,6 +290,8 @@ def test_preflight_takes_size_and_length(pack):
 def test_preflight_counts_the_models_cost(pack, loaded):
     report = pack.run("MiVEPreflight", video=clip(), model=loaded.model, steps=6)[-1]
     assert "of weights" in report and "s for 6 steps" in report
+    num_frames, height, width, _ = clip().shape
+    assert f"to decode with Wan's VAE {vae_decode_bytes(num_frames, height, width, 2) / 2**20:.0f} MB whole" in report and "beside Qwen3-VL-tiny's weights" in report
 
 
 def test_drift_report(pack):
