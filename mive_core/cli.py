@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from . import __version__
-from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_looks,
+from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_looks, run_data_recolour,
                        run_data_synth, run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
 from .config import VLM_SIZES
 from .errors import UserError
@@ -185,6 +185,8 @@ def _add_data(commands) -> None:
     synth.add_argument("--seed", type=integer, default=0)
     synth.add_argument("--size", type=size, default=(96, 96), metavar="WxH")
     synth.add_argument("--frames", type=count, default=17, metavar="N")
+    synth.add_argument("--kind", action="append", default=[], type=text, help='only of that kind, such as "two alike"; may be given again')
+    synth.add_argument("--edit", action="append", default=[], type=text, help="only that edit; may be given again")
     cache = _command(data, "cache", run_data_cache, "latents and VLM states of a manifest's pairs, for `mive train`; goes on where it stopped")
     cache.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
     cache.add_argument("--models", required=True, type=text, metavar="DIR", help="dit.safetensors (its config is read), vae.safetensors and vlm/")
@@ -195,10 +197,12 @@ def _add_data(commands) -> None:
     cache.add_argument("--negative", action="store_true", help="also of an empty instruction, for condition_dropout")
     cache.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     cache.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the models' arithmetic, default fp32")
-    looks = _command(data, "looks", run_data_looks, "real footage under eight known looks, with its manifest")
-    looks.add_argument("--source", required=True, type=text, metavar="V")
-    looks.add_argument("--output", required=True, type=text, metavar="DIR")
-    _add_fit(looks)
+    for name, run, summary in (("looks", run_data_looks, "real footage under eight known looks, with its manifest"),
+                               ("recolour", run_data_recolour, "real footage whose green parts take other colours, with its manifest")):
+        footage = _command(data, name, run, summary)
+        footage.add_argument("--source", required=True, type=text, metavar="V")
+        footage.add_argument("--output", required=True, type=text, metavar="DIR")
+        _add_fit(footage)
 
 
 def _add_fit(parser: Parser) -> None:

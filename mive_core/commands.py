@@ -184,7 +184,7 @@ def run_data_synth(arguments: argparse.Namespace) -> None:
     from .train.heldout import drawn_pairs
     from .train.synth import PairedEdits
 
-    edits = PairedEdits(arguments.seed, arguments.split, arguments.size, arguments.frames)
+    edits = PairedEdits(arguments.seed, arguments.split, arguments.size, arguments.frames, kinds=tuple(arguments.kind) or None, edits=tuple(arguments.edit) or None)
     sys.stdout.write(f"{export_pairs(drawn_pairs(edits, arguments.num), arguments.output)}\n")
 
 
@@ -206,13 +206,24 @@ def run_data_cache(arguments: argparse.Namespace) -> None:
 
 
 def run_data_looks(arguments: argparse.Namespace) -> None:
+    from .train.heldout import footage_pairs
+
+    _write_footage(arguments, footage_pairs)
+
+
+def run_data_recolour(arguments: argparse.Namespace) -> None:
+    from .train.heldout import recolour_pairs
+
+    _write_footage(arguments, recolour_pairs)
+
+
+def _write_footage(arguments: argparse.Namespace, pairs_of: Callable) -> None:
     from .manifest import export_pairs
     from .pixels import fit_clip
-    from .train.heldout import footage_pairs
     from .video import read_clip
 
     clip = fit_clip(read_clip(arguments.source, what="source", num_frames=arguments.frames), arguments.size, arguments.frames)
-    sys.stdout.write(f"{export_pairs(footage_pairs(clip), arguments.output)}\n")
+    sys.stdout.write(f"{export_pairs(pairs_of(clip), arguments.output)}\n")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

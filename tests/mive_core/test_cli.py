@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mive_core
 from mive_core.cli import main
 from mive_core.types import Clip
 from mive_core.video import read_clip, write_frames, write_video
@@ -187,6 +188,28 @@ def test_data_synth(work, capsys):
     lines = [json.loads(line) for line in (work / "set" / "pairs.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["heldout-4-0", "heldout-4-1"]
     assert read_clip(f"set/{lines[1]['target']}").frames.shape == (5, 48, 64, 3)
+
+
+def test_data_synth_of_one_kind(work, capsys):
+    assert main(["data", "synth", "--output", "set", "--num", "3", "--frames", "5", "--size", "64x48", "--kind", "two alike", "--edit", "replace"]) == 0
+    lines = [json.loads(line) for line in (work / "set" / "pairs.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["edit"]) for line in lines] == [("two alike", "replace")] * 3
+    assert main(["data", "synth", "--output", "other", "--kind", "three alike"]) == 2
+    assert "expected kinds among seen in reference" in capsys.readouterr().err
+
+
+def test_data_recolour(work, capsys):
+    sample = Path(mive_core.__file__).parent / "assets" / "samples" / "bigbuckbunny_33f.mp4"
+    assert main(["data", "recolour", "--source", str(sample), "--output", "set", "--frames", "5", "--size", "96x64"]) == 0
+    lines = [json.loads(line) for line in (work / "set" / "pairs.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["green-to-red", "green-to-blue", "green-to-purple"]
+    source, target, mask = (read_clip(f"set/{lines[0][key]}").frames for key in ("source", "target", "mask"))
+    green = mask[..., 0] > 0.5
+    assert 0.2 < green.float().mean() < 0.8
+    assert torch.equal(target[~green], source[~green]) and torch.equal(target[green], source[green][:, [1, 0, 2]])
+    write_frames(work / "gray", torch.full((5, 32, 32, 3), 0.5))
+    assert main(["data", "recolour", "--source", "gray", "--output", "other", "--frames", "5"]) == 2
+    assert "too little green" in capsys.readouterr().err
 
 
 def test_inspect(random_models, capsys):
