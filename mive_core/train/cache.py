@@ -22,7 +22,7 @@ from ..config import MiVEConfig
 from ..errors import UserError
 from ..files import check_output_folder, written_beside
 from ..manifest import ManifestEntry, load_entry
-from ..sample import check_vlm
+from ..sample import check_device, check_vlm
 from ..tensors import read_header, resolve, shard_files, write_tensors
 from ..types import PairedEdit
 from ..vae import VAE
@@ -70,6 +70,7 @@ class Encoders:
     @classmethod
     def load(cls, models: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Encoders":
         """A folder with dit.safetensors (only its config is read), vae.safetensors and vlm/. Raises UserError."""
+        check_device(device)
         folder = Path(models)
         config = read_config(resolve(folder, "dit.safetensors"))
         vlm = VLM.load(folder / "vlm", dtype=dtype, device=device)

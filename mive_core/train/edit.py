@@ -22,6 +22,7 @@ from ..config import MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
 from ..flow import shift_time
+from ..sample import check_device
 from ..tensors import write_tensors
 from .cache import CacheEntry, read_index, restored
 from .dit import velocity_losses
@@ -212,6 +213,7 @@ def shard(model: MiVEDiT) -> None:
 
 def check(recipe: EditRecipe, where: object) -> None:
     """Raises UserError for values that a type does not rule out."""
+    check_device(recipe.device)
     for name, known in (("time_sampling", TIME_SAMPLINGS), ("weight_dtype", tuple(DTYPES))):
         if getattr(recipe, name) not in known:
             raise UserError(f"the recipe's {name} is unknown", where=where, got=repr(getattr(recipe, name)), expected=" or ".join(known))

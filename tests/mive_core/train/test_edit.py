@@ -130,6 +130,7 @@ def test_times_are_spread_as_asked():
     ({"time_sampling": "beta"}, "time_sampling is unknown; got 'beta'; expected uniform or logit_normal"),
     ({"lora_targets": ["cross_attn.q"]}, "LoRA cannot sit there; got cross_attn.q"),
     ({"caches": []}, "names no cache"),
+    pytest.param({"device": "cuda"}, "there is no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="A CUDA DEVICE IS THERE")),
     ({"caches": ["nowhere"]}, "no cache of features"),
     ({"condition_dropout": 0.1, "caches": ["SQUARE"]}, "condition_dropout needs"),
 ])
