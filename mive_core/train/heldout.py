@@ -12,7 +12,7 @@ from .synth.phrasing import LOOK_NOUNS, NUM_HELD_OUT
 
 FOOTAGE_LOOKS = ("night", "sepia", "grayscale", "warm", "cool", "invert", "faded", "pink")
 # what green becomes: for each channel out, which one it is read from
-GREEN_BECOMES = {"red": (1, 0, 2), "blue": (0, 2, 1), "purple": (1, 2, 1)}
+GREEN_BECOMES = {"red": (1, 2, 2), "blue": (2, 2, 1), "purple": (1, 2, 1)}
 LEAST_GREEN = 0.05  # of the pixels
 
 

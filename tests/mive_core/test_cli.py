@@ -206,7 +206,7 @@ def test_data_recolour(work, capsys):
     source, target, mask = (read_clip(f"set/{lines[0][key]}").frames for key in ("source", "target", "mask"))
     green = mask[..., 0] > 0.5
     assert 0.2 < green.float().mean() < 0.8
-    assert torch.equal(target[~green], source[~green]) and torch.equal(target[green], source[green][:, [1, 0, 2]])
+    assert torch.equal(target[~green], source[~green]) and torch.equal(target[green], source[green][:, [1, 2, 2]])
     write_frames(work / "gray", torch.full((5, 32, 32, 3), 0.5))
     assert main(["data", "recolour", "--source", "gray", "--output", "other", "--frames", "5"]) == 2
     assert "too little green" in capsys.readouterr().err
