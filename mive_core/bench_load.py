@@ -18,15 +18,15 @@ import torch
 from .attention import torch_attention
 from .bench_convert import write_random
 from .checkpoint import load_dit, shapes_of
-from .config import PRESETS, VLM_SIZES
+from .config import PRESETS, VLM_FEED_FORWARD, VLM_SIZES
 from .errors import UserError
 from .tensors import INDEX_SUFFIX
 from .vlm import load_repack, model_of
 
 GOAL = 1.15  # times the file
 STATUS = Path("/proc/self/status")
-# what the published Qwen3-VLs' shapes are beside their width and depth: inner width, heads; vision depth, width, inner width
-VLM_SHAPES = {"2b": (6144, 16, 24, 1024, 4096), "4b": (9728, 32, 24, 1024, 4096), "8b": (12288, 32, 27, 1152, 4304), "32b": (25600, 64, 27, 1152, 4304)}
+# what the published Qwen3-VLs' shapes are beside their widths and depth: heads; vision depth, width, inner width
+VLM_SHAPES = {"2b": (16, 24, 1024, 4096), "4b": (32, 24, 1024, 4096), "8b": (32, 27, 1152, 4304), "32b": (64, 27, 1152, 4304)}
 VOCABULARY, POSITIONS, KEY_HEADS, HEAD = 151_936, 2304, 8, 128
 
 
@@ -86,8 +86,8 @@ def dit_layout(preset: str, blocks: int | None) -> tuple[dict, dict[str, str]]:
 
 def vlm_layout(size: str, layers: int | None, float8: bool) -> tuple[dict, dict[str, str]]:
     """The same of a Qwen3-VL in one file as ComfyUI's users have it, fewer layers where asked."""
-    (width, depth), (inner, heads, vision_depth, vision_width, vision_inner) = VLM_SIZES[size], VLM_SHAPES[size]
-    values = {"text_config": {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers or depth, "num_attention_heads": heads,
+    (width, depth), (heads, vision_depth, vision_width, vision_inner) = VLM_SIZES[size], VLM_SHAPES[size]
+    values = {"text_config": {"hidden_size": width, "intermediate_size": VLM_FEED_FORWARD[width], "num_hidden_layers": layers or depth, "num_attention_heads": heads,
                               "num_key_value_heads": KEY_HEADS, "head_dim": HEAD, "vocab_size": VOCABULARY},
               "vision_config": {"depth": vision_depth, "hidden_size": vision_width, "intermediate_size": vision_inner, "out_hidden_size": width,
                                 "num_position_embeddings": POSITIONS}}

@@ -56,6 +56,7 @@ class CacheEntry:
     name: str
     grid: tuple[int, int, int]  # T, Y, X
     num_tokens: int  # S
+    num_negative: int = 0  # S of the empty instruction, where it is there: timestamps make it differ too
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def write_shard(path: Path, lines: Sequence[int], entries: Sequence[ManifestEntr
     for line, features in usable(lines, entries, encoders, settings, skipped):
         key = f"{line:08d}"
         tensors |= {f"{key}.{name}": value.cpu() for name, value in features.items()}
-        kept.append(asdict(CacheEntry(path.name, key, entries[line].name, tuple(features["target"].shape[1:]), features["states"].shape[1])))
+        kept.append(asdict(CacheEntry(path.name, key, entries[line].name, tuple(features["target"].shape[1:]), features["states"].shape[1],
+                                      features["negative"].shape[1] if settings.negative else 0)))
     report = {"fingerprint": mark, "entries": kept, "skipped": skipped}
     write_tensors(path, tensors or {"empty": torch.zeros(1)}, {METADATA_KEY: json.dumps(report)})
 

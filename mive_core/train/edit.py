@@ -72,7 +72,7 @@ class CachedBatches(Dataset):
         self.shapes: dict[tuple, list[tuple[str, CacheEntry]]] = {}
         for folder in folders:
             for entry in read_index(folder)["entries"]:
-                self.shapes.setdefault((entry.grid, entry.num_tokens), []).append((folder, entry))
+                self.shapes.setdefault((entry.grid, entry.num_tokens, entry.num_negative), []).append((folder, entry))
         self.num_batches = sum(-(-len(group) // batch_size) for group in self.shapes.values())
         self._epoch: tuple[int, list] = (-1, [])
         self._open: OrderedDict = OrderedDict()
@@ -90,7 +90,7 @@ class CachedBatches(Dataset):
         return self._epoch[1]
 
     def __getitem__(self, index: int) -> tuple[EditFeatures, Tensor | None]:
-        """The batch, and the states (B, K, S', D_vlm) of an empty instruction where all its pairs have them in one length."""
+        """The batch, and the states (B, K, S', D_vlm) of an empty instruction where its pairs have them."""
         epoch, place = divmod(index, self.num_batches)
         read = [self.read(folder, entry) for folder, entry in self.order(epoch)[place]]
         stack = lambda name: torch.stack([features[name] for features in read])

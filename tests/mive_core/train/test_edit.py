@@ -55,6 +55,7 @@ def test_an_epoch_visits_every_pair_in_batches_of_one_shape(cached):
     assert torch.equal(features.target, again.target) and features.states.dtype == torch.float32
     widths = {batches[i][0].target.shape[-1]: batches[i][1] is not None for i in range(batches.num_batches)}
     assert widths == {6: True, 4: False}  # the squares were cached without the negative
+    assert {grid[-1]: num_negative > 0 for grid, _, num_negative in batches.shapes} == widths  # pairs with negatives of other lengths do not meet
 
 
 def test_a_lora_in_peft_format_is_what_was_trained(cached, random_models, tmp_path):
