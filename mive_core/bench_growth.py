@@ -74,7 +74,7 @@ def bench_growth(preset: str = "tiny", *, size: tuple[int, int] = (320, 192), fr
             "threads": torch.get_num_threads(), "torch": torch.__version__, **tables,
             "growth_exponent": {name: exponent(tables[name]) for name in ("by_frames", "by_frames_in_windows")},
             "largest_memory_error": max(abs(row["counted_error"]) for own in tables.values() for row in own),
-            "largest_rss_error": max(abs(row["rss_error"]) for own in tables.values() for row in own)}
+            "largest_rss_error": max((abs(row["rss_error"]) for own in tables.values() for row in own if row["rss_error"] is not None), default=None)}
 
 
 def _point(common: tuple, size: tuple[int, int], num_frames: int, window: int | None = None, overlap: int = 0) -> Point:
@@ -97,7 +97,7 @@ def measure_point(point: Point) -> dict:
     before = resident("VmRSS")
     CLEAR.write_text("5")  # the kernel's mark of the highest falls to what is resident now
     call()
-    rss = resident("VmHWM") - before
+    rss = max(resident("VmHWM") - before, 0)  # 0: what the process held already was enough, so nothing can be told
     seconds, spent = (statistics.median(found) for found in zip(*(_timed(call) for _ in range(point.repeats))))
     with Counted() as counted:
         call()
@@ -108,7 +108,7 @@ def measure_point(point: Point) -> dict:
     return {"frames": point.num_frames, "size": list(point.size), "tokens": work.layout.num_tokens, "windows": num_windows, "seconds": seconds,
             "processor_seconds": spent,
             "flops": num_windows * dit_flops(one), "predicted_bytes": predicted, "counted_bytes": counted.peak, "rss_bytes": rss,
-            "counted_error": predicted / counted.peak - 1, "rss_error": predicted / rss - 1}
+            "counted_error": predicted / counted.peak - 1, "rss_error": predicted / rss - 1 if rss > 0 else None}
 
 
 def _timed(call) -> tuple[float, float]:

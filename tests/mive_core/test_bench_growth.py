@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mive_core.bench_growth import CLEAR, Point, bench_growth, draw_growth, exponent, forward, windows
+from mive_core.bench_growth import CLEAR, Point, bench_growth, draw_growth, exponent, forward, measure_point, windows
 from mive_core.bench_random import random_dit, workload
 from mive_core.errors import UserError
 
@@ -31,6 +31,13 @@ def test_where_windows_overlap_the_result_is_their_mean():
         assert count == 1 and whole().shape == plain().shape
 
 
+@pytest.mark.skipif(not CLEAR.exists(), reason="NO /proc: peak memory cannot be told here")
+def test_a_process_that_did_not_grow_tells_nothing(monkeypatch):
+    monkeypatch.setattr("mive_core.bench_growth.resident", lambda name: 1 << 20)
+    row = measure_point(Point("tiny", (32, 32), 5, 1, None, 0, 1))
+    assert row["rss_bytes"] == 0 and row["rss_error"] is None and row["counted_bytes"] > 0
+
+
 def test_exponents():
     assert exponent([{"frames": n, "processor_seconds": 3 * n**2} for n in (1, 2, 4, 8)]) == pytest.approx(2)
     assert exponent([{"frames": n, "processor_seconds": 0.1 * n} for n in (1, 2, 4, 8)]) == pytest.approx(1)
@@ -42,7 +49,8 @@ def test_the_report_and_its_picture():
     assert [row["windows"] for row in report["by_frames_in_windows"]] == [1, 3, 7]
     assert [row["windows"] for row in report["by_frames"]] == [1, 1, 1] and report["by_size"][0]["frames"] == 9
     for row in report["by_frames"] + report["by_size"]:
-        assert row["seconds"] > 0 and row["processor_seconds"] > 0 and row["rss_bytes"] > 0 and abs(row["counted_error"]) < 0.2
+        assert row["seconds"] > 0 and row["processor_seconds"] > 0 and abs(row["counted_error"]) < 0.2
+        assert (row["rss_error"] is None) == (row["rss_bytes"] == 0)
     assert report["by_frames_in_windows"][2]["counted_bytes"] < report["by_frames"][2]["counted_bytes"]
     picture = draw_growth(report)
     assert picture.size == (920, 380) and len(picture.getcolors(100_000)) > 20
