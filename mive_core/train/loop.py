@@ -8,7 +8,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Protocol
+from typing import Any, Callable, Iterator, Mapping, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +45,11 @@ class Task(Protocol):
         """
 
 
-def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks()) -> None:
+def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks(), watch: Callable[[int, dict[str, Tensor]], None] | None = None) -> None:
     """Trains from the newest checkpoint in `output_dir`, or from step 0, and exports at the end.
 
     `stop_at` ends the run before that step, without a checkpoint, as a crash would. Of several processes the first one writes.
+    `watch` is told each step that is done and its losses; what it raises ends the run after a checkpoint, where a later run goes on.
     """
     recipe = task.recipe
     folder = Path(recipe.output_dir)
@@ -74,9 +75,12 @@ def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks()) -> No
                 line = {"step": step} | {name: float(value.detach()) for name, value in losses.items()}
                 log.write(json.dumps(line | {"seconds": round(time.monotonic() - started, 4)}) + "\n")
                 log.flush()
-            if step == recipe.num_steps - 1 or ranks.agree(time.monotonic() - saved_at > recipe.checkpoint_every_s):
+            stopped = _stopped(watch, step, losses)
+            if stopped or step == recipe.num_steps - 1 or ranks.agree(time.monotonic() - saved_at > recipe.checkpoint_every_s):
                 state.save(folder, step, task.modules, averages, task.optimizers, plan, recipe.num_checkpoints, ranks)
                 saved_at = time.monotonic()
+            if stopped:
+                raise stopped
     if last == recipe.num_steps:
         _use(task, averages)
         if ranks.is_first or _is_sharded(task):
@@ -124,6 +128,16 @@ def _step(task: Task, step: int, batches: list, ranks: Ranks = Ranks()) -> dict[
         optimizer.step()
     task.after_step(step)
     return means
+
+
+def _stopped(watch: Callable[[int, dict[str, Tensor]], None] | None, step: int, losses: dict[str, Tensor]) -> BaseException | None:
+    """What `watch` raises at this step."""
+    try:
+        if watch is not None:
+            watch(step, losses)
+    except BaseException as error:  # a host's interruption need not be an Exception
+        return error
+    return None
 
 
 def _batches(task: Task, first: int, last: int, ranks: Ranks) -> Iterator[tuple[int, list]]:

@@ -90,6 +90,30 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert same(exported(tmp_path / "a"), exported(tmp_path / "b", stop_at=17, damage=truncate))
 
 
+class Cancelled(BaseException):
+    """A host's word that the user pressed Cancel."""
+
+
+def test_a_host_sees_every_step_and_stops_the_run_where_a_later_one_goes_on(tmp_path):
+    """Without a checkpoint of its own the stop would lose 12 steps: the clock's next one is an hour away."""
+    seen = []
+
+    def cancel(step, losses):
+        seen.append((step, float(losses["loss"])))
+        if step == 11:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run(LineTask(recipe(tmp_path / "b", checkpoint_every_s=3600.0)), watch=cancel)
+    assert [step for step, _ in seen] == list(range(12)) and not (tmp_path / "b" / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "b" / "run").glob("step_*")] == ["step_00000011.safetensors"]
+    run(LineTask(recipe(tmp_path / "b", checkpoint_every_s=3600.0)), watch=lambda step, losses: seen.append((step, float(losses["loss"]))))
+    assert [step for step, _ in seen] == list(range(30))
+    assert same(exported(tmp_path / "a"), load_file(str(tmp_path / "b" / "model.safetensors")))
+    logged = [json.loads(line) for line in (tmp_path / "b" / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in logged] == seen
+
+
 def test_a_loading_process_changes_nothing(tmp_path):
     assert same(exported(tmp_path / "a"), exported(tmp_path / "b", num_workers=1))
 
