@@ -158,12 +158,14 @@ def _nearest_side(place: np.ndarray, size: tuple[int, int]) -> str:
 
 
 def _outcome(rng: np.random.Generator, plan: Plan, body: Body) -> Body:
-    """The body after the edit; what the instruction does not say stays as it was."""
+    """The body after the edit; what the instruction does not say stays as it was. A new shape that only words tell is upright and plain."""
     labels = plan.labels
     if labels.edit == "add":
         return body
     kept = labels.new_colour == labels.colour
     rgb = body.rgb if kept else tint(rng, labels.new_colour) if plan.reference_tells else RGB[labels.new_colour]
+    if labels.edit == "replace" and not plan.reference_tells:
+        body = replace(body, texture=PLAIN, motion=replace(body.motion, angle=0.0, spin=0.0))
     return replace(body, shape=labels.new_shape, colour=labels.new_colour, rgb=rgb)
 
 

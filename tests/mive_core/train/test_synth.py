@@ -144,6 +144,17 @@ def test_the_target_moves_in_no_way_that_the_inputs_hide():
                 assert (track[:, 3] == track[0, 3]).all() and (edit == "replace" or (track == track[:1]).all())
 
 
+def test_a_new_shape_that_only_words_tell_is_upright_and_plain():
+    size, times = (64, 64), clip_times(17, 8.0)
+    rng = np.random.default_rng(9)
+    for kind in ("enters late", "two alike", "instruction only"):
+        for _ in range(10):
+            cast = draw_cast(rng, draw_plan(rng, plan_odds("train", (kind,), ("replace",)), False), size, float(times[-1]))
+            before, after = (body.motion.track(times, size) for body in (cast.before, cast.after))
+            assert (after[:, 3] == 0).all() and cast.after.texture.pattern == "plain"
+            assert (before[:, :3] == after[:, :3]).all() and (before[:, 3].all() or cast.before.shape in ("circle", "ring"))
+
+
 def test_held_out_combinations_are_never_trained_on():
     trained = set().union(*(p.labels.combinations() for p in plans("train")))
     assert trained and not any(is_held_out(c) for c in trained)
