@@ -56,7 +56,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> None:
     from .files import check_input
-    from .train import train
+    from .train.dispatch import train
 
     train(check_input(arguments.config, "config"))
 

@@ -3,7 +3,7 @@
 import sys
 
 from ..errors import UserError
-from . import train
+from .dispatch import train
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:

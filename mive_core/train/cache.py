@@ -28,7 +28,7 @@ from ..types import PairedEdit
 from ..vae import VAE
 from ..video import read_clip
 from ..vlm import VLM, WEIGHTS
-from .features import latent_mask
+from .objective import latent_mask
 
 INDEX = "index.json"
 METADATA_KEY = "mive.cache"

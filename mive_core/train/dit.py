@@ -16,11 +16,12 @@ from ..checkpoint import save_dit
 from ..config import PRESETS, MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
-from ..flow import flow_path, shift_time
+from ..flow import shift_time
 from ..layers import parse_layers
 from ..tensors import read_tensors
-from .features import Bucket, EditFeatures, prepare, read_shards, shards_of
+from .features import Bucket, prepare, read_shards, shards_of
 from .loop import step_seed
+from .objective import EditFeatures, velocity_losses
 from .optim import Muon
 from .recipe import Recipe, parse_recipe
 from .wan_vae import LATENT_CHANNELS, WholeClipVAE, decode_clips, read_whole_clip_vae
@@ -116,21 +117,6 @@ class DiTTask:
     def export(self, path: Path) -> None:
         """fp16 weights and the whole config."""
         save_dit(path, self.model.state_dict(), self.config, torch.float16)
-
-
-def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor, t: Tensor, edited_weight: float,
-                    channels: Tensor | float = 1.0) -> dict[str, Tensor]:
-    """Weighted squared error of the velocity (loss), and the unweighted one inside and outside the mask (edited, kept).
-
-    noise (B, C, T, Y, X), t (B,); `channels` (C,) or one number weighs latent channels.
-    """
-    path = flow_path(batch.target, noise, t)
-    velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t)
-    error = (torch.as_tensor(channels).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
-    weight = 1 + (edited_weight - 1) * batch.mask
-    edited, kept = batch.mask.sum().clamp(min=1), (1 - batch.mask).sum().clamp(min=1)
-    return {"loss": (weight * error).sum() / weight.sum(),
-            "edited": (batch.mask * error).sum() / edited, "kept": ((1 - batch.mask) * error).sum() / kept}
 
 
 @torch.no_grad()

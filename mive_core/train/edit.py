@@ -25,9 +25,8 @@ from ..flow import shift_time
 from ..sample import check_device
 from ..tensors import write_tensors
 from .cache import CacheEntry, read_index, restored
-from .dit import velocity_losses
-from .features import EditFeatures
 from .loop import step_seed
+from .objective import EditFeatures, velocity_losses
 from .ranks import whole
 from .recipe import Recipe, parse_recipe
 

@@ -12,7 +12,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from ..tensors import read_tensors, write_tensors
 from ..types import PairedEdit
 from ..vlm import VLM, WEIGHTS
 from .block_code import Encoder, encoder_of
+from .objective import EditFeatures, latent_mask
 from .synth import PairedEdits
 from .wan_vae import read_whole_clip_vae
 
@@ -36,17 +36,6 @@ class Bucket:
     num_frames: int
     num_clips: int
     share: float
-
-
-@dataclass(frozen=True)
-class EditFeatures:
-    """One paired edit as the DiT sees it."""
-
-    target: Tensor  # (C, T, Y, X)
-    source: Tensor  # (C, T, Y, X)
-    reference: Tensor  # (C, 1, Y, X)
-    states: Tensor  # (K, S, D_vlm)
-    mask: Tensor  # (T, Y, X) 1 where the edit acts
 
 
 @dataclass(frozen=True)
@@ -99,13 +88,6 @@ def shards_of(bucket: Bucket, *, vae: str, vlm: str, config: MiVEConfig, seed: i
     numbers = range(-(-bucket.num_clips // NUM_PER_SHARD))
     return [Shard(part, model, config, seed, bucket, number, folder) for number in numbers
             for part, model in (("states", vlm), ("latents", vae))]
-
-
-def latent_mask(mask: Tensor) -> Tensor:
-    """(F, H, W) bool -> (T, Y, X) float: 1 where any pixel of the latent cell is edited; frame 0 is a latent frame of its own."""
-    first = F.max_pool3d(mask[None, :1].float(), (1, 8, 8))
-    rest = F.max_pool3d(mask[None, 1:].float(), (4, 8, 8)) if len(mask) > 1 else first[:, :0]
-    return torch.cat([first, rest], dim=1)[0]
 
 
 def states_of(pair: PairedEdit, vlm: VLM, config: MiVEConfig) -> dict[str, Tensor]:

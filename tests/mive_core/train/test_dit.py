@@ -14,8 +14,9 @@ from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
 from mive_core.flow import flow_path
 from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, deepen, initialise, initialise_copier, widen
-from mive_core.train.features import Bucket, EditFeatures, latent_mask
+from mive_core.train.features import Bucket
 from mive_core.train.loop import run
+from mive_core.train.objective import EditFeatures, latent_mask
 from mive_core.train.recipe import parse_recipe
 from mive_core.train.wan_vae import WholeClipVAE
 

@@ -12,7 +12,7 @@ from mive_core.checkpoint import load_dit
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
 from mive_core.manifest import export_pairs, read_manifest
-from mive_core.train import train
+from mive_core.train.dispatch import train
 from mive_core.train.cache import CacheSettings, Encoders, cache
 from mive_core.train.edit import CachedBatches, EditRecipe, EditTask, draw_times
 from mive_core.train.heldout import drawn_pairs

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mive_core.errors import UserError
-from mive_core.train import train
+from mive_core.train.dispatch import train
 from mive_core.train.loop import _step, export_newest, run, step_seed
 from mive_core.train.recipe import Recipe, parse_recipe
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mive_core.errors import UserError
 from mive_core.manifest import export_pairs, read_manifest
-from mive_core.train import train
+from mive_core.train.dispatch import train
 from mive_core.train.cache import Encoders, cache
 from mive_core.train.heldout import drawn_pairs
 from mive_core.train.ranks import Ranks

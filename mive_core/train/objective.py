@@ -1,0 +1,46 @@
+"""What the DiT learns from: a paired edit as frozen models see it, and the loss on its target frames (paper, training).
+
+B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm their width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dit import MiVEDiT
+from ..flow import flow_path
+
+
+@dataclass(frozen=True)
+class EditFeatures:
+    """One paired edit as the DiT sees it."""
+
+    target: Tensor  # (C, T, Y, X)
+    source: Tensor  # (C, T, Y, X)
+    reference: Tensor  # (C, 1, Y, X)
+    states: Tensor  # (K, S, D_vlm)
+    mask: Tensor  # (T, Y, X) 1 where the edit acts
+
+
+def latent_mask(mask: Tensor) -> Tensor:
+    """(F, H, W) bool -> (T, Y, X) float: 1 where any pixel of the latent cell is edited; frame 0 is a latent frame of its own."""
+    first = F.max_pool3d(mask[None, :1].float(), (1, 8, 8))
+    rest = F.max_pool3d(mask[None, 1:].float(), (4, 8, 8)) if len(mask) > 1 else first[:, :0]
+    return torch.cat([first, rest], dim=1)[0]
+
+
+def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor, t: Tensor, edited_weight: float,
+                    channels: Tensor | float = 1.0) -> dict[str, Tensor]:
+    """Weighted squared error of the velocity (loss), and the unweighted one inside and outside the mask (edited, kept).
+
+    noise (B, C, T, Y, X), t (B,); `channels` (C,) or one number weighs latent channels.
+    """
+    path = flow_path(batch.target, noise, t)
+    velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t)
+    error = (torch.as_tensor(channels).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
+    weight = 1 + (edited_weight - 1) * batch.mask
+    edited, kept = batch.mask.sum().clamp(min=1), (1 - batch.mask).sum().clamp(min=1)
+    return {"loss": (weight * error).sum() / weight.sum(),
+            "edited": (batch.mask * error).sum() / edited, "kept": ((1 - batch.mask) * error).sum() / kept}
