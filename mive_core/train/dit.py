@@ -51,7 +51,6 @@ class DiTRecipe(Recipe):
     copier_start: bool = False  # see initialise_copier
     start_from: str = ""  # a MiVE DiT to go on from, of the same shapes; it may have fewer blocks, see deepen
     num_blocks: int = 0  # 0: the preset's
-    ffn_width: int = 0  # 0: the preset's; start_from may be narrower, see widen
 
 
 class FeatureBatches(Dataset):
@@ -87,7 +86,7 @@ class DiTTask:
         self.model = MiVEDiT(config, operations=nn, attention=matmul_attention if recipe.bf16 else torch_attention)
         if recipe.start_from:
             weights = {key: value.float() for key, value in read_tensors(Path(recipe.start_from)).items()}
-            self.model.load_state_dict(widen(deepen(weights, config.num_blocks), config.ffn_width))
+            self.model.load_state_dict(deepen(weights, config.num_blocks))
         else:
             initialise(self.model)
             if recipe.copier_start:
@@ -183,27 +182,11 @@ def deepen(weights: dict[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
     return deeper
 
 
-def widen(weights: dict[str, Tensor], ffn_width: int) -> dict[str, Tensor]:
-    """A DiT's state with more inner units in each feed-forward: drawn as at the start, and silent, so nothing changes yet."""
-    wider = dict(weights)
-    for key, value in weights.items():
-        if key.endswith("ffn.0.weight"):
-            more = value.new_empty(ffn_width, value.shape[1])
-            nn.init.xavier_uniform_(more)
-            wider[key] = torch.cat([value, more[len(value):]])
-        elif key.endswith("ffn.0.bias"):
-            wider[key] = torch.cat([value, value.new_zeros(ffn_width - len(value))])
-        elif key.endswith("ffn.2.weight"):
-            wider[key] = torch.cat([value, value.new_zeros(len(value), ffn_width - value.shape[1])], dim=1)
-    return wider
-
-
 def build(values: dict, where: object = None) -> DiTTask:
     """A recipe's values -> the task; computes the features that are missing first."""
     recipe = parse_recipe(DiTRecipe, values, where)
     config = PRESETS[recipe.preset]
-    config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks,
-                     ffn_width=recipe.ffn_width or config.ffn_width)
+    config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
     buckets = []
     for width, height, num_frames, num_clips, share in recipe.buckets:
         bucket = Bucket((width, height), num_frames, num_clips, share)

@@ -13,7 +13,7 @@ from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
 from mive_core.flow import flow_path
-from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, deepen, initialise, initialise_copier, widen
+from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, deepen, initialise, initialise_copier
 from mive_core.train.features import Bucket
 from mive_core.train.loop import run
 from mive_core.train.objective import EditFeatures, latent_mask
@@ -75,20 +75,6 @@ def test_a_deepened_dit_does_what_it_did_and_can_learn_more(tmp_path):
     torch.testing.assert_close(*outputs)
     outputs[1].square().mean().backward()
     assert all(block.ffn[2].weight.grad.abs().max() > 0 and block.self_attn.o.weight.grad.abs().max() > 0 for block in deep.blocks)
-
-
-def test_a_widened_dit_does_what_it_did_and_can_learn_more(tmp_path):
-    task = make_task(tmp_path)
-    with torch.no_grad():
-        for parameter in task.model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    wide = MiVEDiT(replace(CONFIG, ffn_width=700), operations=nn, attention=torch_attention)
-    wide.load_state_dict(widen(task.model.state_dict(), 700))
-    batch, t = task.dataset[0], torch.tensor([0.3, 0.8])
-    outputs = [model(batch.target, batch.source, batch.reference, model.embed_condition(batch.states), t) for model in (task.model, wide)]
-    torch.testing.assert_close(*outputs)
-    outputs[1].square().mean().backward()
-    assert all((block.ffn[2].weight.grad[:, CONFIG.ffn_width:].abs().amax(dim=0) > 0).all() for block in wide.blocks)
 
 
 def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tmp_path):
