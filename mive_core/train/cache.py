@@ -176,10 +176,11 @@ def check_same(folder: Path, contract: dict) -> None:
 
 def check_space(folder: Path, entries: Sequence[ManifestEntry], encoders: Encoders, settings: CacheSettings, count: int, say: Callable[[str], None]) -> None:
     """Says how many bytes `count` pairs will take, judged by the first usable one. Raises UserError where the disk has no room for them."""
-    sizes = (sum(t.nbytes for t in features.values()) for _, features in usable(range(len(entries)), entries, encoders, settings, []))
+    skipped: list[dict] = []
+    sizes = (sum(t.nbytes for t in features.values()) for _, features in usable(range(len(entries)), entries, encoders, settings, skipped))
     size = next(sizes, None)
     if size is None:
-        raise UserError("no pair of the manifest can be used", got=f"{len(entries)} lines", fix="`mive eval` on one of them says more")
+        raise UserError("none of the pairs can be used", got=f"{len(entries)}, the first of which says: {skipped[0]['why']}")
     free = shutil.disk_usage(folder).free
     say(f"about {size * count / 1e9:.3g} GB for {count} pairs, {size / 1e6:.3g} MB each; {free / 1e9:.3g} GB are free")
     if size * count * FREE_DISK > free:
@@ -225,7 +226,7 @@ def write_index(folder: Path, contract: dict, reports: Sequence[dict]) -> dict:
     index = {"contract": contract, "pairs": sum(len(r["entries"]) for r in reports), "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
              "skipped": [item for r in reports for item in r["skipped"]], "entries": [item for r in reports for item in r["entries"]]}
     if not index["entries"]:
-        raise UserError("no pair of the manifest can be used", where=folder, got=index["skipped"][0]["why"])
+        raise UserError("none of the pairs can be used", where=folder, got=index["skipped"][0]["why"])
     with written_beside(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return index

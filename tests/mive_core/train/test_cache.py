@@ -96,7 +96,7 @@ def test_an_unusable_pair_is_left_out_and_named(manifest, encoders, tmp_path):
     assert index["pairs"] == 3 and [item["pair"] for item in index["skipped"]] == [1, 2]
     assert index["skipped"][0]["name"] == "the broken one" and "not a video" in index["skipped"][0]["why"]
     assert "no target" in index["skipped"][1]["why"]
-    with pytest.raises(UserError, match="no pair.*can be used"):
+    with pytest.raises(UserError, match="none of the pairs can be used; got 2, the first of which says: source .*broken.mp4.*not a video"):
         cache(entries[1:3], encoders, tmp_path / "d")
 
 
