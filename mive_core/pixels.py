@@ -89,11 +89,11 @@ def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | 
         check_request_frames(num_frames)
         if 0 < len(frames) < num_frames:
             raise UserError("the clip is shorter than asked", where=where, got=f"{len(frames)} frames",
-                            expected=f"{num_frames}", fix=f"ask for {_trimmed(len(frames))} or fewer")
+                            expected=f"{num_frames}", fix=f"ask for {trimmed(len(frames))} or fewer")
         frames = frames[:num_frames]
-    elif len(frames) and len(frames) != _trimmed(len(frames)):
-        warnings.warn(f"{where}: the model takes 4n+1 frames; {len(frames)} are trimmed to {_trimmed(len(frames))}", stacklevel=2)
-        frames = frames[:_trimmed(len(frames))]
+    elif len(frames) and len(frames) != trimmed(len(frames)):
+        warnings.warn(f"{where}: the model takes 4n+1 frames; {len(frames)} are trimmed to {trimmed(len(frames))}", stacklevel=2)
+        frames = frames[:trimmed(len(frames))]
     frames = check_frames(frames, where)
     if size is not None:
         check_request_size(size)
@@ -144,7 +144,8 @@ def cover(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack(pictures).movedim(1, -1).clamp(0, 1).contiguous()
 
 
-def _trimmed(num_frames: int) -> int:
+def trimmed(num_frames: int) -> int:
+    """The most frames of the form 4n+1."""
     return (num_frames - 1) // 4 * 4 + 1
 
 

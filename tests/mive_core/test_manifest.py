@@ -1,12 +1,13 @@
 import json
 import os
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
 from mive_core.errors import UserError
-from mive_core.manifest import ManifestPairs, export_pairs, load_entry, read_manifest
+from mive_core.manifest import ManifestPairs, export_pairs, load_entry, read_manifest, write_manifest
 from mive_core.types import Clip, EditRequest, PairedEdit
 from mive_core.video import write_frames, write_video
 
@@ -124,7 +125,7 @@ def test_a_truth_shorter_than_its_source(folder, key):
 def test_bad_lines_are_named(folder, line, says):
     Image.new("L", (48, 32)).save(folder.parent / "outside.png")
     (folder / "link.png").symlink_to(folder.parent / "outside.png")
-    with pytest.raises(UserError, match=rf"pairs\.jsonl:3: .*{says}") as caught:
+    with pytest.raises(UserError, match=rf"pairs\.jsonl:3(:\d+)?: .*{says}") as caught:
         read_manifest(write(folder, LINE, "", line))
     assert "\n" not in str(caught.value)
 
@@ -144,3 +145,58 @@ def test_beside_a_target_the_reference_is_its_first_frame(folder):
     (entry,) = read_manifest(write(folder, {"source": "source", "target": "target", "instruction": "make it red"}))
     pair = load_entry(entry, num_frames=5)
     assert torch.equal(pair.request.reference, pair.target[0]) and not torch.equal(pair.target[0], pair.request.source.frames[0])
+
+
+@pytest.mark.parametrize("length, says", [(4, "shorter than the source; got 4 frames"), (9, "longer than the source; got 9 frames"), (30, "longer")])
+def test_a_truth_of_another_length_is_no_truth(folder, length, says):
+    """A target that was longer used to be cut to the source without a word, so that a pair could be out of step."""
+    write_frames(folder / "other", bytes_like(length, 32, 48, 3))
+    with pytest.raises(UserError, match=f"the target is {says}"), pytest.warns(UserWarning, match="trimmed"):
+        load_entry(read_manifest(write(folder, LINE | {"target": "other"}))[0])
+
+
+def test_two_lengths_that_are_trimmed_to_one_are_one(folder):
+    write_frames(folder / "other", bytes_like(8, 32, 48, 3))
+    with pytest.warns(UserWarning, match="trimmed"):
+        assert len(load_entry(read_manifest(write(folder, LINE | {"target": "other"}))[0]).target) == 5
+
+
+def test_an_error_names_line_and_column(folder):
+    for line, says in (('{"source": "source", "refernce": "reference.png", "instruction": "x"}', r":2:22: unknown key 'refernce'"),
+                       ('{"source": "gone.mp4", "reference": "reference.png", "instruction": "x"}', r":2:2: the key 'source'"),
+                       ('{"source": "source",, "reference": "x"}', r":2:21: not JSON \(.*double quotes"),
+                       ('{"source": "source", "reference": "reference.png", "instruction":  " "}', r":2:52: the instruction is empty")):
+        with pytest.raises(UserError, match=rf"pairs\.jsonl{says}"):
+            read_manifest(write(folder, LINE, line), may_be_silent=False)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_written_manifest_is_read_back(folder, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    entries = read_manifest(write(folder, LINE | {"target": "target", "fps": 8, "edit": "recolour"}, LINE | {"name": "żółw"}))
+    assert read_manifest(write_manifest(folder / f"again{suffix}", entries)) == entries
+    (folder / "elsewhere").mkdir()
+    with pytest.raises(UserError, match=rf"media are under.*write it to '{folder}/again"):
+        write_manifest(folder / "elsewhere" / f"again{suffix}", entries)
+    assert not list((folder / "elsewhere").iterdir())
+
+
+def test_a_row_of_parquet_is_named(folder):
+    pytest.importorskip("pyarrow")
+    write_manifest(folder / "pairs.parquet", read_manifest(write(folder, LINE, LINE | {"target": "target"})))
+    for child in (folder / "target").iterdir():
+        child.unlink()
+    (folder / "target").rmdir()
+    with pytest.raises(UserError, match=r"pairs\.parquet:2: the key 'target'.*no such file"):
+        read_manifest(folder / "pairs.parquet")
+    (folder / "pairs.parquet").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="is not a Parquet file"):
+        read_manifest(folder / "pairs.parquet")
+
+
+def test_parquet_without_its_package_says_what_to_install(folder, monkeypatch):
+    (folder / "pairs.parquet").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r'needs the package pyarrow.*pip install "mive\[data\]"'):
+        read_manifest(folder / "pairs.parquet")
