@@ -1,4 +1,4 @@
-"""Training the DiT on frozen features: flow matching on the target frames (paper, training).
+"""Task dit: a DiT trained on drawn clips, from nothing or from a smaller one.
 
 B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm their width.
 """
@@ -11,25 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..attention import matmul_attention, torch_attention
-from ..checkpoint import save_dit
 from ..config import PRESETS, MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
-from ..flow import shift_time
 from ..layers import parse_layers
 from ..tensors import read_tensors
 from .features import Bucket, prepare, read_shards, shards_of
 from .loop import step_seed
-from .objective import EditFeatures, velocity_losses
-from .optim import Muon
-from .recipe import Recipe, parse_recipe
+from .objective import EditFeatures, stacked
+from .recipe import parse_recipe
+from .velocity import VelocityRecipe, VelocityTask, check, training_attention
 from .wan_vae import LATENT_CHANNELS, WholeClipVAE, decode_clips, read_whole_clip_vae
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTRecipe(Recipe):
-    """How a DiT is trained."""
+class DiTRecipe(VelocityRecipe):
+    """How a DiT is trained on drawn clips."""
 
     preset: str
     vae: str  # file
@@ -38,19 +35,19 @@ class DiTRecipe(Recipe):
     features_seed: int  # of the drawn clips
     buckets: tuple  # (width, height, frames, clips, share of the steps) each
     layers: str = "first+last"
-    batch_size: int = 8
-    learning_rate: float = 1.2e-3
-    muon_rate: float = 0.0  # of the blocks' matrices, a fraction of their norm; 0: AdamW moves them too
-    weight_decay: float = 0.01
-    num_warmup_steps: int = 80
-    decay_share: float = 0.25  # of the steps, at the end, linear to zero
-    time_shift: float = 3.0  # of the uniform t
-    edited_weight: float = 4.0  # of the loss in latent cells under the mask, against 1 elsewhere
     num_feature_processes: int = 2
     channel_power: float = 0.0  # of a latent channel's effect on the decoded pixels, that the loss weighs it by
     copier_start: bool = False  # see initialise_copier
-    start_from: str = ""  # a MiVE DiT to go on from, of the same shapes; it may have fewer blocks, see deepen
+    start_from: str = ""  # of the same shapes; it may have fewer blocks, see deepen
     num_blocks: int = 0  # 0: the preset's
+    batch_size: int = 8
+    learning_rate: float = 1.2e-3
+    betas: tuple = (0.9, 0.98)
+    num_warmup_steps: int = 80
+    decay_share: float = 0.25
+    time_shift: float = 3.0
+    edited_weight: float = 4.0
+    export_dtype: str = "fp16"
 
 
 class FeatureBatches(Dataset):
@@ -73,49 +70,24 @@ class FeatureBatches(Dataset):
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         group = self.groups[torch.multinomial(self.weights, 1, generator=generator)]
         chosen = torch.randint(len(group), (self.batch_size,), generator=generator).tolist()
-        return EditFeatures(**{name: torch.stack([getattr(group[i], name) for i in chosen]).float()
-                               for name in EditFeatures.__dataclass_fields__})
+        return stacked([group[i] for i in chosen])
 
 
-class DiTTask:
-    """Task 'dit' of the training loop."""
+class DiTTask(VelocityTask):
+    """A new DiT, or one that goes on from another, and batches of drawn clips."""
 
     def __init__(self, recipe: DiTRecipe, config: MiVEConfig, dataset: Dataset):
-        self.recipe, self.config, self.dataset = recipe, config, dataset
         torch.manual_seed(recipe.seed)
-        self.model = MiVEDiT(config, operations=nn, attention=matmul_attention if recipe.bf16 else torch_attention)
+        model = MiVEDiT(config, operations=nn, attention=training_attention(recipe))
         if recipe.start_from:
             weights = {key: value.float() for key, value in read_tensors(Path(recipe.start_from)).items()}
-            self.model.load_state_dict(deepen(weights, config.num_blocks))
+            model.load_state_dict(deepen(weights, config.num_blocks))
         else:
-            initialise(self.model)
+            initialise(model)
             if recipe.copier_start:
-                initialise_copier(self.model)
-        self.channels = channel_weights(read_whole_clip_vae(recipe.vae), recipe.channel_power) if recipe.channel_power else torch.ones(1)
-        self.modules = {"dit": self.model}
-        matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2] if recipe.muon_rate else []
-        held = {id(p) for p in matrices}
-        rest = [p for p in self.model.parameters() if id(p) not in held]
-        self.optimizers = {"adamw": torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay,
-                                                      fused=True)}
-        if matrices:
-            self.optimizers["muon"] = Muon(matrices, lr=recipe.muon_rate, dtype=torch.bfloat16 if recipe.bf16 else torch.float32)
-
-    def rate(self, step: int) -> float:
-        remaining = (self.recipe.num_steps - step) / max(self.recipe.decay_share * self.recipe.num_steps, 1)
-        return min((step + 1) / self.recipe.num_warmup_steps, remaining, 1.0)
-
-    def loss(self, step: int, batch: EditFeatures, generator: torch.Generator) -> dict[str, Tensor]:
-        noise = torch.randn(batch.target.shape, generator=generator)
-        t = shift_time(torch.rand(len(noise), generator=generator), self.recipe.time_shift)
-        return velocity_losses(self.model, batch, batch.states, noise, t, self.recipe.edited_weight, self.channels)
-
-    def after_step(self, step: int) -> None:
-        """Nothing to bound."""
-
-    def export(self, path: Path) -> None:
-        """fp16 weights and the whole config."""
-        save_dit(path, self.model.state_dict(), self.config, torch.float16)
+                initialise_copier(model)
+        channels = channel_weights(read_whole_clip_vae(recipe.vae), recipe.channel_power) if recipe.channel_power else torch.ones(1)
+        super().__init__(recipe, model.to(recipe.device), dataset, channels.to(recipe.device))
 
 
 @torch.no_grad()
@@ -185,6 +157,7 @@ def deepen(weights: dict[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
 def build(values: dict, where: object = None) -> DiTTask:
     """A recipe's values -> the task; computes the features that are missing first."""
     recipe = parse_recipe(DiTRecipe, values, where)
+    check(recipe, where)
     config = PRESETS[recipe.preset]
     config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
     buckets = []

@@ -3,7 +3,8 @@
 B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm their width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,16 @@ class EditFeatures:
     reference: Tensor  # (C, 1, Y, X)
     states: Tensor  # (K, S, D_vlm)
     mask: Tensor  # (T, Y, X) 1 where the edit acts
+    negative: Tensor | None = None  # (K, S', D_vlm) of an empty instruction
+
+    def to(self, device: torch.device | str) -> "EditFeatures":
+        return EditFeatures(**{f.name: value if (value := getattr(self, f.name)) is None else value.to(device) for f in fields(self)})
+
+
+def stacked(entries: Sequence[EditFeatures]) -> EditFeatures:
+    """Entries of one shape -> a batch in float32, each field with B before."""
+    columns = {f.name: [getattr(entry, f.name) for entry in entries] for f in fields(EditFeatures)}
+    return EditFeatures(**{name: None if any(value is None for value in column) else torch.stack(column).float() for name, column in columns.items()})
 
 
 def latent_mask(mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from mive_core.attention import torch_attention
@@ -15,7 +16,7 @@ from mive_core.errors import UserError
 from mive_core.flow import flow_path
 from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, deepen, initialise, initialise_copier
 from mive_core.train.features import Bucket
-from mive_core.train.loop import run
+from mive_core.train.loop import run, step_seed
 from mive_core.train.objective import EditFeatures, latent_mask
 from mive_core.train.recipe import parse_recipe
 from mive_core.train.wan_vae import WholeClipVAE
@@ -98,6 +99,32 @@ def test_the_loss_weighs_edited_cells(tmp_path):
     share = batch.mask.mean()
     expected = (4 * share * mixed["edited"] + (1 - share) * mixed["kept"]) / (4 * share + 1 - share)
     assert torch.allclose(mixed["loss"], expected, atol=1e-5)
+
+
+def test_the_steps_by_hand(tmp_path):
+    """What the embedded models were trained by, written out: a change of it would make their recipes train something else."""
+    task = make_task(tmp_path, clip_norm=0.0, time_shift=6.0, decay_share=0.5)
+    model = MiVEDiT(CONFIG, operations=nn, attention=torch_attention)
+    model.load_state_dict(task.model.state_dict())
+    run(task)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    losses = []
+    for step, rate in enumerate((1.0, 1.0, 1.0, 1.0, 2 / 3, 1 / 3)):
+        optimizer.param_groups[0]["lr"] = 3e-3 * rate
+        batch, generator = task.dataset[step], torch.Generator().manual_seed(step_seed(0, step))
+        noise, t = torch.randn(batch.target.shape, generator=generator), torch.rand(2, generator=generator)
+        path = flow_path(batch.target, noise, 6 * t / (1 + 5 * t))
+        error = (model(path.x_t, batch.source, batch.reference, model.embed_condition(batch.states), path.t) - path.velocity).square().mean(dim=1)
+        weight = 1 + 3 * batch.mask
+        loss = (weight * error).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == losses
+    newest = load_file(max((tmp_path / "run").glob("step_*")))
+    assert all(torch.equal(newest[f"module.dit.{name}"], value) for name, value in model.state_dict().items())
 
 
 def test_resume_equals_uninterrupted_and_the_export_loads(tmp_path):

@@ -14,11 +14,12 @@ from mive_core.errors import UserError
 from mive_core.manifest import export_pairs, read_manifest
 from mive_core.train.dispatch import train
 from mive_core.train.cache import CacheSettings, Encoders, cache
-from mive_core.train.edit import CachedBatches, EditRecipe, EditTask, draw_times
+from mive_core.train.edit import CachedBatches, EditRecipe, EditTask
 from mive_core.train.heldout import drawn_pairs
 from mive_core.train.loop import run
 from mive_core.train.recipe import parse_recipe
 from mive_core.train.synth import PairedEdits
+from mive_core.train.velocity import draw_times
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,9 @@ def test_an_epoch_visits_every_pair_in_batches_of_one_shape(cached):
         assert {(folder, entry.key) for batch in order for folder, entry in batch} == {
             (folder, entry.key) for group in batches.shapes.values() for folder, entry in group}
         assert all(len({(entry.grid, entry.num_tokens) for _, entry in batch}) == 1 and len(batch) == 2 for batch in order)
-    features, negative = batches[0]
-    again, _ = batches[0]
+    features, again = batches[0], batches[0]
     assert torch.equal(features.target, again.target) and features.states.dtype == torch.float32
-    widths = {batches[i][0].target.shape[-1]: batches[i][1] is not None for i in range(batches.num_batches)}
+    widths = {batches[i].target.shape[-1]: batches[i].negative is not None for i in range(batches.num_batches)}
     assert widths == {6: True, 4: False}  # the squares were cached without the negative
     assert {grid[-1]: num_negative > 0 for grid, _, num_negative in batches.shapes} == widths  # pairs with negatives of other lengths do not meet
 
@@ -73,7 +73,7 @@ def test_a_lora_in_peft_format_is_what_was_trained(cached, random_models, tmp_pa
     assert not weights
     merged = load_dit(random_models, attention=torch_attention)
     merged.load_state_dict(base)
-    batch, t = task.dataset[0][0], torch.tensor([0.4])
+    batch, t = task.dataset[0], torch.tensor([0.4])
     with torch.no_grad():
         trained, loaded = (m(batch.target, batch.source, batch.reference, m.embed_condition(batch.states), t) for m in (task.model, merged))
     torch.testing.assert_close(trained, loaded, atol=1e-5, rtol=1e-5)
@@ -113,12 +113,12 @@ def test_a_lora_learns_a_pair_by_heart(cached, random_models, tmp_path):
 
 def test_dropout_reads_the_empty_instruction(cached, random_models, tmp_path):
     task = EditTask(recipe(cached, random_models, tmp_path, condition_dropout=1.0))
-    features, negative = task.dataset[0]
+    features = task.dataset[0]
     draw = lambda: torch.Generator().manual_seed(3)
-    dropped = task.loss(0, (features, negative), draw())["loss"]
+    dropped = task.loss(0, features, draw())["loss"]
     kept = EditTask(replace(task.recipe, condition_dropout=0.0))
-    assert torch.equal(dropped, kept.loss(0, (replace(features, states=negative), None), draw())["loss"])
-    assert not torch.equal(dropped, kept.loss(0, (features, None), draw())["loss"])
+    assert torch.equal(dropped, kept.loss(0, replace(features, states=features.negative), draw())["loss"])
+    assert not torch.equal(dropped, kept.loss(0, features, draw())["loss"])
 
 
 def test_times_are_spread_as_asked():

@@ -1,0 +1,45 @@
+"""A LoRA on a DiT's blocks, in peft's format, which stock loaders take."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..dit import MiVEDiT
+from ..errors import UserError
+from ..float8 import Float8Linear
+from ..tensors import write_tensors
+
+TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.0", "ffn.2")
+PREFIX = "diffusion_model."  # under which ComfyUI looks for the keys of a LoRA in peft's format
+
+
+def add_lora(model: MiVEDiT, rank: int, targets: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """Puts peft's adapters on the blocks' layers of those names -> the weights to train, by peft's names; the rest is frozen.
+
+    What is adapted may be kept in 8 bits. Raises UserError where peft is missing.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import Linear
+    except ImportError as error:
+        raise UserError("a LoRA needs the package peft", got=str(error), fix='pip install "mive[train]"') from None
+    pattern = "|".join(target.replace(".", r"\.") for target in targets)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=rf"blocks\.\d+\.({pattern})")
+    config._register_custom_module({Float8Linear: Linear})  # peft's documented door for layers that it does not know
+    inject_adapter_in_model(config, model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return trained
+
+
+def as_module(trained: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
+    """What a checkpoint holds of it: the trained weights alone."""
+    return nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in trained.items()})
+
+
+def save_lora(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """peft's keys less its adapter's name, under ComfyUI's prefix: diffusion_model.blocks.0.self_attn.q.lora_A.weight."""
+    tensors = {PREFIX + name.replace("/", ".").replace(".default.", "."): value for name, value in weights.items()}
+    write_tensors(path, tensors, {"format": "pt", **about})

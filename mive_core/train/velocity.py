@@ -1,0 +1,151 @@
+"""Learning the velocity (paper, training): the task of a MiVE DiT, all of its weights or a LoRA, wherever its batches come from.
+
+B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm their width.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset
+
+from ..attention import AttentionFn, attention_of, matmul_attention
+from ..checkpoint import save_dit
+from ..dit import MiVEDiT
+from ..errors import UserError
+from ..flow import shift_time
+from ..sample import check_device
+from .lora import TARGETS, add_lora, as_module, save_lora
+from .objective import EditFeatures, velocity_losses
+from .optim import Muon
+from .ranks import whole
+from .recipe import Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TIME_SAMPLINGS = ("uniform", "logit_normal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VelocityRecipe(Recipe):
+    """How a DiT is trained. Each source of batches adds its fields, and has defaults of its own; these are the paper's, where it says."""
+
+    start_from: str  # a MiVE checkpoint
+    batch_size: int = 1
+    learning_rate: float = 3e-5
+    betas: tuple = (0.9, 0.999)
+    weight_decay: float = 0.01
+    muon_rate: float = 0.0  # of the blocks' matrices, a fraction of their norm; 0: AdamW moves them too
+    num_warmup_steps: int = 200
+    decay_share: float = 0.0  # of the steps, at the end, linear to zero
+    time_sampling: str = "uniform"
+    time_shift: float = 5.0
+    edited_weight: float = 1.0  # of the loss in latent cells under the mask, against 1 elsewhere
+    lora_rank: int = 0  # 0: all weights are trained
+    lora_targets: tuple = TARGETS
+    attention: str = "auto"
+    recompute: bool = False  # a block's activations are computed again in the backward pass, and not kept
+    sharded: bool = False  # several processes hold a part of all weights each, put together block by block (FSDP2)
+    export_dtype: str = ""  # of the finished model's weights; "": as they were trained
+
+
+class VelocityTask:
+    """The training loop's task; each source of batches makes the model and brings a dataset of EditFeatures."""
+
+    def __init__(self, recipe: VelocityRecipe, model: MiVEDiT, dataset: Dataset, channels: Tensor | float = 1.0):
+        """`channels`, (C,) or one number, weighs latent channels in the loss."""
+        self.recipe, self.model, self.config, self.dataset, self.channels = recipe, model, model.config, dataset, channels
+        if recipe.lora_rank:
+            self.modules = {"lora": as_module(add_lora(model, recipe.lora_rank, recipe.lora_targets))}
+        else:
+            self.modules = {"dit": model.requires_grad_(True)}
+        if recipe.recompute:
+            recompute_blocks(model)
+        if recipe.sharded:
+            shard(model)
+        self.optimizers = optimizers_of(recipe, next(iter(self.modules.values())))
+
+    def rate(self, step: int) -> float:
+        recipe = self.recipe
+        remaining = (recipe.num_steps - step) / max(recipe.decay_share * recipe.num_steps, 1)
+        return min((step + 1) / recipe.num_warmup_steps, remaining, 1.0)
+
+    def loss(self, step: int, batch: EditFeatures, generator: torch.Generator) -> dict[str, Tensor]:
+        """Squared error of the velocity over the target's frames, and the same inside and outside the mask."""
+        noise = torch.randn(batch.target.shape, generator=generator)
+        t = shift_time(draw_times(len(noise), self.recipe.time_sampling, generator), self.recipe.time_shift)
+        states, device = self.states(batch, generator), self.recipe.device
+        return velocity_losses(self.model, batch.to(device), states.to(device), noise.to(device), t.to(device), self.recipe.edited_weight, self.channels)
+
+    def states(self, batch: EditFeatures, generator: torch.Generator) -> Tensor:
+        """(B, K, S, D_vlm) to read."""
+        return batch.states
+
+    def after_step(self, step: int) -> None:
+        """Nothing to bound."""
+
+    def export(self, path: Path) -> None:
+        """A whole MiVE checkpoint, or a LoRA in peft's format."""
+        if self.recipe.lora_rank:
+            save_lora(path, self.modules["lora"], {"mive.lora": f"rank {self.recipe.lora_rank}", "mive.base": Path(self.recipe.start_from).name})
+            return
+        weights = {name: whole(value) for name, value in self.model.state_dict().items()}
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            save_dit(path, weights, self.config, DTYPES.get(self.recipe.export_dtype))
+
+
+def optimizers_of(recipe: VelocityRecipe, trained: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, and Muon for the blocks' matrices where it has a rate."""
+    matrices = [p for p in trained.blocks.parameters() if p.ndim == 2] if recipe.muon_rate else []
+    held = {id(p) for p in matrices}
+    rest = [p for p in trained.parameters() if id(p) not in held]
+    optimizers = {"adamw": torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)}
+    if matrices:
+        optimizers["muon"] = Muon(matrices, lr=recipe.muon_rate, dtype=torch.bfloat16 if recipe.bf16 else torch.float32)
+    return optimizers
+
+
+def draw_times(num: int, sampling: str, generator: torch.Generator) -> Tensor:
+    """(num,) in 0..1: uniform, or the logistic of a normal variable."""
+    return torch.rand(num, generator=generator) if sampling == "uniform" else torch.randn(num, generator=generator).sigmoid()
+
+
+def training_attention(recipe: VelocityRecipe) -> AttentionFn:
+    """The recipe's; in bfloat16 on a CPU two matrix products are faster forward and backward than torch's kernel."""
+    return matmul_attention if (recipe.attention, recipe.device, recipe.bf16) == ("auto", "cpu", True) else attention_of(recipe.attention)
+
+
+def recompute_blocks(model: MiVEDiT) -> None:
+    """Gradient checkpointing: a block keeps its input only."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def shard(model: MiVEDiT) -> None:
+    """FSDP2: a block's weights are whole only while it runs, the others' while the model does. Raises UserError where it runs alone."""
+    if not distributed.is_initialized():
+        raise UserError("sharded training takes several processes", got="one", fix="start it with torchrun or `accelerate launch`")
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "embed_condition")
+
+
+def check(recipe: VelocityRecipe, where: object = None) -> None:
+    """Raises UserError for values that a type does not rule out."""
+    check_device(recipe.device)
+    for name, known in (("time_sampling", TIME_SAMPLINGS), ("export_dtype", ("", *DTYPES))):
+        if getattr(recipe, name) not in known:
+            raise UserError(f"the recipe's {name} is unknown", where=where, got=repr(getattr(recipe, name)), expected=" or ".join(known))
+    unknown = sorted(set(recipe.lora_targets) - set(TARGETS))
+    if unknown:
+        raise UserError("a LoRA cannot sit there", where=where, got=", ".join(unknown), expected=", ".join(TARGETS))
+    if recipe.sharded and recipe.lora_rank:
+        raise UserError("a LoRA is not sharded: its weights are few, and each process holds the frozen ones", where=where, fix="set sharded to false")
+    if recipe.muon_rate and (recipe.lora_rank or recipe.sharded):
+        raise UserError("Muon moves whole matrices of the blocks", where=where, got="a LoRA" if recipe.lora_rank else "sharded weights",
+                        fix="leave muon_rate out")
