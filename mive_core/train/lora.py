@@ -14,18 +14,17 @@ TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.0", 
 PREFIX = "diffusion_model."  # under which ComfyUI looks for the keys of a LoRA in peft's format
 
 
-def add_lora(model: MiVEDiT, rank: int, targets: tuple[str, ...]) -> dict[str, nn.Parameter]:
+def add_lora(model: MiVEDiT, rank: int, targets: tuple[str, ...], alpha: float) -> dict[str, nn.Parameter]:
     """Puts peft's adapters on the blocks' layers of those names -> the weights to train, by peft's names; the rest is frozen.
 
     What is adapted may be kept in 8 bits. Raises UserError where peft is missing.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import Linear
-    except ImportError as error:
-        raise UserError("a LoRA needs the package peft", got=str(error), fix='pip install "mive[train]"') from None
+    check_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear
+
     pattern = "|".join(target.replace(".", r"\.") for target in targets)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=rf"blocks\.\d+\.({pattern})")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"blocks\.\d+\.({pattern})")
     config._register_custom_module({Float8Linear: Linear})  # peft's documented door for layers that it does not know
     inject_adapter_in_model(config, model)
     trained = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
@@ -34,12 +33,24 @@ def add_lora(model: MiVEDiT, rank: int, targets: tuple[str, ...]) -> dict[str, n
     return trained
 
 
+def check_peft() -> None:
+    """Raises UserError where the package peft is missing."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError("a LoRA needs the package peft", got=str(error), fix='pip install "peft>=0.17"') from None
+
+
 def as_module(trained: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
     """What a checkpoint holds of it: the trained weights alone."""
     return nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in trained.items()})
 
 
-def save_lora(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """peft's keys less its adapter's name, under ComfyUI's prefix: diffusion_model.blocks.0.self_attn.q.lora_A.weight."""
-    tensors = {PREFIX + name.replace("/", ".").replace(".default.", "."): value for name, value in weights.items()}
+def save_lora(path: Path, weights: Mapping[str, Tensor], scale: float, about: Mapping[str, str]) -> None:
+    """peft's keys less its adapter's name, under ComfyUI's prefix: diffusion_model.blocks.0.self_attn.q.lora_A.weight.
+
+    `scale`, alpha over rank, goes into the second matrices: what a loader then has to know is nothing.
+    """
+    names = {name: PREFIX + name.replace("/", ".").replace(".default.", ".") for name in weights}
+    tensors = {key: weights[name].detach() * scale if ".lora_B." in key else weights[name] for name, key in names.items()}
     write_tensors(path, tensors, {"format": "pt", **about})

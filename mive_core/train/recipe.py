@@ -29,10 +29,18 @@ class Recipe:
     device: str = "cpu"  # or cuda
     bf16: bool = False  # matrix products and convolutions in bfloat16, weights and sums in float32; only some CPUs gain
     ema: float = 0.0  # decay of the averaged weights, 0: none; the export takes them
+    wandb: str = ""  # a project of Weights & Biases that is to see the log too
+    peak_tflops: float = 0.0  # of each device, for the share of its peak (mfu); 0: the card's own, where it is a known one
+
+    @property
+    def free_fields(self) -> frozenset[str]:
+        """What may differ between the run that wrote a checkpoint and the one that resumes it."""
+        return FREE_FIELDS
 
 
-# Fields that may differ between the run that wrote a checkpoint and the one that resumes it.
-FREE_FIELDS = frozenset({"device", "num_accumulated", "output_dir", "export", "num_threads", "num_workers", "checkpoint_every_s", "num_checkpoints", "log_every"})
+# Fields that no step depends on.
+FREE_FIELDS = frozenset({"device", "num_accumulated", "output_dir", "export", "num_threads", "num_workers", "checkpoint_every_s", "num_checkpoints",
+                         "log_every", "wandb", "peak_tflops"})
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -78,10 +86,10 @@ def _typed(name: str, value: object, wanted: type, where: object) -> object:
 
 def fingerprint(recipe: Recipe) -> dict:
     """The fields that a checkpoint depends on, as JSON gives them back."""
-    return json.loads(json.dumps({name: value for name, value in asdict(recipe).items() if name not in FREE_FIELDS}))
+    return json.loads(json.dumps({name: value for name, value in asdict(recipe).items() if name not in recipe.free_fields}))
 
 
 def defaults_of(recipe: Recipe) -> dict:
     """The same fields' defaults: what a checkpoint that is older than a field was trained with."""
     return json.loads(json.dumps({field.name: field.default for field in fields(recipe)
-                                  if field.default is not MISSING and field.name not in FREE_FIELDS}))
+                                  if field.default is not MISSING and field.name not in recipe.free_fields}))

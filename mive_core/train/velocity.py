@@ -15,12 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from ..attention import AttentionFn, attention_of, matmul_attention
+from ..bench import Layout, training_flops
 from ..checkpoint import save_dit
 from ..dit import MiVEDiT
 from ..errors import UserError
 from ..flow import shift_time
 from ..sample import check_device
+from .loop import Task
 from .lora import TARGETS, add_lora, as_module, save_lora
+from .meter import Work
 from .objective import EditFeatures, velocity_losses
 from .optim import Muon
 from .ranks import whole
@@ -46,21 +49,31 @@ class VelocityRecipe(Recipe):
     time_shift: float = 5.0
     edited_weight: float = 1.0  # of the loss in latent cells under the mask, against 1 elsewhere
     lora_rank: int = 0  # 0: all weights are trained
+    lora_alpha: float = 0.0  # the LoRA counts by alpha / rank; 0: the rank, so by 1
     lora_targets: tuple = TARGETS
     attention: str = "auto"
     recompute: bool = False  # a block's activations are computed again in the backward pass, and not kept
     sharded: bool = False  # several processes hold a part of all weights each, put together block by block (FSDP2)
     export_dtype: str = ""  # of the finished model's weights; "": as they were trained
 
+    @property
+    def alpha(self) -> float:
+        return self.lora_alpha or self.lora_rank
 
-class VelocityTask:
+    @property
+    def free_fields(self) -> frozenset[str]:
+        """Without a decay no step depends on how many follow it, so a finished run may go on to more of them."""
+        return super().free_fields | (frozenset() if self.decay_share else {"num_steps"})
+
+
+class VelocityTask(Task):
     """The training loop's task; each source of batches makes the model and brings a dataset of EditFeatures."""
 
     def __init__(self, recipe: VelocityRecipe, model: MiVEDiT, dataset: Dataset, channels: Tensor | float = 1.0):
         """`channels`, (C,) or one number, weighs latent channels in the loss."""
         self.recipe, self.model, self.config, self.dataset, self.channels = recipe, model, model.config, dataset, channels
         if recipe.lora_rank:
-            self.modules = {"lora": as_module(add_lora(model, recipe.lora_rank, recipe.lora_targets))}
+            self.modules = {"lora": as_module(add_lora(model, recipe.lora_rank, recipe.lora_targets, recipe.alpha))}
         else:
             self.modules = {"dit": model.requires_grad_(True)}
         if recipe.recompute:
@@ -85,13 +98,16 @@ class VelocityTask:
         """(B, K, S, D_vlm) to read."""
         return batch.states
 
-    def after_step(self, step: int) -> None:
-        """Nothing to bound."""
+    def work(self, batch: EditFeatures) -> Work:
+        size, *grid = batch.target.shape[0], *(-(-n // p) for n, p in zip(batch.target.shape[2:], self.config.patch_size))
+        layout = Layout(batch.states.shape[2], tuple(grid))
+        return Work(size, size * layout.num_tokens, size * training_flops(self.config, layout, frozen=bool(self.recipe.lora_rank)))
 
     def export(self, path: Path) -> None:
         """A whole MiVE checkpoint, or a LoRA in peft's format."""
         if self.recipe.lora_rank:
-            save_lora(path, self.modules["lora"], {"mive.lora": f"rank {self.recipe.lora_rank}", "mive.base": Path(self.recipe.start_from).name})
+            about = {"mive.lora": f"rank {self.recipe.lora_rank}", "mive.base": Path(self.recipe.start_from).name}
+            save_lora(path, self.modules["lora"], self.recipe.alpha / self.recipe.lora_rank, about)
             return
         weights = {name: whole(value) for name, value in self.model.state_dict().items()}
         if not distributed.is_initialized() or distributed.get_rank() == 0:

@@ -58,8 +58,10 @@ def test_an_epoch_visits_every_pair_in_batches_of_one_shape(cached):
     assert {grid[-1]: num_negative > 0 for grid, _, num_negative in batches.shapes} == widths  # pairs with negatives of other lengths do not meet
 
 
-def test_a_lora_in_peft_format_is_what_was_trained(cached, random_models, tmp_path):
-    task = EditTask(recipe(cached, random_models, tmp_path, lora_rank=3, ema=0.9))
+@pytest.mark.parametrize("alpha", [0.0, 6.0])
+def test_a_lora_in_peft_format_is_what_was_trained(cached, random_models, tmp_path, alpha):
+    """The product of its matrices is the whole change: alpha is in them."""
+    task = EditTask(recipe(cached, random_models, tmp_path, lora_rank=3, lora_alpha=alpha, ema=0.9))
     base = {name: value.clone() for name, value in load_dit(random_models, attention=torch_attention).state_dict().items()}
     run(task)
     weights = load_file(tmp_path / "out.safetensors")
@@ -101,6 +103,20 @@ def test_resume_equals_uninterrupted(cached, random_models, tmp_path, changes):
     run(EditTask(recipe(cached, random_models, tmp_path / "halves", **changes)))
     whole, halves = (load_file(tmp_path / name / "out.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
+
+
+def test_a_finished_run_goes_on_to_more_steps(cached, random_models, tmp_path):
+    run(EditTask(recipe(cached, random_models, tmp_path / "whole", lora_rank=2, num_steps=4)))
+    run(EditTask(recipe(cached, random_models, tmp_path / "more", lora_rank=2, num_steps=2)))
+    run(EditTask(recipe(cached, random_models, tmp_path / "more", lora_rank=2, num_steps=4)))
+    whole, more = (load_file(tmp_path / name / "out.safetensors") for name in ("whole", "more"))
+    assert all(torch.equal(whole[key], more[key]) for key in whole) and len(losses(tmp_path / "more")) == 4
+
+
+def test_where_the_rate_decays_to_the_end_the_end_stays(cached, random_models, tmp_path):
+    run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=2, decay_share=0.5)))
+    with pytest.raises(UserError, match="different num_steps"):
+        run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=4, decay_share=0.5)))
 
 
 def test_a_lora_learns_a_pair_by_heart(cached, random_models, tmp_path):
