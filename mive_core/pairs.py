@@ -21,9 +21,9 @@ MOST_NAMED = 3  # in a message
 
 
 def read_pairs(path: str | os.PathLike) -> list[ManifestEntry]:
-    """A folder of pairs, or a manifest. Raises UserError."""
+    """A folder of pairs, or a manifest. Raises UserError, for an instruction without words too."""
     path = check_input(path, "pairs")
-    return read_folder(path) if path.is_dir() else read_manifest(path)
+    return read_folder(path) if path.is_dir() else read_manifest(path, may_be_silent=False)
 
 
 def read_folder(folder: Path) -> list[ManifestEntry]:

@@ -16,6 +16,15 @@ METADATA_KEY = "mive.training"
 PATTERN = "step_*.safetensors"
 
 
+class OtherRecipe(UserError):
+    """The checkpoints in a folder were written with other settings: the fields that `differ`."""
+
+    def __init__(self, folder: Path, differ: list[str]):
+        super().__init__("the checkpoint there was written by another recipe", where=folder, got="different " + ", ".join(differ),
+                         fix="choose another output_dir, or remove that folder to start anew")
+        self.differ = differ
+
+
 def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Mapping[str, Tensor],
          optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict, keep: int, ranks: Ranks = Ranks()) -> Path:
     """Everything that the step after `step` needs; older checkpoints beyond `keep` are removed.
@@ -48,7 +57,7 @@ def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, 
             optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict, defaults: dict) -> int:
     """Loads the newest complete checkpoint and returns the first step to do, 0 where there is none.
 
-    A field that the checkpoint does not know counts as its default. Raises UserError where it was written by another recipe.
+    A field that the checkpoint does not know counts as its default. Raises OtherRecipe where it was written by another.
     """
     tensors, state = _newest(folder)
     if state is None:
@@ -56,8 +65,7 @@ def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, 
     written = defaults | state["recipe"]
     differing = sorted(key for key in recipe.keys() | written.keys() if recipe.get(key) != written.get(key))
     if differing:
-        raise UserError("the checkpoint there was written by another recipe", where=folder, got="different " + ", ".join(differing),
-                        fix="choose another output_dir, or remove that folder to start anew")
+        raise OtherRecipe(folder, differing)
     for name, module in modules.items():
         current = module.state_dict()
         module.load_state_dict({key: placed_like(value, current[key]) for key, value in _below(tensors, f"module.{name}.").items()})
