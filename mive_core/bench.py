@@ -65,6 +65,17 @@ def edge_flops(config: MiVEConfig, layout: Layout, ours: bool) -> float:
     return 2 * per_patch * channels * width * (2 * embedded + target) + context
 
 
+def dit_flops(config: MiVEConfig, layout: Layout) -> float:
+    """One forward of our DiT at batch 1."""
+    return config.num_blocks * block_flops(config, layout.num_tokens) + edge_flops(config, layout, ours=True)
+
+
+def training_flops(config: MiVEConfig, layout: Layout, *, frozen: bool = False) -> float:
+    """Forward and backward at batch 1, each once; `frozen`: no gradients of the weights, as where a LoRA is trained, itself not counted."""
+    forward, attention = dit_flops(config, layout), config.num_blocks * 4 * layout.num_tokens**2 * config.width
+    return 2 * (forward - attention) + 3 * attention if frozen else 3 * forward
+
+
 def make_ours(config: MiVEConfig, layout: Layout, attention: str = "auto", compiled: bool = False):
     model = MiVEDiT(config, operations=torch.nn, attention=attention_of(attention)).eval()
     return forward_of(model.compile_blocks() if compiled else model, layout)
@@ -121,7 +132,7 @@ def bench_dit(preset: str, *, tokens: int, blocks: int | None = None, repeats: i
         for name, call in calls.items():
             seconds[name].append(timed(call))
     n = layout.num_tokens
-    flops = {"ours": config.num_blocks * block_flops(config, n) + edge_flops(config, layout, ours=True),
+    flops = {"ours": dit_flops(config, layout),
              rival: config.num_blocks * (block_flops(config, n) + cross_attention_flops(config, n)) + edge_flops(config, layout, ours=False)}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     time_ratio, flop_ratio = medians["ours"] / medians[rival], flops["ours"] / flops[rival]

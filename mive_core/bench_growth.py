@@ -17,10 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from .bench import timed
+from .bench import dit_flops, timed
 from .bench_load import resident
 from .bench_random import Workload, random_dit, workload
-from .bench_stage import dit_flops
 from .config import PRESETS
 from .counted import Counted
 from .errors import UserError
@@ -107,7 +106,7 @@ def measure_point(point: Point) -> dict:
     predicted = activation_bytes(work.config, one.layout.num_tokens, 4) + latents[0] + (latents[1] if num_windows > 1 else 0)
     return {"frames": point.num_frames, "size": list(point.size), "tokens": work.layout.num_tokens, "windows": num_windows, "seconds": seconds,
             "processor_seconds": spent,
-            "flops": num_windows * dit_flops(one), "predicted_bytes": predicted, "counted_bytes": counted.peak, "rss_bytes": rss,
+            "flops": num_windows * dit_flops(one.config, one.layout), "predicted_bytes": predicted, "counted_bytes": counted.peak, "rss_bytes": rss,
             "counted_error": predicted / counted.peak - 1, "rss_error": predicted / rss - 1 if rss > 0 else None}
 
 

@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from .bench import block_flops, edge_flops, forward_of, timed
+from .bench import dit_flops, forward_of, timed
 from .bench_random import ATTENTION_RANGE, Workload, inputs_of, random_dit, random_network, random_pipeline, random_vae, random_vlm, request_of, vlm_flops
 from .counted import Counted
 from .flow import schedule
@@ -126,11 +126,7 @@ def measure_dit(work: Workload, float8: bool = False) -> dict:
     """One forward of the whole DiT, the condition tokens' projection included."""
     model = random_dit(work, float8)
     return measure(work, forward_of(model, work.layout), profiled=True) | {
-        "flops": dit_flops(work), "weight_bytes": sum(p.numel() * p.itemsize for p in (*model.parameters(), *model.buffers()))}
-
-
-def dit_flops(work: Workload) -> float:
-    return work.config.num_blocks * block_flops(work.config, work.layout.num_tokens) + edge_flops(work.config, work.layout, ours=True)
+        "flops": dit_flops(work.config, work.layout), "weight_bytes": sum(p.numel() * p.itemsize for p in (*model.parameters(), *model.buffers()))}
 
 
 def measure_vlm(work: Workload) -> dict:
@@ -180,7 +176,7 @@ def measure_edit(work: Workload, steps: int | None = None) -> dict:
     return {"steps": steps,
             "vlm": measure(work, lambda: pipeline.vlm.condition(request, work.config), **once),
             "encode": measure(work, lambda: pipeline.encode(request), **once),
-            "denoise": measure(work, lambda: pipeline.denoise(latents, [condition], times, 1.0, 0), **once) | {"flops": steps * dit_flops(work)},
+            "denoise": measure(work, lambda: pipeline.denoise(latents, [condition], times, 1.0, 0), **once) | {"flops": steps * dit_flops(work.config, work.layout)},
             "decode": measure(work, lambda: pipeline.vae.decode(latents.source), **once),
             "whole": measure(work, lambda: pipeline.edit(request, steps=steps), **once)}
 

@@ -4,11 +4,11 @@ A task says what is trained, on what, and by which loss; the loop owns order, ch
 Whatever is random derives from (seed, step), so a resumed run continues bit for bit.
 """
 
-import json
-import os
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import state
+from .log import Log
+from .meter import Meter, Work, peak_flops
 from .ranks import Ranks, whole
 from .recipe import Recipe, defaults_of, fingerprint
 
 
-class Task(Protocol):
+class Task:
     """What a model brings to the loop."""
 
     recipe: Recipe
@@ -31,25 +33,45 @@ class Task(Protocol):
 
     def rate(self, step: int) -> float:
         """Factor on every optimizer's learning rate at this step, 0..1."""
+        raise NotImplementedError
 
     def loss(self, step: int, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Scalars, among them 'loss'. Draw noise from the generator only: it is seeded by (seed, number of the batch)."""
+        """Scalars, among them 'loss', and pairs (2,) of a sum and its weight, which are logged as quotients over the steps between two lines.
+
+        Draw noise from the generator only: it is seeded by (seed, number of the batch).
+        """
+        raise NotImplementedError
 
     def after_step(self, step: int) -> None:
         """Called after the optimizers' step, for instance to bound norms."""
+
+    def work(self, batch: Any) -> Work | None:
+        """What the batch amounts to, where it is to be measured."""
 
     def export(self, path: Path) -> None:
         """Writes the finished model. The modules then hold the averaged weights, where `ema` is set.
 
         Called by the first process, and by all of them where weights are sharded: then the first one is to write.
         """
+        raise NotImplementedError
 
 
-def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks(), watch: Callable[[int, dict[str, Tensor]], None] | None = None) -> None:
+class Validation(Protocol):
+    """Measures the model between steps; all processes call it."""
+
+    def due(self, step: int) -> bool: ...
+
+    def __call__(self, step: int, ranks: Ranks) -> tuple[dict[str, float], Path]:
+        """Figures, and a picture of them that the first process wrote."""
+
+
+def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks(), watch: Callable[[int, dict[str, Tensor]], None] | None = None,
+        validation: Validation | None = None) -> None:
     """Trains from the newest checkpoint in `output_dir`, or from step 0, and exports at the end.
 
     `stop_at` ends the run before that step, without a checkpoint, as a crash would. Of several processes the first one writes.
     `watch` is told each step that is done and its losses; what it raises ends the run after a checkpoint, where a later run goes on.
+    `validation` sees the averaged weights, where there are, after a checkpoint.
     """
     recipe = task.recipe
     folder = Path(recipe.output_dir)
@@ -60,29 +82,44 @@ def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks(), watch
     plan = plan_of(recipe, ranks)
     first = state.restore(folder, task.modules, averages, task.optimizers, plan, _defaults(recipe))
     ranks.wait()  # until all have read, before one writes
-    groups = [group for optimizer in task.optimizers.values() for group in optimizer.param_groups]
-    base_rates = [group["lr"] for group in groups]
+    rates = [(group, float(group["lr"])) for optimizer in task.optimizers.values() for group in optimizer.param_groups]
     last = recipe.num_steps if stop_at is None else min(stop_at, recipe.num_steps)
     saved_at = time.monotonic()
-    with open(folder / "log.jsonl" if ranks.is_first else os.devnull, "a", encoding="utf-8") as log:
-        for step, batches in _progress(recipe, _batches(task, first, last, ranks), first, ranks):
-            started = time.monotonic()
-            for group, base_rate in zip(groups, base_rates):
-                group["lr"] = base_rate * task.rate(step)
-            losses = _step(task, step, batches, ranks)
+    batches, sums = _batches(task, first, last, ranks), {}
+    with ExitStack() as stack:
+        log = stack.enter_context(closing(Log(recipe, first))) if ranks.is_first else None
+        meter = Meter(peak_flops(recipe.device, recipe.peak_tflops), ranks.size)
+        for step in _progress(recipe, first, last, ranks):
+            with meter.waiting():
+                own = next(batches)
+            for group, base_rate in rates:
+                _set_rate(group, base_rate * task.rate(step))
+            losses = _step(task, step, own, ranks)
             _average(task, averages, step)
+            meter.count(task.work(batch) for batch in own)
+            sums = {name: sums.get(name, 0) + pair for name, pair in losses.items() if pair.ndim}
+            losses = {name: value for name, value in losses.items() if not value.ndim}
             if step % recipe.log_every == 0:
-                line = {"step": step} | {name: float(value.detach()) for name, value in losses.items()}
-                log.write(json.dumps(line | {"seconds": round(time.monotonic() - started, 4)}) + "\n")
-                log.flush()
+                figures = {name: float(value) for name, value in losses.items()} | _quotients(sums)  # waits for the device
+                figures |= meter.read()
+                sums = {}
+                if log is not None:
+                    log.write(step, figures)
             stopped = _stopped(watch, step, losses)
-            if stopped or step == recipe.num_steps - 1 or ranks.agree(time.monotonic() - saved_at > recipe.checkpoint_every_s):
+            due = validation is not None and validation.due(step)
+            if stopped or due or step == recipe.num_steps - 1 or ranks.agree(time.monotonic() - saved_at > recipe.checkpoint_every_s):
                 state.save(folder, step, task.modules, averages, task.optimizers, plan, recipe.num_checkpoints, ranks)
                 saved_at = time.monotonic()
             if stopped:
                 raise stopped
+            if due:
+                with _averaged(task, averages):
+                    figures, picture = validation(step, ranks)
+                if log is not None:
+                    log.write(step, figures, "validation", picture)
+                meter.restart()
     if last == recipe.num_steps:
-        _use(task, averages)
+        _exchange(task, averages)
         if ranks.is_first or _is_sharded(task):
             task.export(Path(recipe.export))
 
@@ -96,7 +133,7 @@ def export_newest(task: Task, path: Path) -> int:
     """Exports the newest checkpoint of an unfinished run; returns the number of steps it has done."""
     averages = _copies(task)
     num_steps = state.restore(Path(task.recipe.output_dir), task.modules, averages, task.optimizers, plan_of(task.recipe, Ranks()), _defaults(task.recipe))
-    _use(task, averages)
+    _exchange(task, averages)
     task.export(path)
     return num_steps
 
@@ -140,16 +177,30 @@ def _stopped(watch: Callable[[int, dict[str, Tensor]], None] | None, step: int, 
     return None
 
 
-def _batches(task: Task, first: int, last: int, ranks: Ranks) -> Iterator[tuple[int, list]]:
-    """(step, this process's batches of it)."""
+def _batches(task: Task, first: int, last: int, ranks: Ranks) -> Iterator[list]:
+    """This process's batches of each step."""
     count = task.recipe.num_accumulated
     numbers = [number for step in range(first, last) for number in ranks.batches_of(step, count)]
     loader = iter(DataLoader(task.dataset, batch_size=None, sampler=numbers, num_workers=task.recipe.num_workers))
-    return ((step, [next(loader) for _ in range(count)]) for step in range(first, last))
+    return ([next(loader) for _ in range(count)] for _ in range(first, last))
 
 
-def _progress(recipe: Recipe, batches: Iterator, first: int, ranks: Ranks) -> Iterator:
-    return tqdm(batches, desc=f"train {recipe.task}", initial=first, total=recipe.num_steps, unit="step", mininterval=5.0, disable=not ranks.is_first)
+def _progress(recipe: Recipe, first: int, last: int, ranks: Ranks) -> Iterator[int]:
+    return tqdm(range(first, last), desc=f"train {recipe.task}", initial=first, total=recipe.num_steps, unit="step", mininterval=5.0, disable=not ranks.is_first)
+
+
+def _set_rate(group: dict, rate: float) -> None:
+    """In place where it is a tensor, which compiled optimizers read."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _quotients(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Pairs of a sum and its weight -> their quotient, where anything was weighed."""
+    read = {name: pair.tolist() for name, pair in sums.items()}
+    return {name: total / weight for name, (total, weight) in read.items() if weight}
 
 
 def _defaults(recipe: Recipe) -> dict:
@@ -179,7 +230,19 @@ def _average(task: Task, averages: dict[str, Tensor], step: int) -> None:
         averages[name].lerp_(parameter, 1 - decay)
 
 
+@contextmanager
+def _averaged(task: Task, averages: dict[str, Tensor]) -> Iterator[None]:
+    """The modules hold the averaged weights, and then their own again."""
+    _exchange(task, averages)
+    try:
+        yield
+    finally:
+        _exchange(task, averages)
+
+
 @torch.no_grad()
-def _use(task: Task, averages: dict[str, Tensor]) -> None:
+def _exchange(task: Task, averages: dict[str, Tensor]) -> None:
     for name, parameter in _weights(task) if averages else ():
+        own = parameter.clone()
         parameter.copy_(averages[name])
+        averages[name].copy_(own)

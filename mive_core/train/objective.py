@@ -13,6 +13,7 @@ from torch import Tensor
 from ..dit import MiVEDiT
 from ..flow import flow_path
 
+TIME_PARTS = 5  # of 0..1, whose errors are told apart
 
 @dataclass(frozen=True)
 class EditFeatures:
@@ -44,7 +45,7 @@ def latent_mask(mask: Tensor) -> Tensor:
 
 def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor, t: Tensor, edited_weight: float,
                     channels: Tensor | float = 1.0) -> dict[str, Tensor]:
-    """Weighted squared error of the velocity (loss), and the unweighted one inside and outside the mask (edited, kept).
+    """Weighted squared error of the velocity (loss), the unweighted one inside and outside the mask (edited, kept), and by t.
 
     noise (B, C, T, Y, X), t (B,); `channels` (C,) or one number weighs latent channels.
     """
@@ -54,4 +55,12 @@ def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: 
     weight = 1 + (edited_weight - 1) * batch.mask
     edited, kept = batch.mask.sum().clamp(min=1), (1 - batch.mask).sum().clamp(min=1)
     return {"loss": (weight * error).sum() / weight.sum(),
-            "edited": (batch.mask * error).sum() / edited, "kept": ((1 - batch.mask) * error).sum() / kept}
+            "edited": (batch.mask * error).sum() / edited, "kept": ((1 - batch.mask) * error).sum() / kept,
+            **by_time(error.detach().flatten(1).mean(dim=1), t)}
+
+
+def by_time(errors: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """Errors of samples and their t, (B,) each -> by part of 0..1 the sum and how many there are, (2,)."""
+    part = (t * TIME_PARTS).long().clamp(max=TIME_PARTS - 1)
+    pairs = torch.zeros(TIME_PARTS, 2, device=t.device).index_add_(0, part, torch.stack([errors.float(), torch.ones_like(t)], dim=1))
+    return {f"loss_t{i / TIME_PARTS:.1f}-{(i + 1) / TIME_PARTS:.1f}": pair for i, pair in enumerate(pairs)}

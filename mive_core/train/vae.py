@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..tensors import write_tensors
 from ..vae import LATENTS_MEAN, LATENTS_STD
 from .clips import ClipCrops, Phase
+from .loop import Task
 from .optim import Muon
 from .principal import initialise_principal
 from .recipe import Recipe, parse_recipe
@@ -41,7 +42,7 @@ class VAERecipe(Recipe):
     start_from: str = ""  # an exported VAE: its encoder stays bit for bit, so do latents, and the decoder learns on
 
 
-class VAETask:
+class VAETask(Task):
     """Implements loop.Task."""
 
     def __init__(self, recipe: VAERecipe):

@@ -16,6 +16,7 @@ from ..types import VLMInputs
 from ..vlm import VLM, WEIGHTS, load_processor, new_model, tap
 from .lessons import (HEADS, Example, Heads, Lesson, Readings, Sentences, as_typed, batch_of, example, load_heads, losses, misheard,
                       phrases, sentences_of)
+from .loop import Task
 from .recipe import Recipe, parse_recipe
 from .synth import PairedEdits
 from .tiny_vlm import write_tiny_folder
@@ -76,7 +77,7 @@ class Lessons(Dataset):
         return self.drawn[step]
 
 
-class VLMTask:
+class VLMTask(Task):
     """What the loop needs to train the tiny VLM."""
 
     def __init__(self, recipe: VLMRecipe):
@@ -112,9 +113,6 @@ class VLMTask:
             found["said"] = misheard(self.heads.hear(states.last_hidden_state, said), said)
             found["loss"] = found["loss"] + self.recipe.weights[0] * found["said"]
         return found
-
-    def after_step(self, step: int) -> None:
-        pass
 
     def export(self, path: Path) -> None:
         """The folder, its weights in float16 under the names of Qwen's own checkpoints, and the heads beside it."""

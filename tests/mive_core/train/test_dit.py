@@ -17,7 +17,7 @@ from mive_core.flow import flow_path
 from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, deepen, initialise, initialise_copier
 from mive_core.train.features import Bucket
 from mive_core.train.loop import run, step_seed
-from mive_core.train.objective import EditFeatures, latent_mask
+from mive_core.train.objective import EditFeatures, by_time, latent_mask
 from mive_core.train.recipe import parse_recipe
 from mive_core.train.wan_vae import WholeClipVAE
 
@@ -99,6 +99,11 @@ def test_the_loss_weighs_edited_cells(tmp_path):
     share = batch.mask.mean()
     expected = (4 * share * mixed["edited"] + (1 - share) * mixed["kept"]) / (4 * share + 1 - share)
     assert torch.allclose(mixed["loss"], expected, atol=1e-5)
+
+
+def test_errors_are_told_apart_by_time():
+    pairs = by_time(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.05, 0.9, 1.0, 0.19]))
+    assert {name: pair.tolist() for name, pair in pairs.items() if pair[1]} == {"loss_t0.0-0.2": [9.0, 2.0], "loss_t0.8-1.0": [6.0, 2.0]}
 
 
 def test_the_steps_by_hand(tmp_path):

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from mive_core.errors import UserError
 from mive_core.train.dispatch import train
-from mive_core.train.loop import _step, export_newest, run, step_seed
+from mive_core.train.loop import Task, _step, export_newest, run, step_seed
 from mive_core.train.recipe import Recipe, parse_recipe
 
 
@@ -29,7 +29,7 @@ class Points(Dataset):
         return x, x @ torch.tensor([1.0, -2.0, 0.5])
 
 
-class LineTask:
+class LineTask(Task):
     def __init__(self, recipe):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
@@ -44,9 +44,6 @@ class LineTask:
         x, y = batch
         x = x + 0.1 * torch.randn(x.shape, generator=generator)
         return {"loss": (self.modules["model"](x)[:, 0] - y).square().mean()}
-
-    def after_step(self, step):
-        pass
 
     def export(self, path):
         save_file(self.modules["model"].state_dict(), str(path))
@@ -135,7 +132,7 @@ def test_the_log_holds_every_step_and_the_loss_falls(tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept_and_nothing_partial(tmp_path):
     exported(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != "tensorboard") == [
         "log.jsonl", "step_00000028.safetensors", "step_00000029.safetensors"]
 
 
@@ -160,6 +157,39 @@ def test_accumulated_batches_give_the_mean_gradient(tmp_path):
     for parameter, gradient in zip(task.modules["model"].parameters(), expected):
         torch.testing.assert_close(parameter.grad, gradient)
     assert losses["loss"].shape == ()
+
+
+def test_pairs_are_logged_as_quotients_over_the_steps_between_two_lines(tmp_path):
+    class Pairs(LineTask):
+        def loss(self, step, batch, generator):
+            return super().loss(step, batch, generator) | {"odd": torch.tensor([10.0 * step, 2.0]) if step % 2 else torch.zeros(2)}
+
+    run(Pairs(recipe(tmp_path, num_steps=9, log_every=4)))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line.get("odd") for line in lines] == [None, 10.0, 30.0]  # of step 0; 1 and 3; 5 and 7
+
+
+def test_a_validation_sees_averaged_weights_and_changes_nothing(tmp_path):
+    class Recorded:
+        """Every tenth step; keeps the weights it saw."""
+
+        def __init__(self, task):
+            self.task, self.seen = task, {}
+
+        def due(self, step):
+            return step % 10 == 9
+
+        def __call__(self, step, ranks):
+            self.seen[step] = {name: value.clone() for name, value in self.task.modules["model"].state_dict().items()}
+            return {"psnr": 1.0 * step}, None
+
+    task = LineTask(recipe(tmp_path / "a", num_checkpoints=40))
+    validation = Recorded(task)
+    run(task, validation=validation)
+    assert list(validation.seen) == [9, 19, 29] and same(exported(tmp_path / "b"), load_file(str(tmp_path / "a" / "model.safetensors")))
+    stored = load_file(str(tmp_path / "a" / "run" / "step_00000019.safetensors"))
+    assert all(torch.equal(value, stored[f"average.model.{name}"]) for name, value in validation.seen[19].items())
+    assert [json.loads(line) for line in (tmp_path / "a" / "run" / "validation.jsonl").read_text().splitlines()][1] == {"step": 19, "psnr": 19.0}
 
 
 def test_a_checkpoint_older_than_a_field_resumes_with_its_default(tmp_path):
