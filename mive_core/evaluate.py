@@ -2,7 +2,8 @@
 
 F frames, H x W pixels. PSNR is over all frames and channels of a clip at once, peak 1; figures of a
 set are means over its clips. Where nothing differs PSNR_CAP stands for infinity. `edit_done` says in
-place of a person whether the edit is there in every frame; `clips_right` counts the clips where it is.
+place of a person whether the edit is there in every frame; `clips_right` counts the clips where it is, and `alike` those where
+the edited thing has the truth's colour, place and shape.
 """
 
 import json
@@ -21,6 +22,7 @@ from .config import MiVEConfig
 from .errors import UserError
 from .files import check_output_folder, written_beside, written_folder
 from .sheet import Band, make_band, write_sheet
+from .thing import likeness
 from .types import Clip, EditRequest, PairedEdit
 from .video import write_video
 
@@ -126,12 +128,15 @@ def score(pipeline: Editor, pair: PairedEdit, edited: Tensor) -> dict:
     """Figures of one clip, edited (F, H, W, 3), and of the baselines; None where there is no truth or no such region."""
     if pair.target is None:
         nothing = {"psnr_edited": None, "psnr_kept": None}
-        return {"edited_fraction": None, "edit_done": None, "edit_done_ceiling": None, **nothing, **{name: nothing for name in BASELINES}}
+        return {"edited_fraction": None, "edit_done": None, "edit_done_ceiling": None, "alike": None, "alike_ceiling": None, **nothing, **{name: nothing for name in BASELINES}}
     source, target = pair.request.source.frames, pair.target
     mask = torch.ones(target.shape[:3], dtype=torch.bool) if pair.mask is None else pair.mask
     outcomes = {"vae_ceiling": pipeline.vae.decode(pipeline.vae.encode(target)), "copy_source": source,
                 "repeat_reference": pair.request.reference.expand_as(target)}
     done = {"edit_done": edit_done(edited, source, target), "edit_done_ceiling": edit_done(outcomes["vae_ceiling"], source, target)}
+    for name, frames in (("alike", edited), ("alike_ceiling", outcomes["vae_ceiling"])):
+        found = likeness(frames, source, target, mask, pair.colour)
+        done[name] = {"right": found.right, **asdict(found)}
     return {"edited_fraction": mask.float().mean().item(), **done, **in_and_out(edited, target, mask),
             **{name: in_and_out(frames, target, mask) for name, frames in outcomes.items()}}
 
@@ -171,6 +176,8 @@ def summary(rows: Sequence[dict]) -> dict:
         means[key] = mean([row[key] for row in rows])
     for key, done in (("clips_right", "edit_done"), ("clips_right_ceiling", "edit_done_ceiling")):
         means[key] = mean([None if row[done] is None else float(row[done] >= RIGHT) for row in rows])
+    for name in ("alike", "alike_ceiling"):
+        means[name] = mean([None if row[name] is None else float(row[name]["right"]) for row in rows])
     for name in BASELINES:
         means[name] = {key: mean([row[name][key] for row in rows]) for key in ("psnr_edited", "psnr_kept")}
     return means | {"seconds_per_clip": mean([row["seconds"] for row in rows])}

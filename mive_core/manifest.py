@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from .errors import UserError
-from .files import check_input, check_output_folder, written_folder
+from .files import check_input, check_output_folder, numbered_name, written_folder
 from .pixels import fit_clip, fit_mask, fit_reference, trimmed
 from .remote import check_url, is_url, local_copy
 from .rows import Row, read_rows, write_rows
@@ -20,7 +20,7 @@ from .types import Clip, EditRequest, PairedEdit
 from .video import DEFAULT_FPS, read_clip, read_image, write_frames
 
 PATH_KEYS = ("source", "reference", "target", "mask")
-TEXT_KEYS = ("instruction", "name", "kind", "edit")
+TEXT_KEYS = ("instruction", "name", "kind", "edit", "colour")
 REQUIRED_KEYS = ("source", "instruction")
 TRIMMED = 4  # a clip loses fewer frames than that on its way to 4n+1
 
@@ -37,6 +37,7 @@ class ManifestEntry:
     name: str = ""
     kind: str = ""  # groups clips in reports
     edit: str = ""
+    colour: str = ""  # #rrggbb of the one thing that is edited, after the edit, or before it is removed; reports then tell of its place and shape
     fps: float = DEFAULT_FPS  # of folders of frames
 
     @property
@@ -68,9 +69,14 @@ def write_manifest(path: str | os.PathLike, entries: Iterable[ManifestEntry]) ->
     return write_rows(path, rows)
 
 
-def load_entry(entry: ManifestEntry, size: tuple[int, int] | None = None, num_frames: int | None = None) -> PairedEdit:
-    """Reads and fits what the entry names; size (width, height) and num_frames as in `fit_clip`."""
-    clip = read_clip(local_copy(entry.source, "source"), what="source", fps=entry.fps, num_frames=num_frames)
+def read_source(entry: ManifestEntry, num_frames: int | None = None) -> Clip:
+    """The source as it is, at most `num_frames` of it."""
+    return read_clip(local_copy(entry.source, "source"), what="source", fps=entry.fps, num_frames=num_frames)
+
+
+def load_entry(entry: ManifestEntry, size: tuple[int, int] | None = None, num_frames: int | None = None, source: Clip | None = None) -> PairedEdit:
+    """Reads and fits what the entry names; size (width, height) and num_frames as in `fit_clip`; the source, where it has been read."""
+    clip = source or read_source(entry, num_frames)
     source, source_size = fit_clip(clip, size, num_frames, f"source {str(entry.source)!r}"), (clip.frames.shape[2], clip.frames.shape[1])
     count, height, width = source.frames.shape[:3]
     size = (width, height)
@@ -88,7 +94,8 @@ def load_entry(entry: ManifestEntry, size: tuple[int, int] | None = None, num_fr
         still = len(clip.frames) == 1
         mask = fit_mask((clip if still else _same_length(clip, entry.mask, "mask", count)).frames[:count], size)
         mask = mask.expand(count, -1, -1) if still else mask
-    return PairedEdit(EditRequest(source, reference, entry.instruction), target, mask, entry.name)
+    colour = tuple(byte / 255 for byte in bytes.fromhex(entry.colour[1:])) if entry.colour else None
+    return PairedEdit(EditRequest(source, reference, entry.instruction), target, mask, entry.name, colour)
 
 
 @dataclass(frozen=True)
@@ -120,12 +127,14 @@ def export_pairs(pairs: Iterable[tuple[PairedEdit, Mapping[str, str]]], folder: 
 
 
 def _write_pair(pair: PairedEdit, labels: Mapping[str, str], folder: Path, index: int) -> dict:
-    stem = "-".join([f"{index:03d}", *re.findall(r"[A-Za-z0-9]+", pair.name)])[:80]
+    stem = numbered_name(index, pair.name, 3)
     request = pair.request
     write_frames(folder / stem / "source", request.source.frames)
     write_frames(folder / stem / "reference", request.reference[None])
     line = {"name": pair.name or stem, **labels, "source": f"{stem}/source", "reference": f"{stem}/reference/00000.png",
             "instruction": request.instruction, "fps": request.source.fps}
+    if pair.colour is not None:
+        line["colour"] = "#" + bytes(round(255 * value) for value in pair.colour).hex()
     for key, frames in (("target", pair.target), ("mask", pair.mask)):
         if frames is not None:
             write_frames(folder / stem / key, frames)
@@ -155,6 +164,8 @@ def _entry(row: Row, manifest: str | os.PathLike, required: Sequence[str]) -> Ma
     for key in fields.keys() - {"fps"}:
         if not isinstance(fields[key], str):
             raise UserError(f"the key {key!r} is not text", where=row.at(key), got=json.dumps(fields[key], default=str)[:80])
+    if not re.fullmatch("(#[0-9a-fA-F]{6})?", fields.get("colour", "")):
+        raise UserError("the key 'colour' is not a colour", where=row.at("colour"), got=fields["colour"][:80], expected="#rrggbb")
     fps = fields.get("fps", DEFAULT_FPS)
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1000:
         raise UserError("the key 'fps' is not a frame rate", where=row.at("fps"), got=json.dumps(fps, default=str)[:80], expected="more than 0, less than 1000")

@@ -35,6 +35,7 @@ class PairedEdit:
     target: Tensor | None  # (F, H, W, 3) float32 in 0..1
     mask: Tensor | None  # (F, H, W) bool, True where source and target are meant to differ
     name: str = ""
+    colour: tuple[float, float, float] | None = None  # RGB of the one thing that is edited, after the edit, or before it is removed
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ def test_figures_by_hand(tmp_path):
     assert report["vae_ceiling"] == {"psnr_edited": db(0.1), "psnr_kept": db(0.1)}
     assert report["repeat_reference"] == {"psnr_edited": db(0.25), "psnr_kept": db(0.25)}
     assert (report["clips_right"], report["clips_right_ceiling"]) == (0, 1)
+    assert (report["alike"], report["alike_ceiling"]) == (0, 0)  # 0.2 and 0.1 off in each of three channels
     assert report["seconds_per_clip"] >= 0
     assert report["by_kind"]["late"]["clips"] == 1 and set(report["by_kind"]) == {"late"}
     row = report["per_clip"][0]

@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ LINE = {"source": "source", "reference": "reference.png", "instruction": "make i
 
 
 def test_pairs_come_back_as_they_were_written(tmp_path):
-    pairs = [pair("a b/c", fps=8.0), pair("two", fps=12.5)]
+    pairs = [replace(pair("a b/c", fps=8.0), colour=(1.0, 0.2, 0.0)), pair("two", fps=12.5)]
     path = export_pairs(((p, {"kind": "late", "edit": "add"}) for p in pairs), tmp_path / "set")
     entries = read_manifest(path)
     assert [(entry.kind, entry.edit, entry.name) for entry in entries] == [("late", "add", "a b/c"), ("late", "add", "two")]
@@ -51,6 +52,7 @@ def test_pairs_come_back_as_they_were_written(tmp_path):
         assert read.request.source.fps == written.request.source.fps
         assert torch.equal(read.request.reference, written.request.reference)
         assert torch.equal(read.target, written.target) and torch.equal(read.mask, written.mask)
+        assert read.colour == written.colour
         assert (read.request.instruction, read.name) == (written.request.instruction, written.name)
     assert not [name for name in os.listdir(tmp_path) if "partial" in name]
 
@@ -118,6 +120,7 @@ def test_a_truth_shorter_than_its_source(folder, key):
     ({**LINE, "mask": "../outside.png"}, "the key 'mask': leads outside"),
     ({**LINE, "mask": "link.png"}, "the key 'mask': leads outside"),
     ({**LINE, "mask": "a\0b"}, "the key 'mask'.*NUL"),
+    ({**LINE, "colour": "red"}, "'colour' is not a colour; got red; expected #rrggbb"),
     ({**LINE, "fps": 0}, "'fps' is not a frame rate; got 0"),
     ({**LINE, "fps": True}, "'fps' is not a frame rate"),
     ('{"source": "source", "reference": "reference.png", "instruction": "x", "fps": NaN}', "'fps' is not a frame rate"),

@@ -71,7 +71,8 @@ class PairedEdits:
         mask = torch.from_numpy(dilate(rendered.footprint > 0))
         request = EditRequest(Clip(source, self.fps), seen[0].clone(), instruction)
         labels = replace(plan.labels, place=place_of(plan, rendered.footprint))
-        return SyntheticEdit(PairedEdit(request, target, mask, f"{self.split}-{self.seed}-{index}"), labels)
+        thing = cast.after or cast.before
+        return SyntheticEdit(PairedEdit(request, target, mask, f"{self.split}-{self.seed}-{index}", thing and thing.rgb), labels)
 
     def say(self, index: int) -> tuple[str, EditLabels]:
         """An instruction and what it asks for, with nothing rendered; `place` is there only where the instruction names it."""
