@@ -1,6 +1,7 @@
 """Paths at the user's boundary: refused early with the reason, written beside and renamed."""
 
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -61,6 +62,11 @@ def check_output_folder(path: str | os.PathLike, what: str) -> Path:
     if not os.access(ancestor, os.W_OK):
         raise UserError(f"{str(ancestor)!r} may not be written to", where=where, fix="check its permissions")
     return path
+
+
+def numbered_name(number: int, name: str, digits: int) -> str:
+    """A file name without suffix: the number, then what of the name any file system takes, at most 80 characters."""
+    return "-".join([f"{number:0{digits}d}", *re.findall(r"[A-Za-z0-9]+", name)])[:80].rstrip("-")
 
 
 @contextmanager

@@ -66,13 +66,15 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def worked_through(tasks: Sequence[Task], make: Callable[[], Worker], path: Path, how: Spread = Spread(), what: str = "items") -> list[Outcome]:
+def worked_through(tasks: Sequence[Task], make: Callable[[], Worker], path: Path, how: Spread = Spread(), what: str = "items",
+                   is_there: Callable[[dict], bool] = lambda result: True) -> list[Outcome]:
     """The outcome of every task, in their order; those that `path` holds with a result are not done again, the left out are tried again.
 
-    Raises UserError where not one can be used, and where the journal cannot be read or written.
+    `is_there` says whether the files that a result names still are. Raises UserError where not one task can be used, and where the
+    journal cannot be read or written.
     """
     journal = Journal(path)
-    known = {mark: line for mark, line in journal.read().items() if "result" in line}
+    known = {mark: line for mark, line in journal.read().items() if "result" in line and is_there(line["result"])}
     missing = [task for task in {task.mark: task for task in tasks}.values() if task.mark not in known]
     try:
         for index, outcome in tqdm(spread(make, [task.item for task in missing], how), total=len(missing), desc=what, disable=None):

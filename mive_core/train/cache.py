@@ -19,14 +19,15 @@ from tqdm import tqdm
 
 from ..checkpoint import read_config
 from ..config import MiVEConfig
+from ..data.journal import mark_of
+from ..data.spread import Spread, ahead, spread
 from ..errors import UserError
 from ..files import check_output_folder, written_beside
-from ..manifest import ManifestEntry, load_entry
+from ..manifest import ManifestEntry, load_entry, read_source
 from ..sample import check_device, check_vlm
 from ..tensors import read_header, resolve, shard_files, write_tensors
-from ..types import PairedEdit
+from ..types import Clip, PairedEdit
 from ..vae import VAE
-from ..video import read_clip
 from ..vlm import VLM, WEIGHTS
 from .objective import latent_mask
 
@@ -118,10 +119,9 @@ def restored(name: str, tensors: dict[str, Tensor]) -> Tensor:
     return states * tensors[name + SCALE] if name + SCALE in tensors else states
 
 
-def fit_bucket(entry: ManifestEntry, buckets: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+def fit_bucket(clip: Clip, buckets: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
     """The bucket nearest in aspect ratio, then the longest, of those that are no longer than the clip. Raises UserError where none is."""
-    clip = read_clip(entry.source, what="source", fps=entry.fps, num_frames=max(frames for _, _, frames in buckets)).frames
-    num_frames, height, width = clip.shape[:3]
+    num_frames, height, width = clip.frames.shape[:3]
     fitting = [bucket for bucket in buckets if bucket[2] <= num_frames]
     if not fitting:
         raise UserError("the clip is shorter than every bucket", got=f"{num_frames} frames", expected=f"{min(b[2] for b in buckets)} or more")
@@ -132,30 +132,65 @@ def read_pair(entry: ManifestEntry, settings: CacheSettings) -> PairedEdit:
     """Raises UserError for whatever makes the pair unusable."""
     if not settings.buckets:
         return load_entry(entry)
-    width, height, num_frames = fit_bucket(entry, settings.buckets)
-    return load_entry(entry, (width, height), num_frames)
+    clip = read_source(entry, max(frames for _, _, frames in settings.buckets))
+    width, height, num_frames = fit_bucket(clip, settings.buckets)
+    return load_entry(entry, (width, height), num_frames, clip)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is to be written into one file."""
+
+    path: Path
+    lines: range  # of the manifest
+    entries: Sequence[ManifestEntry]  # one a line
+    mark: str
+
+
+@dataclass(frozen=True)
+class ShardWorker:
+    """Writes shards; its pairs are read one ahead."""
+
+    encoders: Encoders
+    settings: CacheSettings
+
+    def read(self, shard: Shard) -> None:
+        """Nothing: a shard's pairs would not fit in memory together."""
+
+    def work(self, shard: Shard, read: None) -> dict:
+        write_shard(shard, self.encoders, self.settings)
+        return {}
 
 
 def cache(entries: Sequence[ManifestEntry], encoders: Encoders, folder: str | Path, settings: CacheSettings = CacheSettings(),
-          say: Callable[[str], None] = lambda text: None) -> dict:
+          say: Callable[[str], None] = lambda text: None, how: Spread = Spread(), load: Callable[[], Encoders] | None = None) -> dict:
     """Computes what is missing of the cache -> its index.
 
-    A pair that cannot be used is skipped, counted and named in the index. Raises UserError where the folder cannot be written,
-    holds a cache of something else, the disk is too small or no pair is usable.
+    A pair that cannot be used is skipped, counted and named in the index. `load` gives each worker on Ray encoders of its own. Raises
+    UserError where the folder cannot be written, holds a cache of something else, the disk is too small or no pair is usable.
     """
     folder = check_output_folder(folder, "output")
     folder.mkdir(parents=True, exist_ok=True)
     contract = contract_of(encoders, settings)
     check_same(folder, contract)
-    groups = [range(first, min(first + NUM_PER_SHARD, len(entries))) for first in range(0, len(entries), NUM_PER_SHARD)]
-    marks = {number: fingerprint(contract, [entries[i] for i in lines]) for number, lines in enumerate(groups)}
-    missing = [number for number in marks if report_of(folder / shard_name(number), marks[number]) is None]
+    shards = shards_of(entries, folder.absolute(), contract)
+    missing = [shard for shard in shards if report_of(shard) is None]
     if missing:
-        check_space(folder, entries, encoders, settings, sum(len(groups[number]) for number in missing), say)
-    for number in tqdm(missing, desc="cache", unit="shard", disable=None):
-        write_shard(folder / shard_name(number), groups[number], entries, encoders, settings, marks[number])
-    reports = [report_of(folder / shard_name(number), marks[number]) for number in marks]
-    return write_index(folder, contract, reports)
+        check_space(folder, entries, encoders, settings, sum(len(shard.lines) for shard in missing), say)
+    make = (lambda: ShardWorker(load(), settings)) if how.ray and load else lambda: ShardWorker(encoders, settings)
+    for _, outcome in tqdm(spread(make, missing, how), total=len(missing), desc="cache", unit="shard", disable=None):
+        if "why" in outcome:
+            raise UserError(outcome["why"])
+    return write_index(folder, contract, [report_of(shard) for shard in shards])
+
+
+def shards_of(entries: Sequence[ManifestEntry], folder: Path, contract: dict) -> list[Shard]:
+    shards = []
+    for number, first in enumerate(range(0, len(entries), NUM_PER_SHARD)):
+        lines = range(first, min(first + NUM_PER_SHARD, len(entries)))
+        group = [entries[line] for line in lines]
+        shards.append(Shard(folder / f"{number:06d}.safetensors", lines, group, mark_of(sorted(contract.items()), *group)))
+    return shards
 
 
 def contract_of(encoders: Encoders, settings: CacheSettings) -> dict:
@@ -177,7 +212,7 @@ def check_same(folder: Path, contract: dict) -> None:
 def check_space(folder: Path, entries: Sequence[ManifestEntry], encoders: Encoders, settings: CacheSettings, count: int, say: Callable[[str], None]) -> None:
     """Says how many bytes `count` pairs will take, judged by the first usable one. Raises UserError where the disk has no room for them."""
     skipped: list[dict] = []
-    sizes = (sum(t.nbytes for t in features.values()) for _, features in usable(range(len(entries)), entries, encoders, settings, skipped))
+    sizes = (sum(t.nbytes for t in features.values()) for *_, features in usable(range(len(entries)), entries, encoders, settings, skipped))
     size = next(sizes, None)
     if size is None:
         raise UserError("none of the pairs can be used", got=f"{len(entries)}, the first of which says: {skipped[0]['why']}")
@@ -189,37 +224,37 @@ def check_space(folder: Path, entries: Sequence[ManifestEntry], encoders: Encode
 
 
 def usable(lines: Sequence[int], entries: Sequence[ManifestEntry], encoders: Encoders, settings: CacheSettings,
-           skipped: list[dict]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The features of those pairs that can be used; the others are added to `skipped`, with the reason."""
-    for line in lines:
+           skipped: list[dict]) -> Iterator[tuple[int, ManifestEntry, dict[str, Tensor]]]:
+    """The features of those pairs that can be used; the others are added to `skipped`, with the reason. `lines` number the entries."""
+    for (line, entry), read in ahead(zip(lines, entries), lambda pair: read_pair(pair[1], settings)):
         try:
-            features = encoders.features(read_pair(entries[line], settings), settings)
+            features = encoders.features(read(), settings)
         except UserError as error:
-            skipped.append({"pair": line, "name": entries[line].name or str(entries[line].source), "why": str(error)})
+            skipped.append({"pair": line, "name": entry.title, "why": str(error)})
             continue
-        yield line, features
+        yield line, entry, features
 
 
-def write_shard(path: Path, lines: Sequence[int], entries: Sequence[ManifestEntry], encoders: Encoders, settings: CacheSettings, mark: str) -> None:
+def write_shard(shard: Shard, encoders: Encoders, settings: CacheSettings) -> None:
     skipped: list[dict] = []
     tensors, kept = {}, []
-    for line, features in usable(lines, entries, encoders, settings, skipped):
+    for line, entry, features in usable(shard.lines, shard.entries, encoders, settings, skipped):
         key = f"{line:08d}"
         tensors |= {f"{key}.{name}": value.cpu() for name, value in features.items()}
-        kept.append(asdict(CacheEntry(path.name, key, entries[line].name, tuple(features["target"].shape[1:]), features["states"].shape[1],
+        kept.append(asdict(CacheEntry(shard.path.name, key, entry.name, tuple(features["target"].shape[1:]), features["states"].shape[1],
                                       features["negative"].shape[1] if settings.negative else 0)))
-    report = {"fingerprint": mark, "entries": kept, "skipped": skipped}
-    write_tensors(path, tensors or {"empty": torch.zeros(1)}, {METADATA_KEY: json.dumps(report)})
+    report = {"fingerprint": shard.mark, "entries": kept, "skipped": skipped}
+    write_tensors(shard.path, tensors or {"empty": torch.zeros(1)}, {METADATA_KEY: json.dumps(report)})
 
 
-def report_of(path: Path, mark: str) -> dict | None:
+def report_of(shard: Shard) -> dict | None:
     """What a shard says of itself; None where it is not there, is damaged or was made of something else."""
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(shard.path), framework="pt") as file:
             report = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (FileNotFoundError, SafetensorError, ValueError):
         return None
-    return report if report.get("fingerprint") == mark else None
+    return report if report.get("fingerprint") == shard.mark else None
 
 
 def write_index(folder: Path, contract: dict, reports: Sequence[dict]) -> dict:
@@ -242,14 +277,3 @@ def read_index(folder: str | Path) -> dict:
         raise UserError("this is no cache of features", where=folder, got=f"no {INDEX}", fix="`mive data cache` makes one") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError("the cache's index is damaged", where=path, got=str(error), fix="run `mive data cache` again: what is there is kept") from None
-
-
-def fingerprint(contract: dict, entries: Sequence[ManifestEntry]) -> str:
-    """Of the contract and the pairs' lines, with the length and time of each file they name."""
-    files = [path for entry in entries for path in (entry.source, entry.reference, entry.target, entry.mask) if path is not None]
-    marks = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.exists()]
-    return hashlib.sha256(repr((sorted(contract.items()), entries, marks)).encode()).hexdigest()
-
-
-def shard_name(number: int) -> str:
-    return f"{number:06d}.safetensors"

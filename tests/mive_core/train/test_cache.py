@@ -8,7 +8,7 @@ import torch
 
 from mive_core.cli import main
 from mive_core.errors import UserError
-from mive_core.manifest import export_pairs, load_entry, read_manifest
+from mive_core.manifest import export_pairs, load_entry, read_manifest, read_source
 from mive_core.train import cache as module
 from mive_core.train.cache import CacheSettings, Encoders, cache, fit_bucket, read_index, restored, stored
 from mive_core.train.heldout import drawn_pairs
@@ -101,11 +101,11 @@ def test_an_unusable_pair_is_left_out_and_named(manifest, encoders, tmp_path):
 
 
 def test_a_clip_goes_to_the_bucket_of_its_shape(manifest):
-    (entry, *_) = read_manifest(manifest)  # 48x32, 5 frames
-    assert fit_bucket(entry, [(32, 48, 5), (32, 32, 5), (96, 64, 5), (96, 64, 1)]) == (96, 64, 5)
-    assert fit_bucket(entry, [(48, 32, 9), (32, 48, 1)]) == (32, 48, 1)
+    clip = read_source(read_manifest(manifest)[0])  # 48x32, 5 frames
+    assert fit_bucket(clip, [(32, 48, 5), (32, 32, 5), (96, 64, 5), (96, 64, 1)]) == (96, 64, 5)
+    assert fit_bucket(clip, [(48, 32, 9), (32, 48, 1)]) == (32, 48, 1)
     with pytest.raises(UserError, match="shorter than every bucket; got 5 frames; expected 9"):
-        fit_bucket(entry, [(48, 32, 9)])
+        fit_bucket(clip, [(48, 32, 9)])
 
 
 def test_another_cache_is_not_written_over(manifest, encoders, tmp_path):

@@ -1,0 +1,50 @@
+"""The pairs of a manifest, edited one by one into a folder of videos."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ..evaluate import Editor, EvaluationSettings, timed_edit
+from ..files import check_output_folder, numbered_name
+from ..manifest import ManifestEntry, load_entry
+from ..types import EditRequest
+from ..video import write_video
+from .journal import Outcome, Task, mark_of, worked_through
+from .spread import Spread
+
+JOURNAL = "edits.jsonl"
+
+
+@dataclass(frozen=True)
+class EditWorker:
+    """Edits an entry, numbered, into a video file of the folder."""
+
+    editor: Editor
+    settings: EvaluationSettings
+    folder: Path
+    size: tuple[int, int] | None = None
+    num_frames: int | None = None
+
+    def read(self, item: tuple[int, ManifestEntry]) -> EditRequest:
+        entry = item[1] if item[1].reference is None else replace(item[1], target=None)
+        return load_entry(replace(entry, mask=None), self.size, self.num_frames).request
+
+    def work(self, item: tuple[int, ManifestEntry], request: EditRequest) -> dict:
+        number, entry = item
+        edited, seconds = timed_edit(self.editor, request, self.settings)
+        path = write_video(self.folder / f"{numbered_name(number, entry.name or Path(str(entry.source)).stem, 6)}.mp4", edited)
+        return {"edited": path.name, "instruction": entry.instruction, "seconds": round(seconds, 3)}
+
+
+def edit_all(entries: Sequence[ManifestEntry], load: Callable[[], Editor], folder: str | Path, settings: EvaluationSettings = EvaluationSettings(), *,
+             size: tuple[int, int] | None = None, num_frames: int | None = None, made_by: object = "", how: Spread = Spread()) -> list[Outcome]:
+    """Edits what is not there yet -> each entry's outcome, with the file's name; the folder's edits.jsonl holds them too.
+
+    `load` gives the models, `made_by` says which they are: another answer, and all is edited anew. Raises UserError.
+    """
+    folder = check_output_folder(folder, "output")
+    folder.mkdir(parents=True, exist_ok=True)
+    contract = (asdict(settings), size, num_frames, made_by)
+    tasks = [Task(mark_of((contract, number), entry), entry.title, (number, entry)) for number, entry in enumerate(entries)]
+    return worked_through(tasks, lambda: EditWorker(load(), settings, folder.absolute(), size, num_frames), folder / JOURNAL, how, "clips",
+                          lambda result: (folder / result["edited"]).is_file())
