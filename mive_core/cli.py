@@ -96,15 +96,17 @@ def build_parser() -> Parser:
 
 def _add_edit(commands) -> None:
     edit = _command(commands, "edit", run_edit, "edit a video after an instruction and an edited first frame")
-    edit.add_argument("--source", required=True, action=Once, type=text, metavar="V", help="a video file or a folder of frames")
-    edit.add_argument("--reference", required=True, action=Once, type=text, metavar="I", help="the first frame, already edited")
-    edit.add_argument("--instruction", required=True, action=Once, type=text, metavar="T")
-    edit.add_argument("--output", required=True, action=Once, type=text, metavar="OUT.mp4", help=".mp4, .mov or .mkv")
+    edit.add_argument("--source", action=Once, type=text, metavar="V", help="a video file or a folder of frames")
+    edit.add_argument("--reference", action=Once, type=text, metavar="I", help="the first frame, already edited")
+    edit.add_argument("--instruction", action=Once, type=text, metavar="T")
+    edit.add_argument("--manifest", action=Once, type=text, metavar="PAIRS.jsonl", help="instead of these three: many clips; goes on where it stopped")
+    edit.add_argument("--output", required=True, action=Once, type=text, metavar="OUT.mp4|DIR", help=".mp4, .mov or .mkv; with --manifest a folder")
     edit.add_argument("--fps", type=positive, metavar="R", help="frame rate of a folder of frames, default 24")
     edit.add_argument("--layers", type=text, metavar="SPEC", help="VLM layers to read: first+last, 1,-1, last, 0:36:6")
     _add_fit(edit)
     _add_sampling(edit)
     _add_machine(edit)
+    _add_spread(edit)
     edit.add_argument("--fp8", default="scaled_back", choices=FLOAT8_MODES, help="8-bit matrices: scaled back when read, kept in memory, or multiplied as such")
 
 
@@ -197,11 +199,14 @@ def _add_data(commands) -> None:
     cache.add_argument("--negative", action="store_true", help="also of an empty instruction, for condition_dropout")
     cache.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     cache.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the models' arithmetic, default fp32")
+    _add_spread(cache)
     for name, run, summary in (("looks", run_data_looks, "real footage under eight known looks, with its manifest"),
                                ("recolour", run_data_recolour, "real footage whose green parts take other colours, with its manifest")):
         footage = _command(data, name, run, summary)
         footage.add_argument("--source", required=True, type=text, metavar="V")
         footage.add_argument("--output", required=True, type=text, metavar="DIR")
+        if name == "looks":
+            footage.add_argument("--unseen", action="store_true", help="eight others, of which training shows nothing alike; the words only point at the reference")
         _add_fit(footage)
 
 
@@ -226,6 +231,11 @@ def _add_machine(parser: Parser, attention: bool = True) -> None:
     parser.add_argument("--attention", default="auto", type=text, metavar="NAME",
                         help="auto and sdpa: torch's own with its best kernel; sage: the package sageattention, checked at first use; matmul")
     parser.add_argument("--compile", action="store_true", help="the DiT's blocks by torch.compile")
+
+
+def _add_spread(parser: Parser) -> None:
+    parser.add_argument("--ray", type=text, metavar="local|ADDRESS", help="work on Ray: a cluster of this machine, or the address of one; default: in this process")
+    parser.add_argument("--workers", type=count, default=2, metavar="N", help="on Ray, each with the models and, with --device cuda, a GPU; default 2")
 
 
 def _command(commands, name: str, run, summary: str) -> Parser:

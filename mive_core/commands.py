@@ -16,6 +16,15 @@ MANY_TOKENS = 20_000
 
 
 def run_edit(arguments: argparse.Namespace) -> None:
+    given = [f"--{name}" for name in ("source", "reference", "instruction") if getattr(arguments, name) is not None]
+    if arguments.manifest is not None:
+        if given or arguments.fps:
+            raise UserError("a manifest says all of that", got=f"--manifest and {(given or ['--fps'])[0]}", fix="`mive edit --help` lists what it takes")
+        _edit_many(arguments)
+        return
+    missing = [name for name in ("--source", "--reference", "--instruction") if name not in given]
+    if missing:
+        raise UserError(f"the following arguments are required: {', '.join(missing)}", fix="`mive edit --help` lists what it takes")
     from .files import check_input, check_output
     from .manifest import ManifestEntry, load_entry
     from .video import DEFAULT_FPS, VIDEO_SUFFIXES, write_video
@@ -35,6 +44,22 @@ def run_edit(arguments: argparse.Namespace) -> None:
 
     edited, _ = timed_edit(Pipeline.load(arguments.models, arguments.layers, **_machine(arguments)), request, _settings(arguments))
     sys.stdout.write(f"{write_video(output, edited)}\n")
+
+
+def _edit_many(arguments: argparse.Namespace) -> None:
+    from .files import check_output_folder
+
+    output, entries = check_output_folder(arguments.output, "output"), _pairs(arguments.manifest)
+    from functools import partial
+
+    from .data.edits import JOURNAL, edit_all
+    from .sample import Pipeline
+
+    machine = _machine(arguments)
+    load = partial(Pipeline.load, arguments.models, arguments.layers, **machine)
+    outcomes = edit_all(entries, load, output, _settings(arguments), size=arguments.size, num_frames=arguments.frames,
+                        made_by=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in machine.items())), how=_spread(arguments))
+    _done(output / JOURNAL, outcomes)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -190,25 +215,25 @@ def run_data_synth(arguments: argparse.Namespace) -> None:
 
 def run_data_cache(arguments: argparse.Namespace) -> None:
     from .files import check_output_folder
-    from .manifest import read_manifest
 
-    output = check_output_folder(arguments.output, "output")
-    entries = read_manifest(arguments.manifest)
+    output, entries = check_output_folder(arguments.output, "output"), _pairs(arguments.manifest, may_be_silent=False)
+    from functools import partial
+
     from .sample import EMBEDDED
     from .train.cache import CacheSettings, Encoders, cache
 
     settings = CacheSettings(tuple(arguments.bucket), arguments.states, arguments.negative)
-    encoders = Encoders.load(EMBEDDED.get(arguments.models, arguments.models), dtype=_dtype(arguments.dtype), device=arguments.device)
-    index = cache(entries, encoders, output, settings, say=lambda line: sys.stderr.write(f"mive: {line}\n"))
+    load = partial(Encoders.load, EMBEDDED.get(arguments.models, arguments.models), dtype=_dtype(arguments.dtype), device=arguments.device)
+    index = cache(entries, load(), output, settings, lambda line: sys.stderr.write(f"mive: {line}\n"), _spread(arguments), load)
     for item in index["skipped"]:
         warnings.warn(f"pair {item['pair'] + 1} ({item['name']}) is left out: {item['why']}")
     sys.stdout.write(f"{output}: {index['pairs']} pairs, {len(index['skipped'])} left out, {index['bytes'] / 1e6:.3g} MB\n")
 
 
 def run_data_looks(arguments: argparse.Namespace) -> None:
-    from .train.heldout import footage_pairs
+    from .train.heldout import footage_pairs, unseen_look_pairs
 
-    _write_footage(arguments, footage_pairs)
+    _write_footage(arguments, unseen_look_pairs if arguments.unseen else footage_pairs)
 
 
 def run_data_recolour(arguments: argparse.Namespace) -> None:
@@ -232,6 +257,28 @@ def run_demo(arguments: argparse.Namespace) -> None:
     report = run(arguments.output, arguments.models, _settings(arguments), arguments.command_line)
     sys.stdout.write(f"{Path(arguments.output) / 'edited.mp4'}\n{Path(arguments.output) / 'sheet.png'}\n"
                      f"{Path(arguments.output) / 'report.json'}: {report['seconds']:.0f} s\n")
+
+
+def _pairs(place: str, may_be_silent: bool = True) -> list:
+    """The entries of a manifest, local or behind a URL, or of a folder of pairs."""
+    from .manifest import read_manifest
+    from .pairs import read_folder
+
+    return read_folder(Path(place)) if Path(place).is_dir() else read_manifest(place, may_be_silent=may_be_silent)
+
+
+def _spread(arguments: argparse.Namespace):
+    from .data.spread import Spread
+
+    return Spread(arguments.ray, arguments.workers, 1 if getattr(arguments, "device", "cpu") == "cuda" else 0)
+
+
+def _done(where: Path, outcomes: list, kept: int | None = None) -> None:
+    """Names what is left out, and counts."""
+    left_out = [outcome for outcome in outcomes if outcome.result is None]
+    for outcome in left_out:
+        warnings.warn(f"{outcome.title} is left out: {outcome.why}")
+    sys.stdout.write(f"{where}: {len(outcomes) - len(left_out)} done, {len(left_out)} left out{'' if kept is None else f', {kept} kept'}\n")
 
 
 def _machine(arguments: argparse.Namespace) -> dict:

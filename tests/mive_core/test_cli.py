@@ -183,6 +183,14 @@ def test_eval(work, random_models, capsys):
     assert report["command"].startswith("mive eval --manifest set/pairs.jsonl") and report["settings"]["instruction_mode"] == "wrong"
 
 
+def test_unseen_looks_are_others_and_point_at_the_reference(work):
+    for output, more in (("seen", []), ("unseen", ["--unseen"])):
+        assert main(["data", "looks", "--source", "clip.mp4", "--output", output, "--frames", "5", *more]) == 0
+    seen, unseen = ([json.loads(line) for line in (work / name / "pairs.jsonl").read_text().splitlines()] for name in ("seen", "unseen"))
+    assert len({line["edit"] for line in seen + unseen}) == 16
+    assert not [line["instruction"] for line in unseen if line["edit"] in line["instruction"]]
+
+
 def test_data_synth(work, capsys):
     assert main(["data", "synth", "--output", "set", "--num", "2", "--frames", "5", "--size", "64x48", "--seed", "4"]) == 0
     lines = [json.loads(line) for line in (work / "set" / "pairs.jsonl").read_text().splitlines()]
