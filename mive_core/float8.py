@@ -17,6 +17,7 @@ class Float8Linear(nn.Module):
         self.register_buffer("weight_scale", scale)  # float32 scalar
         self.register_buffer("bias", bias)
         self.multiplied = multiplied
+        self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -112,7 +112,7 @@ def test_holds_what_comfyui_needs_and_no_more():
     assert names >= {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "web/docs/MiVESampler.md", "workflows/mive_quickstart.json",
                      "workflows/mive_quickstart.jpg", "mive_core/assets/tiny/dit.safetensors", "mive_core/assets/samples/bigbuckbunny_33f.mp4"}
     assert not [name for name in names if name.startswith(("tests/", ".ci/", "configs/", "results/", "mive_core/train/synth/"))]
-    trainer = {"__init__", "cache", "edit", "log", "loop", "lora", "meter", "objective", "optim", "ranks", "recipe", "state", "velocity"}  # of a LoRA, from inside ComfyUI
+    trainer = {"__init__", "blocks", "cache", "edit", "log", "loop", "lora", "meter", "objective", "optim", "ranks", "recipe", "state", "velocity"}  # of a LoRA, from inside ComfyUI
     assert {name for name in names if name.startswith("mive_core/train/")} == {f"mive_core/train/{name}.py" for name in trainer}
     assert sum(path.stat().st_size for path in FILES) < MAX_BYTES
 

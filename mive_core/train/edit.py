@@ -23,6 +23,7 @@ from .velocity import DTYPES, VelocityRecipe, VelocityTask, check, training_atte
 
 OPEN_SHARDS = 8
 WEIGHT_DTYPES = ("fp32", "bf16")
+FLOAT8 = ("scaled_back", "kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class EditRecipe(VelocityRecipe):
 
     caches: tuple  # folders that `mive data cache` wrote for that checkpoint
     weight_dtype: str = "fp32"  # of what is loaded; a LoRA's own weights are float32
+    float8: str = "scaled_back"  # matrices that the checkpoint has in 8 bits; kept: they stay so, under a LoRA
     condition_dropout: float = 0.0  # share of the steps that read the empty instruction, for guidance
 
 
@@ -98,7 +100,8 @@ class EditTask(VelocityTask):
         check(recipe, where)
         check_own(recipe, where)
         torch.manual_seed(recipe.seed)
-        model = load_dit(recipe.start_from, attention=training_attention(recipe), dtype=DTYPES[recipe.weight_dtype], device=recipe.device).train()
+        model = load_dit(recipe.start_from, attention=training_attention(recipe), dtype=DTYPES[recipe.weight_dtype], device=recipe.device,
+                         float8=recipe.float8).train()
         for folder in recipe.caches:
             check_cache(folder, model.config, recipe)
         super().__init__(recipe, model, CachedBatches(recipe.caches, recipe.batch_size, recipe.seed))
@@ -111,8 +114,13 @@ class EditTask(VelocityTask):
 
 def check_own(recipe: EditRecipe, where: object) -> None:
     """Raises UserError for values that a type does not rule out."""
-    if recipe.weight_dtype not in WEIGHT_DTYPES:
-        raise UserError("the recipe's weight_dtype is unknown", where=where, got=repr(recipe.weight_dtype), expected=" or ".join(WEIGHT_DTYPES))
+    for name, known in (("weight_dtype", WEIGHT_DTYPES), ("float8", FLOAT8)):
+        if getattr(recipe, name) not in known:
+            raise UserError(f"the recipe's {name} is unknown", where=where, got=repr(getattr(recipe, name)), expected=" or ".join(known))
+    if recipe.float8 == "kept" and not recipe.lora_rank:
+        raise UserError("weights in 8 bits are not trained", where=where, fix="set lora_rank, or float8 to scaled_back")
+    if recipe.weight_dtype == "bf16" and not recipe.bf16:
+        raise UserError("weights in bf16 are computed with in bf16", where=where, fix="set bf16 to true")
     if not recipe.caches:
         raise UserError("the recipe names no cache", where=where, fix="`mive data cache` makes one")
 

@@ -80,7 +80,7 @@ def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks(), watch
         torch.set_num_threads(recipe.num_threads)
     averages = _copies(task)
     plan = plan_of(recipe, ranks)
-    first = state.restore(folder, task.modules, averages, task.optimizers, plan, _defaults(recipe))
+    first = state.restore(folder, task.modules, averages, task.optimizers, plan, _defaults(recipe), recipe.free_fields)
     ranks.wait()  # until all have read, before one writes
     rates = [(group, float(group["lr"])) for optimizer in task.optimizers.values() for group in optimizer.param_groups]
     last = recipe.num_steps if stop_at is None else min(stop_at, recipe.num_steps)
@@ -132,7 +132,8 @@ def plan_of(recipe: Recipe, ranks: Ranks) -> dict:
 def export_newest(task: Task, path: Path) -> int:
     """Exports the newest checkpoint of an unfinished run; returns the number of steps it has done."""
     averages = _copies(task)
-    num_steps = state.restore(Path(task.recipe.output_dir), task.modules, averages, task.optimizers, plan_of(task.recipe, Ranks()), _defaults(task.recipe))
+    recipe = task.recipe
+    num_steps = state.restore(Path(recipe.output_dir), task.modules, averages, task.optimizers, plan_of(recipe, Ranks()), _defaults(recipe), recipe.free_fields)
     _exchange(task, averages)
     task.export(path)
     return num_steps

@@ -1,8 +1,10 @@
 """A LoRA on a DiT's blocks, in peft's format, which stock loaders take."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..dit import MiVEDiT
@@ -26,11 +28,25 @@ def add_lora(model: MiVEDiT, rank: int, targets: tuple[str, ...], alpha: float) 
     pattern = "|".join(target.replace(".", r"\.") for target in targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"blocks\.\d+\.({pattern})")
     config._register_custom_module({Float8Linear: Linear})  # peft's documented door for layers that it does not know
-    inject_adapter_in_model(config, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not know them
+        inject_adapter_in_model(config, model)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            keep_precise(module)
     trained = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     return trained
+
+
+def keep_precise(adapted: nn.Module) -> None:
+    """peft gives a LoRA the dtype of what it adapts; ours is drawn and kept in float32, and autocast alone rounds what goes in."""
+    adapted.cast_input_dtype_enabled = False
+    for drawn, silent in zip(adapted.lora_A.values(), adapted.lora_B.values()):
+        if drawn.weight.dtype != torch.float32:
+            drawn.to_empty(device=drawn.weight.device).float().reset_parameters()
+            nn.init.zeros_(silent.float().weight)
 
 
 def check_peft() -> None:

@@ -1,6 +1,6 @@
-"""Muon: momentum whose every matrix step has equal singular values.
+"""Optimizers beside torch's. Muon: momentum whose every matrix step has equal singular values. AdamW in 8 bits: torchao's.
 
-Convolution weights are flattened to (out, in * taps). Each step moves a weight by a fixed fraction of
+Muon: convolution weights are flattened to (out, in * taps). Each step moves a weight by a fixed fraction of
 its own norm, so one rate fits layers of all sizes.
 """
 
@@ -8,6 +8,8 @@ from typing import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import UserError
 
 # Quintic iteration x <- a x + b x^3 + c x^5 that drives singular values in (0, 1] towards 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -61,3 +63,24 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(weight)
         average = state["momentum"].lerp_(weight.grad, 1 - momentum)
         return weight.grad.lerp(average, momentum).flatten(1)
+
+
+def adamw_8bit(weights: Iterable[nn.Parameter], **settings) -> torch.optim.Optimizer:
+    """torchao's AdamW, whose two averages take a byte each. Raises UserError where the package is missing."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("the optimizer adamw_8bit needs the package torchao", got=str(error), fix='pip install "mive[8bit]", or take adamw') from None
+    return AdamW8bit(list(weights), **settings)
+
+
+def unpacked(value: object) -> dict[str, Tensor]:
+    """The plain tensors of one in 8 bits, as a file can hold them, by name; {} of any other value."""
+    return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]} if type(value).__name__ == "OptimState8bit" else {}
+
+
+def packed(name: str, parts: dict[str, Tensor]) -> Tensor:
+    """The inverse, of AdamW's average of that name."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit(**parts, signed=name == "exp_avg", dtype=torch.float32)

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..tensors import write_tensors
+from .optim import packed, unpacked
 from .ranks import Ranks, placed_like, whole
 
 METADATA_KEY = "mive.training"
 PATTERN = "step_*.safetensors"
+ORPHANS = ".step_*.partial.safetensors"  # as files.written_beside names what it has not finished
+PART = ":"  # between an optimizer's value in 8 bits and what it is made of
 
 
 class OtherRecipe(UserError):
@@ -37,7 +40,10 @@ def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Ma
     for name, optimizer in optimizers.items():
         for index, entry in optimizer.state_dict()["state"].items():
             for key, value in entry.items():
-                (tensors if isinstance(value, Tensor) else scalars)[f"optimizer.{name}.{index}.{key}"] = value
+                parts = unpacked(value)
+                tensors |= {f"optimizer.{name}.{index}.{key}{PART}{part}": tensor for part, tensor in parts.items()}
+                if not parts:
+                    (tensors if isinstance(value, Tensor) else scalars)[f"optimizer.{name}.{index}.{key}"] = value
     # Cloned, because tensors that share storage cannot be stored.
     path = folder / f"step_{step:08d}.safetensors"
     parts, tensors = tensors, {}
@@ -54,16 +60,19 @@ def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Ma
 
 
 def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, Tensor],
-            optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict, defaults: dict) -> int:
-    """Loads the newest complete checkpoint and returns the first step to do, 0 where there is none.
+            optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict, defaults: dict, free: frozenset[str] = frozenset()) -> int:
+    """Loads the newest complete checkpoint and returns the first step to do, 0 where there is none; what a crash left unfinished is removed.
 
-    A field that the checkpoint does not know counts as its default. Raises OtherRecipe where it was written by another.
+    A field that the checkpoint does not know counts as its default, one of `free` does not count. Raises OtherRecipe where it was
+    written by another.
     """
+    for orphan in folder.glob(ORPHANS):
+        orphan.unlink(missing_ok=True)
     tensors, state = _newest(folder)
     if state is None:
         return 0
     written = defaults | state["recipe"]
-    differing = sorted(key for key in recipe.keys() | written.keys() if recipe.get(key) != written.get(key))
+    differing = sorted(key for key in (recipe.keys() | written.keys()) - free if recipe.get(key) != written.get(key))
     if differing:
         raise OtherRecipe(folder, differing)
     for name, module in modules.items():
@@ -72,14 +81,24 @@ def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, 
     for key, value in _below(tensors, "average.").items():
         averages[key].copy_(placed_like(value, averages[key]))
     for name, optimizer in optimizers.items():
-        entries: dict[int, dict] = {}
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        for key, value in (_below(tensors, f"optimizer.{name}.") | _below(state["scalars"], f"optimizer.{name}.")).items():
-            index, _, field = key.partition(".")
-            weight = weights[int(index)]
-            entries.setdefault(int(index), {})[field] = placed_like(value, weight) if getattr(value, "shape", None) == weight.shape else value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+        values = _below(tensors, f"optimizer.{name}.") | _below(state["scalars"], f"optimizer.{name}.")
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": _entries(values, optimizer)})
     return state["step"] + 1
+
+
+def _entries(values: Mapping, optimizer: torch.optim.Optimizer) -> dict[int, dict]:
+    """An optimizer's state by the number of its weight, in the parts that the weights are in."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    entries: dict[int, dict] = {}
+    for key, value in values.items():
+        index, _, field = key.partition(".")
+        field, _, part = field.partition(PART)
+        entry, weight = entries.setdefault(int(index), {}), weights[int(index)]
+        if part:
+            entry.setdefault(field, {})[part] = value.to(weight.device)
+        else:
+            entry[field] = placed_like(value, weight) if getattr(value, "shape", None) == weight.shape else value
+    return {index: {field: packed(field, value) if isinstance(value, dict) else value for field, value in entry.items()} for index, entry in entries.items()}
 
 
 def _newest(folder: Path) -> tuple[dict[str, Tensor], dict | None]:

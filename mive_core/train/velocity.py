@@ -4,14 +4,11 @@ B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from ..attention import AttentionFn, attention_of, matmul_attention
@@ -20,17 +17,20 @@ from ..checkpoint import save_dit
 from ..dit import MiVEDiT
 from ..errors import UserError
 from ..flow import shift_time
-from ..sample import check_device
+from ..sample import check_compiler, check_device
+from . import blocks
 from .loop import Task
 from .lora import TARGETS, add_lora, as_module, save_lora
 from .meter import Work
 from .objective import EditFeatures, velocity_losses
-from .optim import Muon
+from .optim import Muon, adamw_8bit
 from .ranks import whole
 from .recipe import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIME_SAMPLINGS = ("uniform", "logit_normal")
+OPTIMIZERS = ("adamw", "adamw_8bit")
+BLOCK_FIELDS = frozenset({"recompute", "offload", "compiled", "sharded"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class VelocityRecipe(Recipe):
     learning_rate: float = 3e-5
     betas: tuple = (0.9, 0.999)
     weight_decay: float = 0.01
+    optimizer: str = "adamw"  # adamw_8bit: its two averages in 8 bits (torchao)
     muon_rate: float = 0.0  # of the blocks' matrices, a fraction of their norm; 0: AdamW moves them too
     num_warmup_steps: int = 200
     decay_share: float = 0.0  # of the steps, at the end, linear to zero
@@ -53,6 +54,8 @@ class VelocityRecipe(Recipe):
     lora_targets: tuple = TARGETS
     attention: str = "auto"
     recompute: bool = False  # a block's activations are computed again in the backward pass, and not kept
+    offload: bool = False  # what is then kept, blocks' inputs, waits in main memory
+    compiled: bool = False  # blocks by torch.compile
     sharded: bool = False  # several processes hold a part of all weights each, put together block by block (FSDP2)
     export_dtype: str = ""  # of the finished model's weights; "": as they were trained
 
@@ -62,8 +65,8 @@ class VelocityRecipe(Recipe):
 
     @property
     def free_fields(self) -> frozenset[str]:
-        """Without a decay no step depends on how many follow it, so a finished run may go on to more of them."""
-        return super().free_fields | (frozenset() if self.decay_share else {"num_steps"})
+        """How blocks run is free too. Without a decay no step depends on how many follow it, so a finished run may go on to more of them."""
+        return super().free_fields | BLOCK_FIELDS | (frozenset() if self.decay_share else {"num_steps"})
 
 
 class VelocityTask(Task):
@@ -77,9 +80,13 @@ class VelocityTask(Task):
         else:
             self.modules = {"dit": model.requires_grad_(True)}
         if recipe.recompute:
-            recompute_blocks(model)
+            blocks.recompute(model)
+        if recipe.offload:
+            blocks.offload(model)
+        if recipe.compiled:
+            model.compile_blocks()
         if recipe.sharded:
-            shard(model)
+            blocks.shard(model)
         self.optimizers = optimizers_of(recipe, next(iter(self.modules.values())))
 
     def rate(self, step: int) -> float:
@@ -115,11 +122,12 @@ class VelocityTask(Task):
 
 
 def optimizers_of(recipe: VelocityRecipe, trained: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """AdamW, and Muon for the blocks' matrices where it has a rate."""
+    """AdamW, of 8 bits where asked, and Muon for the blocks' matrices where it has a rate."""
     matrices = [p for p in trained.blocks.parameters() if p.ndim == 2] if recipe.muon_rate else []
     held = {id(p) for p in matrices}
     rest = [p for p in trained.parameters() if id(p) not in held]
-    optimizers = {"adamw": torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)}
+    settings = {"lr": recipe.learning_rate, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    optimizers = {"adamw": torch.optim.AdamW(rest, fused=True, **settings) if recipe.optimizer == "adamw" else adamw_8bit(rest, **settings)}
     if matrices:
         optimizers["muon"] = Muon(matrices, lr=recipe.muon_rate, dtype=torch.bfloat16 if recipe.bf16 else torch.float32)
     return optimizers
@@ -135,33 +143,24 @@ def training_attention(recipe: VelocityRecipe) -> AttentionFn:
     return matmul_attention if (recipe.attention, recipe.device, recipe.bf16) == ("auto", "cpu", True) else attention_of(recipe.attention)
 
 
-def recompute_blocks(model: MiVEDiT) -> None:
-    """Gradient checkpointing: a block keeps its input only."""
-    for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def shard(model: MiVEDiT) -> None:
-    """FSDP2: a block's weights are whole only while it runs, the others' while the model does. Raises UserError where it runs alone."""
-    if not distributed.is_initialized():
-        raise UserError("sharded training takes several processes", got="one", fix="start it with torchrun or `accelerate launch`")
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
-    register_fsdp_forward_method(model, "embed_condition")
-
-
 def check(recipe: VelocityRecipe, where: object = None) -> None:
     """Raises UserError for values that a type does not rule out."""
     check_device(recipe.device)
-    for name, known in (("time_sampling", TIME_SAMPLINGS), ("export_dtype", ("", *DTYPES))):
+    if recipe.compiled:
+        check_compiler(recipe.device)
+    for name, known in (("time_sampling", TIME_SAMPLINGS), ("export_dtype", ("", *DTYPES)), ("optimizer", OPTIMIZERS)):
         if getattr(recipe, name) not in known:
             raise UserError(f"the recipe's {name} is unknown", where=where, got=repr(getattr(recipe, name)), expected=" or ".join(known))
     unknown = sorted(set(recipe.lora_targets) - set(TARGETS))
     if unknown:
         raise UserError("a LoRA cannot sit there", where=where, got=", ".join(unknown), expected=", ".join(TARGETS))
-    if recipe.sharded and recipe.lora_rank:
-        raise UserError("a LoRA is not sharded: its weights are few, and each process holds the frozen ones", where=where, fix="set sharded to false")
-    if recipe.muon_rate and (recipe.lora_rank or recipe.sharded):
-        raise UserError("Muon moves whole matrices of the blocks", where=where, got="a LoRA" if recipe.lora_rank else "sharded weights",
-                        fix="leave muon_rate out")
+    for wrong, what, fix in (
+        (recipe.sharded and recipe.lora_rank, "a LoRA is not sharded: its weights are few, and each process holds the frozen ones", "set sharded to false"),
+        (recipe.muon_rate and recipe.lora_rank, "Muon moves whole matrices of the blocks, which a LoRA leaves as they are", "leave muon_rate out"),
+        (recipe.sharded and recipe.muon_rate, "Muon moves whole matrices of the blocks, of which a process has a part", "leave muon_rate out"),
+        (recipe.sharded and recipe.optimizer == "adamw_8bit", "averages in 8 bits are not sharded", "take adamw: each process holds its part only"),
+        (recipe.offload and not recipe.recompute, "offload moves what recompute keeps", "set recompute to true"),
+        (recipe.offload and recipe.compiled, "a compiled block keeps its weights too, which offload would move", "set compiled or offload to false"),
+    ):
+        if wrong:
+            raise UserError(what, where=where, fix=fix)

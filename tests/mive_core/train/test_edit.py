@@ -12,6 +12,8 @@ from mive_core.checkpoint import load_dit
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
 from mive_core.manifest import export_pairs, read_manifest
+from mive_core.quantize import quantize
+from mive_core.sample import check_compiler
 from mive_core.train.dispatch import train
 from mive_core.train.cache import CacheSettings, Encoders, cache
 from mive_core.train.edit import CachedBatches, EditRecipe, EditTask
@@ -88,12 +90,53 @@ def test_all_weights_are_trained_and_exported_whole(cached, random_models, tmp_p
     assert all(not torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True))
 
 
-def test_recomputed_activations_change_no_bit(cached, random_models, tmp_path):
-    for name, recompute in (("plain", False), ("recomputed", True)):
-        run(EditTask(recipe(cached, random_models, tmp_path / name, recompute=recompute, batch_size=2)))
-    plain, recomputed = (load_file(tmp_path / name / "out.safetensors") for name in ("plain", "recomputed"))
-    assert losses(tmp_path / "plain") == losses(tmp_path / "recomputed")
-    assert all(torch.equal(plain[key], recomputed[key]) for key in plain)
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+def test_recomputed_and_offloaded_activations_change_no_bit(cached, random_models, tmp_path, changes):
+    for name, how in (("plain", {}), ("recomputed", {"recompute": True}), ("offloaded", {"recompute": True, "offload": True})):
+        run(EditTask(recipe(cached, random_models, tmp_path / name, batch_size=2, **changes, **how)))
+    plain = load_file(tmp_path / "plain" / "out.safetensors")
+    for name in ("recomputed", "offloaded"):
+        other = load_file(tmp_path / name / "out.safetensors")
+        assert losses(tmp_path / "plain") == losses(tmp_path / name)
+        assert all(torch.equal(plain[key], other[key]) for key in plain)
+
+
+def test_compiled_blocks_learn_the_same(cached, random_models, tmp_path):
+    try:
+        check_compiler("cpu")
+    except UserError as error:
+        pytest.skip(str(error))
+    for name, compiled in (("eager", False), ("compiled", True)):
+        run(EditTask(recipe(cached, random_models, tmp_path / name, compiled=compiled, recompute=True, learning_rate=1e-3)))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-5)
+
+
+def test_a_lora_over_weights_that_stay_in_8_bits(cached, random_models, tmp_path):
+    quantize(random_models / "dit.safetensors", tmp_path / "fp8.safetensors", "fp8_scaled")
+    changes = {"start_from": str(tmp_path / "fp8.safetensors"), "lora_rank": 3}
+    for name, float8 in (("back", "scaled_back"), ("kept", "kept")):
+        run(EditTask(recipe(cached, random_models, tmp_path / name, float8=float8, recompute=float8 == "kept", **changes)))
+    task = EditTask(recipe(cached, random_models, tmp_path / "kept", float8="kept", **changes))
+    inside = task.model.blocks[0].self_attn.q
+    assert inside.base_layer.weight.dtype == torch.float8_e4m3fn and {p.dtype for p in task.modules["lora"].parameters()} == {torch.float32}
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "back"), rel=0.05)  # drawn anew: a LoRA's start differs
+    assert len(load_file(tmp_path / "kept" / "out.safetensors")) == 12
+
+
+def test_averages_in_8_bits_resume_bit_for_bit(cached, random_models, tmp_path):
+    pytest.importorskip("torchao", reason="TORCHAO IS NOT INSTALLED")
+    changes = {"optimizer": "adamw_8bit", "learning_rate": 1e-3}
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step for each shape, which takes minutes
+        run(EditTask(recipe(cached, random_models, tmp_path / "whole", **changes)))
+        run(EditTask(recipe(cached, random_models, tmp_path / "halves", **changes)), stop_at=2)
+        run(EditTask(recipe(cached, random_models, tmp_path / "halves", **changes)))
+    run(EditTask(recipe(cached, random_models, tmp_path / "32", learning_rate=1e-3)))
+    whole, halves, precise = (load_file(tmp_path / name / "out.safetensors") for name in ("whole", "halves", "32"))
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    stored = load_file(max((tmp_path / "whole" / "run").glob("step_*")))
+    assert sum(key.endswith(":codes") for key in stored) > 20 and {v.dtype for k, v in stored.items() if k.endswith(":codes")} == {torch.uint8}
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "32"), rel=0.02)
+    assert not torch.equal(whole["head.head.weight"], precise["head.head.weight"])
 
 
 @pytest.mark.parametrize("changes", [{"lora_rank": 2, "ema": 0.5}, {"num_accumulated": 2, "condition_dropout": 0.5}])
@@ -147,6 +190,12 @@ def test_times_are_spread_as_asked():
     ({"time_sampling": "beta"}, "time_sampling is unknown; got 'beta'; expected uniform or logit_normal"),
     ({"lora_targets": ["cross_attn.q"]}, "LoRA cannot sit there; got cross_attn.q"),
     ({"caches": []}, "names no cache"),
+    ({"optimizer": "sgd"}, "optimizer is unknown; got 'sgd'; expected adamw or adamw_8bit"),
+    ({"float8": "kept"}, "weights in 8 bits are not trained"),
+    ({"weight_dtype": "bf16"}, "set bf16 to true"),
+    ({"offload": True}, "offload moves what recompute keeps"),
+    ({"muon_rate": 0.1, "lora_rank": 1}, "Muon moves whole matrices"),
+    ({"sharded": True, "lora_rank": 1}, "a LoRA is not sharded"),
     pytest.param({"device": "cuda"}, "there is no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="A CUDA DEVICE IS THERE")),
     ({"caches": ["nowhere"]}, "no cache of features"),
     ({"condition_dropout": 0.1, "caches": ["SQUARE"]}, "condition_dropout needs"),
