@@ -29,6 +29,7 @@ from .video import write_video
 PSNR_CAP = 100.0
 REFERENCE_MODES = ("given", "source_frame")
 INSTRUCTION_MODES = ("given", "wrong", "empty")
+FIGURES = ("psnr_edited", "psnr_kept", "psnr")  # in the mask, outside of it, of whole frames
 BASELINES = ("vae_ceiling", "copy_source", "repeat_reference")
 SHEET_ACROSS, PAGE_CLIPS = 4, 8
 VISIBLE = 0.15  # distance in RGB, of sqrt(3) at most, from which a pixel counts as changed by the edit
@@ -127,7 +128,7 @@ def timed_edit(pipeline: Editor, request: EditRequest, settings: EvaluationSetti
 def score(pipeline: Editor, pair: PairedEdit, edited: Tensor) -> dict:
     """Figures of one clip, edited (F, H, W, 3), and of the baselines; None where there is no truth or no such region."""
     if pair.target is None:
-        nothing = {"psnr_edited": None, "psnr_kept": None}
+        nothing = dict.fromkeys(FIGURES)
         return {"edited_fraction": None, "edit_done": None, "edit_done_ceiling": None, "alike": None, "alike_ceiling": None, **nothing, **{name: nothing for name in BASELINES}}
     source, target = pair.request.source.frames, pair.target
     mask = torch.ones(target.shape[:3], dtype=torch.bool) if pair.mask is None else pair.mask
@@ -154,8 +155,8 @@ def edit_done(frames: Tensor, source: Tensor, target: Tensor) -> float | None:
 
 
 def in_and_out(frames: Tensor, target: Tensor, mask: Tensor) -> dict[str, float | None]:
-    """(F, H, W, 3) twice, (F, H, W) bool -> PSNR inside the mask and outside; None for an empty region."""
-    return {"psnr_edited": psnr(frames, target, mask), "psnr_kept": psnr(frames, target, ~mask)}
+    """(F, H, W, 3) twice, (F, H, W) bool -> PSNR inside the mask, outside and over all; None for an empty region."""
+    return dict(zip(FIGURES, (psnr(frames, target, region) for region in (mask, ~mask, torch.ones_like(mask)))))
 
 
 def psnr(frames: Tensor, target: Tensor, region: Tensor) -> float | None:
@@ -172,14 +173,14 @@ def summary(rows: Sequence[dict]) -> dict:
     """Means over the clips that have a figure, and how many those are."""
     means = {"clips": len(rows), "clips_with_target": sum(row["psnr_edited"] is not None or row["psnr_kept"] is not None for row in rows),
              "clips_with_kept": sum(row["psnr_kept"] is not None for row in rows)}
-    for key in ("psnr_edited", "psnr_kept"):
+    for key in FIGURES:
         means[key] = mean([row[key] for row in rows])
     for key, done in (("clips_right", "edit_done"), ("clips_right_ceiling", "edit_done_ceiling")):
         means[key] = mean([None if row[done] is None else float(row[done] >= RIGHT) for row in rows])
     for name in ("alike", "alike_ceiling"):
         means[name] = mean([None if row[name] is None else float(row[name]["right"]) for row in rows])
     for name in BASELINES:
-        means[name] = {key: mean([row[name][key] for row in rows]) for key in ("psnr_edited", "psnr_kept")}
+        means[name] = {key: mean([row[name][key] for row in rows]) for key in FIGURES}
     return means | {"seconds_per_clip": mean([row["seconds"] for row in rows])}
 
 

@@ -81,10 +81,11 @@ def test_figures_by_hand(tmp_path):
     report = evaluate(CopyingPipeline(), [pair("a"), pair("b")], tmp_path / "out", EvaluationSettings(steps=3, seed=7),
                       groups={"kind": ["late", ""]}, command="mive eval ...")
     assert report["clips"] == report["clips_with_target"] == report["clips_with_kept"] == 2
-    assert report["psnr_edited"] == db(0.2) and report["psnr_kept"] == db(0.05)
-    assert report["copy_source"] == {"psnr_edited": db(0.25), "psnr_kept": PSNR_CAP}
-    assert report["vae_ceiling"] == {"psnr_edited": db(0.1), "psnr_kept": db(0.1)}
-    assert report["repeat_reference"] == {"psnr_edited": db(0.25), "psnr_kept": db(0.25)}
+    whole = math.sqrt((0.2**2 + 0.05**2) / 2)
+    assert report["psnr_edited"] == db(0.2) and report["psnr_kept"] == db(0.05) and report["psnr"] == db(whole)
+    assert report["copy_source"] == {"psnr_edited": db(0.25), "psnr_kept": PSNR_CAP, "psnr": db(0.25 / math.sqrt(2))}
+    assert report["vae_ceiling"] == {"psnr_edited": db(0.1), "psnr_kept": db(0.1), "psnr": db(0.1)}
+    assert report["repeat_reference"] == {"psnr_edited": db(0.25), "psnr_kept": db(0.25), "psnr": db(0.25)}
     assert (report["clips_right"], report["clips_right_ceiling"]) == (0, 1)
     assert (report["alike"], report["alike_ceiling"]) == (0, 0)  # 0.2 and 0.1 off in each of three channels
     assert report["seconds_per_clip"] >= 0
