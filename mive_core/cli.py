@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from . import __version__
-from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_looks, run_data_recolour,
+from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_import, run_data_looks, run_data_recolour,
                        run_data_synth, run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
 from .config import VLM_SIZES
 from .errors import UserError
@@ -189,6 +189,11 @@ def _add_data(commands) -> None:
     synth.add_argument("--frames", type=count, default=17, metavar="N")
     synth.add_argument("--kind", action="append", default=[], type=text, help='only of that kind, such as "two alike"; may be given again')
     synth.add_argument("--edit", action="append", default=[], type=text, help="only that edit; may be given again")
+    published = _command(data, "import", run_data_import, "the manifest of a published set that lies unpacked in a folder")
+    published.add_argument("layout", choices=("openve", "senorita"), help="OpenVE-3M or Senorita-2M")
+    published.add_argument("--folder", required=True, type=text, metavar="DIR", help="with its tables and its videos")
+    published.add_argument("--output", required=True, type=text, metavar="DIR/PAIRS.jsonl", help=".jsonl or .parquet, in that folder")
+    published.add_argument("--edit", action="append", default=[], type=text, help="only that kind, such as local_add; may be given again")
     cache = _command(data, "cache", run_data_cache, "latents and VLM states of a manifest's pairs, for `mive train`; goes on where it stopped")
     cache.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
     cache.add_argument("--models", required=True, type=text, metavar="DIR", help="dit.safetensors (its config is read), vae.safetensors and vlm/")

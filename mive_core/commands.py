@@ -13,6 +13,7 @@ from pathlib import Path
 from .errors import UserError
 
 MANY_TOKENS = 20_000
+MOST_NAMED = 20  # rows of a table of millions
 
 
 def run_edit(arguments: argparse.Namespace) -> None:
@@ -211,6 +212,17 @@ def run_data_synth(arguments: argparse.Namespace) -> None:
 
     edits = PairedEdits(arguments.seed, arguments.split, arguments.size, arguments.frames, kinds=tuple(arguments.kind) or None, edits=tuple(arguments.edit) or None)
     sys.stdout.write(f"{export_pairs(drawn_pairs(edits, arguments.num), arguments.output)}\n")
+
+
+def run_data_import(arguments: argparse.Namespace) -> None:
+    from .data.published import import_set
+
+    count, left_out = import_set(arguments.layout, arguments.folder, arguments.output, tuple(arguments.edit))
+    for row in left_out[:MOST_NAMED]:
+        warnings.warn(f"{row.where} is left out: {row.why}")
+    if len(left_out) > MOST_NAMED:
+        warnings.warn(f"{len(left_out) - MOST_NAMED} more are left out; {Path(arguments.output).with_suffix('.left_out.jsonl')} names all")
+    sys.stdout.write(f"{arguments.output}: {count} pairs, {len(left_out)} left out\n")
 
 
 def run_data_cache(arguments: argparse.Namespace) -> None:
