@@ -10,7 +10,7 @@ import warnings
 
 from . import __version__
 from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_import, run_data_looks, run_data_recolour,
-                       run_data_synth, run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
+                       run_data_score, run_data_synth, run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
 from .config import VLM_SIZES
 from .errors import UserError
 
@@ -194,6 +194,15 @@ def _add_data(commands) -> None:
     published.add_argument("--folder", required=True, type=text, metavar="DIR", help="with its tables and its videos")
     published.add_argument("--output", required=True, type=text, metavar="DIR/PAIRS.jsonl", help=".jsonl or .parquet, in that folder")
     published.add_argument("--edit", action="append", default=[], type=text, help="only that kind, such as local_add; may be given again")
+    score = _command(data, "score", run_data_score, "the pairs that Qwen3-VL rates highly; goes on where it stopped")
+    score.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
+    score.add_argument("--model", required=True, type=text, metavar="DIR", help="a Hugging Face folder of Qwen3-VL, with its language head")
+    score.add_argument("--output", required=True, type=text, metavar="KEPT.jsonl", help=".jsonl or .parquet, in a folder that the media are under")
+    score.add_argument("--least", type=finite, default=9.3, metavar="X", help="of 10, for the lower of its two numbers; default 9.3")
+    score.add_argument("--most", type=count, default=4000, metavar="N", help="of each kind of edit, the best; default 4000")
+    score.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
+    score.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the model's arithmetic, default fp32")
+    _add_spread(score)
     cache = _command(data, "cache", run_data_cache, "latents and VLM states of a manifest's pairs, for `mive train`; goes on where it stopped")
     cache.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
     cache.add_argument("--models", required=True, type=text, metavar="DIR", help="dit.safetensors (its config is read), vae.safetensors and vlm/")

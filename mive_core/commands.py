@@ -225,6 +225,21 @@ def run_data_import(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{arguments.output}: {count} pairs, {len(left_out)} left out\n")
 
 
+def run_data_score(arguments: argparse.Namespace) -> None:
+    entries = _pairs(arguments.manifest, may_be_silent=False)
+    from functools import partial
+
+    from .data.judge import Judge
+    from .data.score import score
+    from .sample import check_device
+
+    check_device(arguments.device)
+    load = partial(Judge.load, arguments.model, dtype=_dtype(arguments.dtype), device=arguments.device)
+    outcomes, kept = score(entries, load, arguments.output, least=arguments.least, most=arguments.most, made_by=(arguments.model, arguments.dtype),
+                           how=_spread(arguments))
+    _done(Path(arguments.output), outcomes, len(kept))
+
+
 def run_data_cache(arguments: argparse.Namespace) -> None:
     from .files import check_output_folder
 

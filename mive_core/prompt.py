@@ -63,9 +63,9 @@ def build_inputs(request: EditRequest, processor: Callable, config: MiVEConfig) 
         text=[chat_text(request.instruction, processor, config.max_instruction_tokens)],
         images=[to_bytes(request.reference)],
         videos=[to_bytes(request.source.frames[indices])],
-        images_kwargs={"size": _budget(processor.image_processor, min(frame_tokens, config.max_video_tokens) * side**2)},
+        images_kwargs={"size": token_budget(processor.image_processor, min(frame_tokens, config.max_video_tokens) * side**2)},
         videos_kwargs={
-            "size": _budget(video, config.max_video_tokens * side**2 * video.temporal_patch_size),
+            "size": token_budget(video, config.max_video_tokens * side**2 * video.temporal_patch_size),
             "do_sample_frames": False,
             "video_metadata": [{"fps": request.source.fps, "total_num_frames": len(request.source.frames),
                                 "frames_indices": indices}],
@@ -81,9 +81,12 @@ def build_inputs(request: EditRequest, processor: Callable, config: MiVEConfig) 
 
 
 def chat_text(instruction: str, processor: Callable, max_tokens: int) -> str:
-    """The conversation before its image and video markers are expanded; the answer's header ends it."""
-    parts = [{"type": "text", "text": instruction_text(instruction, processor.tokenizer, max_tokens)},
-             {"type": "image"}, {"type": "video"}]
+    """What `build_inputs` asks, as a conversation."""
+    return conversation([{"type": "text", "text": instruction_text(instruction, processor.tokenizer, max_tokens)}, {"type": "image"}, {"type": "video"}], processor)
+
+
+def conversation(parts: list[dict[str, str]], processor: Callable) -> str:
+    """One turn of a user before its image and video markers are expanded; the answer's header ends it."""
     text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
     # every sampled pair of frames gets markers of its own; transformers 5 would keep the outer ones around them
     start, end = processor.vision_start_token, processor.vision_end_token
@@ -124,7 +127,7 @@ def to_bytes(pixels: Tensor) -> Tensor:
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).movedim(-1, -3).contiguous()
 
 
-def _budget(image_processor: Callable, max_pixels: int) -> dict[str, int]:
+def token_budget(image_processor: Callable, max_pixels: int) -> dict[str, int]:
     """The processor's own size limits, tightened to max_pixels."""
     size = image_processor.size
     return {"shortest_edge": min(size["shortest_edge"], max_pixels), "longest_edge": min(size["longest_edge"], max_pixels)}

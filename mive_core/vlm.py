@@ -147,6 +147,17 @@ def model_of(values: dict) -> nn.Module:
     return library.Qwen3VLModel(library.Qwen3VLConfig(**values))
 
 
+def load_speaker(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
+    """A Hugging Face folder of Qwen3-VL -> the model with its language head, which answers in words, and its processor. Raises UserError."""
+    folder = Path(folder)
+    check_folder(folder)
+    model, info = _transformers().Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True,
+                                                                                  output_loading_info=True)
+    if info["missing_keys"]:
+        raise UserError("weights are missing", where=folder, got=f"no {sorted(info['missing_keys'])[0]}", expected="a whole Qwen3-VL checkpoint", fix="download it again")
+    return model.eval().requires_grad_(False).to(device), load_processor(folder)
+
+
 def load_processor(folder: Path):
     """The folder's Qwen3VLProcessor."""
     return _transformers().Qwen3VLProcessor.from_pretrained(folder, local_files_only=True)
