@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from . import __version__
-from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_import, run_data_looks, run_data_recolour,
+from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_compose, run_data_import, run_data_looks, run_data_recolour,
                        run_data_score, run_data_synth, run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
 from .config import VLM_SIZES
 from .errors import UserError
@@ -203,6 +203,16 @@ def _add_data(commands) -> None:
     score.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     score.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the model's arithmetic, default fp32")
     _add_spread(score)
+    compose = _command(data, "compose", run_data_compose, "people over other backgrounds: pairs that remove, add, replace the background; goes on where it stopped")
+    compose.add_argument("--people", required=True, type=text, metavar="PEOPLE.jsonl|DIR", help='lines of {"source", "mask"}, or a folder of videos')
+    compose.add_argument("--backgrounds", required=True, type=text, metavar="B.jsonl|DIR", help='lines of {"source"}, with an "instruction" that says what is seen, or a folder of videos')
+    compose.add_argument("--output", required=True, type=text, metavar="DIR")
+    compose.add_argument("--segmenter", type=text, metavar="DIR", help="a Hugging Face folder of a semantic segmentation model, for lines without a mask")
+    compose.add_argument("--store", default="video", choices=("video", "frames"), help="H.264, or PNG frames without any loss; default video")
+    compose.add_argument("--seed", type=integer, default=0, help="of which background and which words")
+    compose.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the segmenter, default cpu")
+    _add_fit(compose)
+    _add_spread(compose)
     cache = _command(data, "cache", run_data_cache, "latents and VLM states of a manifest's pairs, for `mive train`; goes on where it stopped")
     cache.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
     cache.add_argument("--models", required=True, type=text, metavar="DIR", help="dit.safetensors (its config is read), vae.safetensors and vlm/")

@@ -225,6 +225,21 @@ def run_data_import(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{arguments.output}: {count} pairs, {len(left_out)} left out\n")
 
 
+def run_data_compose(arguments: argparse.Namespace) -> None:
+    from functools import partial
+
+    from .data.compose import ComposeSettings, compose, read_sources
+    from .data.person import Segmenter
+    from .sample import check_device
+
+    people, backgrounds = read_sources(arguments.people, "people"), read_sources(arguments.backgrounds, "backgrounds")
+    check_device(arguments.device)
+    load = partial(Segmenter.load, arguments.segmenter, device=arguments.device) if arguments.segmenter else None
+    settings = ComposeSettings(arguments.size, arguments.frames, arguments.seed, arguments.store)
+    outcomes, manifest = compose(people, backgrounds, arguments.output, settings, load=load, made_by=arguments.segmenter, how=_spread(arguments))
+    _done(manifest, outcomes, 3 * sum(outcome.result is not None for outcome in outcomes))
+
+
 def run_data_score(arguments: argparse.Namespace) -> None:
     entries = _pairs(arguments.manifest, may_be_silent=False)
     from functools import partial
