@@ -31,8 +31,8 @@ def ends(losses: dict[int, float]) -> tuple[float, float]:
     return sum(values[:count]) / count, sum(values[-count:]) / count
 
 
-def draw_losses(losses: dict[int, float]) -> Image.Image:
-    """Each loss as a dot, and their running mean. Raises ValueError where there is none."""
+def draw_losses(losses: dict[int, float], what: str = "loss") -> Image.Image:
+    """Each loss, or `what` else it is, as a dot, and their running mean. Raises ValueError where there is none."""
     if not losses:
         raise ValueError("no losses to draw")
     steps, values = np.array(list(losses)), np.array(list(losses.values()))
@@ -46,7 +46,7 @@ def draw_losses(losses: dict[int, float]) -> Image.Image:
     def place(step: float, value: float) -> tuple[float, float]:
         return LEFT + (step - steps[0]) / max(steps[-1] - steps[0], 1) * (right - LEFT), bottom - value / high * (bottom - TOP)
 
-    draw.text((LEFT, TOP - 14), f"loss by step, and its mean over {max(len(values) // PARTS, 1)}", INK, font, anchor="ls")
+    draw.text((LEFT, TOP - 14), f"{what} by step, and its mean over {max(len(values) // PARTS, 1)}", INK, font, anchor="ls")
     for level in (0.0, high / 2, high):
         y = place(steps[0], level)[1]
         draw.line((LEFT, y, right, y), RULE)

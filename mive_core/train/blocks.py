@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torch.distributed as distributed
 from torch.autograd.graph import save_on_cpu
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from ..dit import MiVEDiT
@@ -37,3 +37,10 @@ def shard(model: MiVEDiT) -> None:
         fully_shard(block)
     fully_shard(model)
     register_fsdp_forward_method(model, "embed_condition")
+
+
+def part(model: MiVEDiT) -> None:
+    """After forwards without a backward pass: what is sharded is in parts again, of which the outermost was left whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

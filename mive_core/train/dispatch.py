@@ -19,6 +19,8 @@ def train(recipe_path: str | Path) -> None:
         raise UserError("unknown task", where=recipe_path, got=values["task"], expected=" or ".join(TASKS))
     from .loop import run
     from .ranks import joined
+    from .validate import validation_of
 
     with joined(values.get("device", "cpu")) as ranks:
-        run(import_module(f".{values['task']}", __package__).build(values, where=recipe_path), ranks=ranks)
+        task = import_module(f".{values['task']}", __package__).build(values, where=recipe_path)
+        run(task, ranks=ranks, validation=validation_of(task, recipe_path))

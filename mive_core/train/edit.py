@@ -12,9 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checkpoint import load_dit
+from ..checkpoint import load_dit, read_config
 from ..config import MiVEConfig
 from ..errors import UserError
+from ..sample import EMBEDDED
+from ..tensors import resolve
 from .cache import CacheEntry, read_index, restored
 from .loop import step_seed
 from .objective import EditFeatures, stacked
@@ -99,11 +101,10 @@ class EditTask(VelocityTask):
     def __init__(self, recipe: EditRecipe, where: object = None):
         check(recipe, where)
         check_own(recipe, where)
+        path = resolve(EMBEDDED.get(recipe.start_from, recipe.start_from), "dit.safetensors")
+        check_caches(recipe, read_config(path))
         torch.manual_seed(recipe.seed)
-        model = load_dit(recipe.start_from, attention=training_attention(recipe), dtype=DTYPES[recipe.weight_dtype], device=recipe.device,
-                         float8=recipe.float8).train()
-        for folder in recipe.caches:
-            check_cache(folder, model.config, recipe)
+        model = load_dit(path, attention=training_attention(recipe), dtype=DTYPES[recipe.weight_dtype], device=recipe.device, float8=recipe.float8).train()
         super().__init__(recipe, model, CachedBatches(recipe.caches, recipe.batch_size, recipe.seed))
 
     def states(self, batch: EditFeatures, generator: torch.Generator) -> Tensor:
@@ -125,16 +126,27 @@ def check_own(recipe: EditRecipe, where: object) -> None:
         raise UserError("the recipe names no cache", where=where, fix="`mive data cache` makes one")
 
 
-def check_cache(folder: str, config: MiVEConfig, recipe: EditRecipe) -> None:
-    """Raises UserError unless the cache was made for the checkpoint's layers and VLM, and holds what the recipe needs."""
+def check_cache(folder: str, config: MiVEConfig) -> dict:
+    """A cache's contract. Raises UserError unless it was made for the checkpoint's layers and VLM."""
     contract = read_index(folder)["contract"]
     for key, wanted in (("layers", list(config.resolved_layers)), ("vlm_width", config.vlm_width), ("vlm_num_layers", config.vlm_num_layers),
                         ("latent_format", config.latent_format)):
         if contract.get(key) != wanted:
             raise UserError(f"the cache was made for other {key}", where=folder, got=contract.get(key), expected=wanted,
                             fix="run `mive data cache` with the checkpoint that is to be trained")
-    if recipe.condition_dropout and not contract.get("negative"):
-        raise UserError("condition_dropout needs the states of an empty instruction", where=folder, fix="run `mive data cache --negative` into another folder")
+    return contract
+
+
+def check_caches(recipe: EditRecipe, config: MiVEConfig) -> None:
+    """Raises UserError where a cache does not fit the checkpoint, or the first one, or lacks the empty instruction that is to be read."""
+    contracts = {folder: check_cache(folder, config) for folder in filter(None, (*recipe.caches, recipe.validation_cache))}
+    for folder, contract in contracts.items():
+        expected = contracts[recipe.caches[0]]["models"]
+        if contract["models"] != expected:
+            raise UserError("the cache was made by another VAE or VLM than the first one", where=folder, got=f"models {contract['models']}",
+                            expected=f"{expected}, as {recipe.caches[0]}", fix="run `mive data cache` with the same models for all")
+        if recipe.condition_dropout and folder in recipe.caches and not contract.get("negative"):
+            raise UserError("condition_dropout needs the states of an empty instruction", where=folder, fix="run `mive data cache --negative` into another folder")
 
 
 def build(values: dict, where: object = None) -> EditTask:

@@ -51,6 +51,14 @@ class Ranks:
         distributed.broadcast_object_list(answers)
         return answers[0]
 
+    def gather(self, item: object) -> list:
+        """Every process's item, on all."""
+        if self.size == 1:
+            return [item]
+        items: list = [None] * self.size
+        distributed.all_gather_object(items, item)
+        return items
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:

@@ -31,13 +31,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIME_SAMPLINGS = ("uniform", "logit_normal")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 BLOCK_FIELDS = frozenset({"recompute", "offload", "compiled", "sharded"})
+VALIDATION_FIELDS = frozenset({"validate_every", "validation_manifest", "validation_cache", "validation_vae", "validation_pairs", "validation_steps"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class VelocityRecipe(Recipe):
     """How a DiT is trained. Each source of batches adds its fields, and has defaults of its own; these are the paper's, where it says."""
 
-    start_from: str  # a MiVE checkpoint
+    start_from: str  # a MiVE checkpoint, or tiny
     batch_size: int = 1
     learning_rate: float = 3e-5
     betas: tuple = (0.9, 0.999)
@@ -58,6 +59,12 @@ class VelocityRecipe(Recipe):
     compiled: bool = False  # blocks by torch.compile
     sharded: bool = False  # several processes hold a part of all weights each, put together block by block (FSDP2)
     export_dtype: str = ""  # of the finished model's weights; "": as they were trained
+    validate_every: int = 0  # steps, and after the last one; 0: never
+    validation_manifest: str = ""  # held-out pairs
+    validation_cache: str = ""  # what `mive data cache` made of them
+    validation_vae: str = ""  # a file, or a folder with vae.safetensors
+    validation_pairs: int = 8  # the first ones
+    validation_steps: int = 0  # of sampling, 0: the checkpoint's own
 
     @property
     def alpha(self) -> float:
@@ -65,8 +72,8 @@ class VelocityRecipe(Recipe):
 
     @property
     def free_fields(self) -> frozenset[str]:
-        """How blocks run is free too. Without a decay no step depends on how many follow it, so a finished run may go on to more of them."""
-        return super().free_fields | BLOCK_FIELDS | (frozenset() if self.decay_share else {"num_steps"})
+        """How blocks run, and what is measured, is free too. Without a decay no step depends on how many follow it, so a finished run may go on to more of them."""
+        return super().free_fields | BLOCK_FIELDS | VALIDATION_FIELDS | (frozenset() if self.decay_share else {"num_steps"})
 
 
 class VelocityTask(Task):

@@ -87,6 +87,24 @@ def test_two_processes_resume_bit_for_bit(pairs, random_models, tmp_path, sharde
     assert len((tmp_path / "halves" / "run" / "log.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_validate_as_one(pairs, random_models, tmp_path, sharded):
+    """Each edits half of the pairs, with weights that are whole or shared."""
+    changes = {"num_steps": 4, "validate_every": 2, "validation_manifest": str(pairs.parent / "pairs" / "pairs.jsonl"), "validation_cache": str(pairs),
+               "validation_vae": str(random_models), "validation_pairs": 3}
+    train(recipe(tmp_path / "one", pairs, random_models, num_accumulated=2, **changes))
+    train_by_two(recipe(tmp_path / "two", pairs, random_models, sharded=sharded, **changes))
+    one, two = ([json.loads(line) for line in (tmp_path / name / "run" / "validation.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 3]
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert one[0]["loss"] != one[1]["loss"]
+    folder = tmp_path / "two" / "run" / "validation" / "step_00000003"
+    assert {path.name for path in folder.iterdir()} == {"edited", "report.json", "sheet.png", "process_1"}
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "run" / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_sharding_needs_company(pairs, random_models, tmp_path):
     with pytest.raises(UserError, match="takes several processes; got one; start it with torchrun"):
         train(recipe(tmp_path, pairs, random_models, sharded=True))
