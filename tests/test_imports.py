@@ -11,8 +11,8 @@ import mive_core
 
 ROOT = Path(mive_core.__file__).parent
 LADDER = (  # each may import only what stands before it
-    "errors", "config", "types", "layers", "files", "remote", "rows", "pixels", "ggml", "tensors", "video", "manifest", "pairs", "sheet", "prompt", "attention", "planes",
-    "repack", "vlm", "vae", "dit", "flow", "float8", "checkpoint", "convert", "quantize", "bench", "bench_convert", "bench_load", "memory", "sample", "counted", "bench_random", "bench_stage", "bench_growth", "bench_card", "diagnostics", "evaluate", "data", "train", "demo", "commands", "cli",
+    "errors", "config", "types", "layers", "files", "remote", "rows", "pixels", "ggml", "tensors", "video", "manifest", "pairs", "sheet", "curve", "prompt", "attention", "planes",
+    "repack", "vlm", "vae", "dit", "flow", "float8", "checkpoint", "convert", "quantize", "bench", "bench_convert", "bench_load", "memory", "sample", "counted", "bench_random", "bench_stage", "bench_growth", "bench_card", "diagnostics", "thing", "evaluate", "data", "train", "demo", "commands", "cli",
 )
 ALONE = {  # a foreign package -> the files that may import it
     "transformers": {"vlm.py", "train/tiny_vlm.py", "data/person.py"},
