@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from . import __version__
-from .commands import (run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_compose, run_data_import, run_data_looks, run_data_recolour,
+from .commands import (run_bench_cache, run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_compose, run_data_import, run_data_looks, run_data_recolour,
                        run_data_score, run_data_synth, run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
 from .config import VLM_SIZES
 from .errors import UserError
@@ -160,6 +160,15 @@ def _add_bench(commands) -> None:
     card.add_argument("--parts", type=text, default="", metavar="A,B",
                       help="of speed, attention, dit, dit_fp8, vlm, training_block, vae, dit_1.3b, compiled; default all")
     card.add_argument("--repeats", type=count, default=3)
+    cache = _command(bench, "cache", run_bench_cache, "`mive data cache` on video files beside its encoders alone")
+    cache.add_argument("--preset", default="tiny", choices=PRESET_NAMES, help="whose encoders' shapes the random weights have, default tiny")
+    cache.add_argument("--size", type=size, default=(96, 96), metavar="WxH", help="default 96x96")
+    cache.add_argument("--stored-size", type=size, metavar="WxH", help="of the video files, which are fitted to the size; default: the same")
+    cache.add_argument("--frames", type=count, default=17, metavar="N", help="4n+1, default 17")
+    cache.add_argument("--pairs", type=count, default=48, metavar="N")
+    cache.add_argument("--repeats", type=count, default=3)
+    cache.add_argument("--folder", type=text, metavar="DIR", help="where the files are written, and deleted afterwards")
+    _add_machine(cache, attention=False)
     for command in bench.choices.values():
         command.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the figures there")
 

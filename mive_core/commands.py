@@ -192,6 +192,16 @@ def run_bench_card(arguments: argparse.Namespace) -> None:
                                           repeats=arguments.repeats, blocks=arguments.blocks, parts=parts))
 
 
+def run_bench_cache(arguments: argparse.Namespace) -> None:
+    from .bench_random import workload
+    from .files import check_input
+    from .train.bench_cache import bench_cache
+
+    folder = check_input(arguments.folder, "folder") if arguments.folder else None
+    work = workload(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=_dtype(arguments.dtype), repeats=arguments.repeats)
+    _report(arguments, lambda: {"preset": arguments.preset, **bench_cache(work, num_pairs=arguments.pairs, stored_size=arguments.stored_size, folder=folder)})
+
+
 def _report(arguments: argparse.Namespace, measure: Callable[[], dict]) -> None:
     """Figures to stdout, and to the file that was asked for, whose name is checked before the measuring."""
     from .files import check_output

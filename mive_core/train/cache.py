@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -153,12 +153,13 @@ class ShardWorker:
 
     encoders: Encoders
     settings: CacheSettings
+    known: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # features that are there already, by line
 
     def read(self, shard: Shard) -> None:
         """Nothing: a shard's pairs would not fit in memory together."""
 
     def work(self, shard: Shard, read: None) -> dict:
-        write_shard(shard, self.encoders, self.settings)
+        write_shard(shard, self.encoders, self.settings, self.known)
         return {}
 
 
@@ -175,9 +176,8 @@ def cache(entries: Sequence[ManifestEntry], encoders: Encoders, folder: str | Pa
     check_same(folder, contract)
     shards = shards_of(entries, folder.absolute(), contract)
     missing = [shard for shard in shards if report_of(shard) is None]
-    if missing:
-        check_space(folder, entries, encoders, settings, sum(len(shard.lines) for shard in missing), say)
-    make = (lambda: ShardWorker(load(), settings)) if how.ray and load else lambda: ShardWorker(encoders, settings)
+    known = check_space(folder, missing, len(shards), encoders, settings, say) if missing else {}
+    make = (lambda: ShardWorker(load(), settings)) if how.ray and load else lambda: ShardWorker(encoders, settings, known)
     for _, outcome in tqdm(spread(make, missing, how), total=len(missing), desc="cache", unit="shard", disable=None):
         if "why" in outcome:
             raise UserError(outcome["why"])
@@ -209,36 +209,46 @@ def check_same(folder: Path, contract: dict) -> None:
                             expected=f"{contract[differing[0]]}", fix="choose another folder, or remove that one")
 
 
-def check_space(folder: Path, entries: Sequence[ManifestEntry], encoders: Encoders, settings: CacheSettings, count: int, say: Callable[[str], None]) -> None:
-    """Says how many bytes `count` pairs will take, judged by the first usable one. Raises UserError where the disk has no room for them."""
+def check_space(folder: Path, missing: Sequence[Shard], num_shards: int, encoders: Encoders, settings: CacheSettings,
+                say: Callable[[str], None]) -> dict[int, dict[str, Tensor]]:
+    """Says how many bytes the missing of the shards will take, judged by their first usable pair -> its features, by its line.
+
+    Raises UserError where the disk has no room for them, and where no shard is there and no pair can be used.
+    """
     skipped: list[dict] = []
-    sizes = (sum(t.nbytes for t in features.values()) for *_, features in usable(range(len(entries)), entries, encoders, settings, skipped))
-    size = next(sizes, None)
-    if size is None:
-        raise UserError("none of the pairs can be used", got=f"{len(entries)}, the first of which says: {skipped[0]['why']}")
+    count = sum(len(shard.lines) for shard in missing)
+    line, _, features = next((found for shard in missing for found in usable(shard, encoders, settings, skipped)), (None, None, None))
+    if features is None and len(missing) < num_shards:
+        return {}
+    if features is None:
+        raise UserError("none of the pairs can be used", got=f"{count}, the first of which says: {skipped[0]['why']}")
+    size = sum(tensor.nbytes for tensor in features.values())
     free = shutil.disk_usage(folder).free
     say(f"about {size * count / 1e9:.3g} GB for {count} pairs, {size / 1e6:.3g} MB each; {free / 1e9:.3g} GB are free")
     if size * count * FREE_DISK > free:
         raise UserError("the disk is too small for the cache", where=folder, got=f"{free} bytes free", expected=f"about {size * count}",
                         fix="free some space, or store the states in fp8")
+    return {line: features}
 
 
-def usable(lines: Sequence[int], entries: Sequence[ManifestEntry], encoders: Encoders, settings: CacheSettings,
-           skipped: list[dict]) -> Iterator[tuple[int, ManifestEntry, dict[str, Tensor]]]:
-    """The features of those pairs that can be used; the others are added to `skipped`, with the reason. `lines` number the entries."""
-    for (line, entry), read in ahead(zip(lines, entries), lambda pair: read_pair(pair[1], settings)):
+def usable(shard: Shard, encoders: Encoders, settings: CacheSettings, skipped: list[dict],
+           known: dict[int, dict[str, Tensor]] | None = None) -> Iterator[tuple[int, ManifestEntry, dict[str, Tensor]]]:
+    """Line, entry and features of those pairs that can be used; the others are added to `skipped`, with the reason."""
+    known = known or {}
+    read_one = lambda pair: None if pair[0] in known else read_pair(pair[1], settings)
+    for (line, entry), read in ahead(zip(shard.lines, shard.entries), read_one):
         try:
-            features = encoders.features(read(), settings)
+            features = known.pop(line) if line in known else encoders.features(read(), settings)
         except UserError as error:
             skipped.append({"pair": line, "name": entry.title, "why": str(error)})
             continue
         yield line, entry, features
 
 
-def write_shard(shard: Shard, encoders: Encoders, settings: CacheSettings) -> None:
+def write_shard(shard: Shard, encoders: Encoders, settings: CacheSettings, known: dict[int, dict[str, Tensor]]) -> None:
     skipped: list[dict] = []
     tensors, kept = {}, []
-    for line, entry, features in usable(shard.lines, shard.entries, encoders, settings, skipped):
+    for line, entry, features in usable(shard, encoders, settings, skipped, known):
         key = f"{line:08d}"
         tensors |= {f"{key}.{name}": value.cpu() for name, value in features.items()}
         kept.append(asdict(CacheEntry(shard.path.name, key, entry.name, tuple(features["target"].shape[1:]), features["states"].shape[1],

@@ -62,13 +62,3 @@ def test_what_cannot_be(work, random_models, capsys, more, says):
     out, err = capsys.readouterr()
     assert out == "" and says in err and err.count("\n") == 1
     assert not [name for name in os.listdir(".") if name.endswith(".mp4") and name not in ("a.mp4", "b.mp4", "c.mp4")]
-
-
-def test_on_two_workers_of_ray(work, random_models, capsys):
-    pytest.importorskip("ray", reason="ray is not installed: what runs on it is NOT tested")
-    assert main(command(random_models)) == 0
-    alone = {name: (work / "out" / name).read_bytes() for name in os.listdir("out") if name.endswith(".mp4")}
-    os.rename("out", "alone")
-    assert main(command(random_models, "--ray", "local", "--workers", "2")) == 0
-    assert capsys.readouterr().out == "out/edits.jsonl: 2 done, 1 left out\n" * 2
-    assert {name: (work / "out" / name).read_bytes() for name in os.listdir("out") if name.endswith(".mp4")} == alone

@@ -69,7 +69,7 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(manifest, encoders, tmp_p
     whole = cache(entries, encoders, tmp_path / "whole")
 
     def stop_after_two(self, pair, settings, own=Encoders.features):
-        if len(done) > 3:
+        if len(done) > 2:
             raise KeyboardInterrupt
         done.append(pair.name)
         return own(self, pair, settings)
@@ -98,6 +98,15 @@ def test_an_unusable_pair_is_left_out_and_named(manifest, encoders, tmp_path):
     assert "no target" in index["skipped"][1]["why"]
     with pytest.raises(UserError, match="none of the pairs can be used; got 2, the first of which says: source .*broken.mp4.*not a video"):
         cache(entries[1:3], encoders, tmp_path / "d")
+
+
+def test_bad_lines_that_are_added_later_are_left_out_too(manifest, encoders, tmp_path, monkeypatch):
+    """With all that is missing unusable, the size of a pair cannot be judged: the rest of the cache is there and stays."""
+    monkeypatch.setattr(module, "NUM_PER_SHARD", 2)
+    entries = read_manifest(manifest)[:4]
+    cache(entries, encoders, tmp_path)
+    index = cache([*entries, replace(entries[0], target=None)], encoders, tmp_path)
+    assert index["pairs"] == 4 and [item["pair"] for item in index["skipped"]] == [4]
 
 
 def test_a_clip_goes_to_the_bucket_of_its_shape(manifest):

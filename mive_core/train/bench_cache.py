@@ -1,0 +1,52 @@
+"""How much of the encoders' own speed `mive data cache` keeps: decoding, fitting and writing are to hide behind the models."""
+
+import tempfile
+import warnings
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..bench_random import Workload, random_vae, random_vlm
+from ..bench_stage import timed_once
+from ..manifest import ManifestEntry
+from ..pixels import cover
+from ..types import Clip
+from ..video import write_video
+from .cache import CacheSettings, Encoders, cache, read_pair
+from .heldout import drawn_pairs
+from .synth import PairedEdits
+
+DRAWN = (96, 96)  # of the pictures, before they are scaled
+
+
+def bench_cache(work: Workload, *, num_pairs: int = 48, stored_size: tuple[int, int] | None = None, folder: Path | None = None) -> dict:
+    """Pairs a second of the encoders alone on pairs in memory, of the whole command on video files, and the second's share of the first.
+
+    The models are of random weights. Each figure is the best of the workload's repeats, which take turns. The files hold pictures of
+    `stored_size`, which the command fits to the workload's size.
+    """
+    encoders = Encoders(random_vae(work), random_vlm(work), work.config, "random")
+    settings = CacheSettings(((*work.size, work.num_frames),))
+    with tempfile.TemporaryDirectory(dir=folder) as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        entries = write_clips(Path(place), num_pairs, stored_size or work.size, work.num_frames)
+        pairs = [read_pair(entry, settings) for entry in entries]
+        encoders.features(pairs[0], settings)
+        alone, whole = [], []
+        for repeat in tqdm(range(work.repeats), desc="repeats", disable=None):
+            alone.append(timed_once(work, lambda: [encoders.features(pair, settings) for pair in pairs]))
+            whole.append(timed_once(work, lambda: cache(entries, encoders, Path(place) / f"cache{repeat}", settings)))
+        reading = timed_once(work, lambda: [read_pair(entry, settings) for entry in entries])
+    return {**work.describes, "pairs": num_pairs, "stored_size": list(stored_size or work.size), "encoders_pairs_per_second": num_pairs / min(alone),
+            "cache_pairs_per_second": num_pairs / min(whole), "share": min(alone) / min(whole), "reading_pairs_per_second": num_pairs / reading}
+
+
+def write_clips(folder: Path, num_pairs: int, size: tuple[int, int], num_frames: int) -> list[ManifestEntry]:
+    """Drawn pairs as video files, and their entries."""
+    entries = []
+    for number, (pair, _) in enumerate(drawn_pairs(PairedEdits(0, "train", DRAWN, num_frames), num_pairs)):
+        paths = [folder / f"{number}-{kind}.mp4" for kind in ("source", "target")]
+        for path, frames in zip(paths, (pair.request.source.frames, pair.target)):
+            write_video(path, Clip(cover(frames, size), pair.request.source.fps))
+        entries.append(ManifestEntry(paths[0], None, pair.request.instruction, paths[1]))
+    return entries
