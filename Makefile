@@ -10,7 +10,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0
-	$(BIN)/python -m pip install --quiet --editable ".[train]" gguf "pytest>=8"
+	$(BIN)/python -m pip install --quiet --editable ".[train,data]" gguf "pytest>=8"
+	$(BIN)/python -m pip install --quiet --editable ".[ray]" || echo "ray is not to be had here: its tests will be skipped"
 	touch $@
 
 demo: $(STAMP)
