@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, RULE, FAINT = (250, 250, 248), (28, 28, 32), (222, 222, 218), (176, 186, 206)
-SIZE, LEFT, RIGHT, TOP, BOTTOM = (960, 360), 72, 24, 44, 40
-PARTS = 20  # of the steps, one of which a mean runs over
+SIZE, LEFT, RIGHT, TOP, BOTTOM = (960, 420), 92, 36, 56, 48
+FONT = 22  # of a picture that a node shows at a third of its width
+PARTS = 10  # of the steps, one of which a mean runs over
 
 
 def read_losses(log: Path) -> dict[int, float]:
@@ -38,7 +39,7 @@ def draw_losses(losses: dict[int, float], what: str = "loss") -> Image.Image:
     steps, values = np.array(list(losses)), np.array(list(losses.values()))
     means = running_mean(values, max(len(values) // PARTS, 1))
     picture = Image.new("RGB", SIZE, PAPER)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
     finite = values[np.isfinite(values)]
     high = max(float(finite.max(initial=0.0)), 1e-9)
     right, bottom = SIZE[0] - RIGHT, SIZE[1] - BOTTOM
@@ -46,7 +47,7 @@ def draw_losses(losses: dict[int, float], what: str = "loss") -> Image.Image:
     def place(step: float, value: float) -> tuple[float, float]:
         return LEFT + (step - steps[0]) / max(steps[-1] - steps[0], 1) * (right - LEFT), bottom - value / high * (bottom - TOP)
 
-    draw.text((LEFT, TOP - 14), f"{what} by step, and its mean over {max(len(values) // PARTS, 1)}", INK, font, anchor="ls")
+    draw.text((LEFT, TOP - 18), f"{what} by step, and its mean over {max(len(values) // PARTS, 1)}", INK, font, anchor="ls")
     for level in (0.0, high / 2, high):
         y = place(steps[0], level)[1]
         draw.line((LEFT, y, right, y), RULE)
@@ -56,10 +57,10 @@ def draw_losses(losses: dict[int, float], what: str = "loss") -> Image.Image:
     for step, value in zip(steps, values):
         if math.isfinite(value):
             x, y = place(step, value)
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), FAINT)
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), FAINT)
     points = [place(step, mean) for step, mean in zip(steps, means) if math.isfinite(mean)]
     if len(points) > 1:
-        draw.line(points, INK, 2)
+        draw.line(points, INK, 3)
     return picture
 
 

@@ -36,14 +36,14 @@ FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 SCALES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight, ComfyUI's present and former spelling
 SCALE_NOTES = (".comfy_quant", ".input_scale", ".scale_input", "scaled_fp8")  # for 8-bit products; the weights do not need them
 
-VLM_FAMILY, WAN_FAMILY = "a Qwen3-VL model", "a Wan T2V checkpoint"
+VLM_FAMILY, VAE_FAMILY, WAN_FAMILY = "a Qwen3-VL model", "a Wan VAE", "a Wan T2V checkpoint"
 # a family's name and a key that only its files have, most specific first
 FAMILIES = (
     ("a MiVE DiT", r"^context\.projections\.0\.weight$"),
     ("a LoRA", r"lora_(A|B|up|down|a|b)\b|\.lora_"),
     ("a Wan I2V checkpoint", r"img_emb\.proj|image_embedder\."),
     (WAN_FAMILY, r"(^|\.)blocks\.0\.(cross_attn|attn2)\."),
-    ("a Wan VAE", r"^(decoder\.middle\.0\.residual\.0\.gamma|decoder\.mid_block\.resnets\.0\.norm1\.gamma|decoder\.head\.0\.gamma)$"),
+    (VAE_FAMILY, r"^(decoder\.middle\.0\.residual\.0\.gamma|decoder\.mid_block\.resnets\.0\.norm1\.gamma|decoder\.head\.0\.gamma)$"),
     (VLM_FAMILY, r"(visual\.deepstack_merger_list|visual\.merger)"),
     ("a language model", r"(^|\.)layers\.0\.self_attn\.q_proj\.weight$"),
 )

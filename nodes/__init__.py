@@ -2,10 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import convert, dit, inspect, latents, lora, sampling, vlm
+from . import convert, dit, inspect, latents, lora, sampling, train, vlm
 from .bridge.paths import register
 
-MODULES = (vlm, dit, latents, sampling, inspect, convert, lora)
+MODULES = (vlm, dit, latents, sampling, inspect, convert, lora, train)
 
 
 class MiVEExtension(ComfyExtension):

@@ -1,21 +1,19 @@
 """Makes a MiVE checkpoint to train from out of a Wan one, inside ComfyUI's own folders."""
 
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..mive_core.config import VLM_SIZES
 from ..mive_core.convert import init_from_wan
 from ..mive_core.errors import UserError
 from ..mive_core.layers import parse_layers
-from .bridge.paths import find, list_dits
+from .bridge.paths import find, list_dits, place
 from .bridge.said import show
 
 EXPECTED = "a .safetensors file of Wan2.1-T2V in models/diffusion_models"
-SUFFIX, FOLDER = ".safetensors", "diffusion_models"
 
 
 class MiVEInitFromWan(io.ComfyNode):
@@ -60,10 +58,7 @@ class MiVEInitFromWan(io.ComfyNode):
 
 def destination(name: str) -> Path:
     """A plain file name -> its place in models/diffusion_models. Raises UserError for any other name, and for one that is taken."""
-    if not name.endswith(SUFFIX) or name == SUFFIX or PurePath(name).name != name or "\\" in name or not name.isprintable():
-        raise UserError("this is no plain name of a file", where="filename", got=repr(name), expected=f"a name that ends in {SUFFIX}, without folders")
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]  # models/unet, the former one, comes first
-    path = next((folder for folder in folders if folder.name == FOLDER), folders[0]) / name
+    path = place("diffusion_models", name, "filename")
     if path.exists():
         raise UserError("the file is there already", where="filename", got=name, fix="choose another name, or delete the file")
     return path

@@ -11,6 +11,7 @@ from ..mive_core.types import Clip
 from ..mive_core.vae import LATENT_CHANNELS, TEMPORAL_FACTOR
 from .bridge.conditioning import GUIDES, LAYERS
 from .bridge.said import logged
+from .bridge.vae import encode
 
 ANY_FPS = 1.0  # the VAE does not ask
 
@@ -53,14 +54,6 @@ class MiVEReferenceLatents(io.ComfyNode):
         latent = torch.zeros(shape, device=comfy.model_management.intermediate_device())
         return io.NodeOutput(node_helpers.conditioning_set_values(positive, guides),
                              node_helpers.conditioning_set_values(negative, guides), {"samples": latent})
-
-
-def encode(vae, frames: torch.Tensor) -> torch.Tensor:
-    """(F, H, W, 3) in 0..1 -> (1, C, T, Y, X) as the VAE gives them. Raises UserError where they are not finite."""
-    latents = vae.encode(frames)
-    if not latents.isfinite().all():
-        raise UserError("the VAE gives NaN or infinity", where="vae", fix="start ComfyUI with --fp32-vae or --bf16-vae, or download the VAE again")
-    return latents
 
 
 NODES = [MiVEReferenceLatents]

@@ -34,8 +34,8 @@ class MiVELoadLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str) -> bool | str:
-        return True if lora_name in list_loras() else f"{lora_name!r} is not there; expected {EXPECTED}"
+    def validate_inputs(cls, lora_name: str | None) -> bool | str:
+        return True if lora_name is None or lora_name in list_loras() else f"{lora_name!r} is not there; expected {EXPECTED}"
 
     @classmethod
     def execute(cls, model, lora_name: str, strength_model: float) -> io.NodeOutput:

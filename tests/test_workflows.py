@@ -9,13 +9,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "workflows").glob("*.json"))
-NAMES = {"mive_quickstart", "mive_720p", "mive_stock_sampler", "mive_long_video", "mive_layer_study", "mive_fewstep"}
+NAMES = {"mive_quickstart", "mive_720p", "mive_stock_sampler", "mive_long_video", "mive_layer_study", "mive_fewstep", "mive_train_lora"}
 TITLE = 30  # height of a node's title bar, which lies above its position
 NOTE = "MarkdownNote"
 DRAWN = {  # heights below the title bar with what they show after a run, measured in the browser with the new nodes
     "MiVELoadDiT": 110, "MiVELoadVLM": 110, "VAELoader": 62, "GetVideoComponents": 94, "ImageFromBatch": 90, "EmptyImage": 146, "ImageBlend": 110,
     "MiVEReferenceLatents": 222, "MiVESampler": 314, "VAEDecode": 54, "CreateVideo": 110, "WanContextWindowsManual": 250, "ModelSamplingSD3": 62,
-    "KSampler": 262, "MiVELoadLoRA": 236, "PreviewImage": 260, "MiVELayerSelect": 236, "SaveVideo": 340,
+    "KSampler": 262, "MiVELoadLoRA": 236, "PreviewImage": 260, "MiVELayerSelect": 236, "SaveVideo": 340, "MiVETrainLoRA": 866, "LoadImage": 326, "ImageStitch": 150,
 }
 
 

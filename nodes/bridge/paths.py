@@ -8,34 +8,36 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import folder_paths
 
 from ...mive_core.errors import UserError
 from ...mive_core.sample import EMBEDDED
-from ...mive_core.tensors import VLM_FAMILY, read_header
+from ...mive_core.tensors import VAE_FAMILY, VLM_FAMILY, read_header
 
 ASSETS = EMBEDDED["tiny"].parent  # embedded entries read `tiny/...`
-SAMPLE, SAMPLE_INPUT = ASSETS / "samples" / "bigbuckbunny_33f.mp4", "mive_sample.mp4"
+SAMPLES = {"bigbuckbunny_33f.mp4": "mive_sample.mp4", "neon.png": "mive_sample_neon.png", "pairs": "mive_sample_pairs"}  # what the workflows read: its name among the inputs
 LLM = "LLM"
+SUFFIX = ".safetensors"
 
 
 def register() -> None:
-    """Adds the embedded VAE to the stock VAE loader's list, models/LLM to the known folders, the sample clip to the inputs."""
+    """Adds the embedded VAE to the stock VAE loader's list, models/LLM to the known folders, the samples to the inputs."""
     folder_paths.add_model_folder_path("vae", str(ASSETS))
     folder_paths.add_model_folder_path(LLM, os.path.join(folder_paths.models_dir, LLM))
-    sample = Path(folder_paths.get_input_directory()) / SAMPLE_INPUT
-    try:
-        if not sample.exists():
-            shutil.copyfile(SAMPLE, sample)
-    except OSError as error:
-        logging.warning("MiVE: the quickstart's sample clip could not be put into the input folder: %s", error)
+    for name, shown in SAMPLES.items():
+        source, sample = ASSETS / "samples" / name, Path(folder_paths.get_input_directory()) / shown
+        try:
+            if not sample.exists():
+                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, sample)
+        except OSError as error:
+            logging.warning("MiVE: the sample %s could not be put into the input folder: %s", shown, error)
 
 
 def list_dits() -> dict[str, Path]:
     """Entry -> file, of .safetensors in models/diffusion_models and the embedded DiT, which comes last."""
-    names = [name for name in folder_paths.get_filename_list("diffusion_models") if name.endswith(".safetensors")]
+    names = [name for name in folder_paths.get_filename_list("diffusion_models") if name.endswith(SUFFIX)]
     found = {name: folder_paths.get_full_path("diffusion_models", name) for name in names}
     embedded = {f"{path.parent.name}/{path.name}": path for path in ASSETS.glob("*/dit.safetensors")}
     return {name: Path(path) for name, path in {**found, **embedded}.items() if path is not None}
@@ -51,18 +53,41 @@ def list_vlms() -> dict[str, Path]:
     for root in roots:
         folders = [path.parent for path in sorted({*root.glob("*/config.json"), *root.glob("*/*/config.json")})]
         files = [path for path in sorted({*root.glob("*.safetensors"), *root.glob("*/*.safetensors")})
-                 if path.parent not in folders and path.is_file() and _is_vlm(path, path.stat().st_mtime)]
+                 if path.parent not in folders and path.is_file() and _is(path, VLM_FAMILY, path.stat().st_mtime)]
         found |= {path.relative_to(root).as_posix(): path for path in (*folders, *files)}
     return found
 
 
+def list_vaes() -> dict[str, Path]:
+    """Entry -> file, of those in models/vae and the embedded ones that hold a VAE of Wan."""
+    names = [name for name in folder_paths.get_filename_list("vae") if name.endswith(SUFFIX)]
+    found = {name: Path(path) for name in names if (path := folder_paths.get_full_path("vae", name)) is not None}
+    return {name: path for name, path in found.items() if _is(path, VAE_FAMILY, path.stat().st_mtime)}
+
+
 @lru_cache(maxsize=None)
-def _is_vlm(path: Path, modified: float) -> bool:
-    """Whether a file holds a Qwen3-VL; only its header is read, once for each time it was `modified`."""
+def _is(path: Path, family: str, modified: float) -> bool:
+    """Whether a file holds a model of that family; only its header is read, once for each time it was `modified`."""
     try:
-        return read_header(path).family == VLM_FAMILY
+        return read_header(path).family == family
     except (UserError, OSError):
         return False
+
+
+def list_pairs() -> dict[str, Path]:
+    """Entry -> a folder with source/ and target/, or a manifest, in ComfyUI's input folder or one below."""
+    root = Path(folder_paths.get_input_directory())
+    folders = [path.parent for path in sorted({*root.glob("*/source"), *root.glob("*/*/source")}) if (path.parent / "target").is_dir()]
+    manifests = sorted({*root.glob("*.jsonl"), *root.glob("*/*.jsonl"), *root.glob("*/*/*.jsonl")})
+    return {path.relative_to(root).as_posix(): path for path in (*folders, *manifests)}
+
+
+def place(folder: str, name: str, where: str) -> Path:
+    """A plain name of a .safetensors file -> where it lies in ComfyUI's models of that kind. Raises UserError for any other name."""
+    if not name.endswith(SUFFIX) or name == SUFFIX or PurePath(name).name != name or "\\" in name or not name.isprintable():
+        raise UserError("this is no plain name of a file", where=where, got=repr(name), expected=f"a name that ends in {SUFFIX}, without folders")
+    folders = [Path(path) for path in folder_paths.get_folder_paths(folder)]  # models/unet, the former diffusion_models, comes first
+    return next((path for path in folders if path.name == folder), folders[0]) / name
 
 
 def find(entries: Callable[[], dict[str, Path]], name: str, expected: str) -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 SNAPSHOT = Path(__file__).parent / "schemas.json"
 IDS = ["MiVELoadVLM", "MiVELayerSelect", "MiVEEncode", "MiVELoadDiT", "MiVEReferenceLatents", "MiVESampler", "MiVEPreflight", "MiVEDriftReport",
-       "MiVEInitFromWan", "MiVELoadLoRA"]
+       "MiVEInitFromWan", "MiVELoadLoRA", "MiVETrainLoRA"]
 
 
 def test_loads_without_a_warning(pack):

@@ -30,7 +30,8 @@ ROWS = {
     23: ("a shard that is missing or truncated", "its name", ["test_damaged_vlm_folders"]),
     24: ("a pickle", "never opened", ["test_pickles_are_not_offered"]),
     25: ("paths that leave the folder, NUL, backslash", "refused", ["test_missing_files_are_refused_with_the_folder",
-                                                                   "test_a_name_that_leaves_the_folder_is_refused_when_the_prompt_is_checked"]),
+                                                                   "test_a_name_that_leaves_the_folder_is_refused_when_the_prompt_is_checked",
+                                                                   "test_what_is_not_there_is_refused_when_the_prompt_is_checked"]),
     26: ("a LoRA of which nothing fits; some", "an error; the counts", ["test_a_lora_that_does_not_fit_is_an_error", "test_every_spelling_lands_on_the_same_weights",
                                                                        "test_one_matrix_of_another_shape_is_left_out"]),
     27: ("a bad layer spec", "refused with the column", ["test_bad_specs_are_refused_when_the_prompt_is_checked", "test_layers_that_the_vlm_lacks"]),
@@ -42,7 +43,7 @@ ROWS = {
 FAULTS = {
     "out of memory": ["test_out_of_memory_reaches_comfyui_and_the_rerun_is_clean", "test_the_vae_goes_on_in_tiles_where_memory_is_short"],
     "interrupt": ["test_interrupt_ends_at_once_and_leaves_nothing_behind", "test_cancel_is_heard_in_the_middle_and_the_rerun_is_clean",
-                  "test_an_interrupted_conversion_leaves_no_file"],
+                  "test_an_interrupted_conversion_leaves_no_file", "test_cancel_saves_and_the_next_run_goes_on", "test_cancel_while_pairs_are_read"],
     "non-finite latents": ["test_numbers_that_are_none_never_become_a_black_video"],
     "the next prompt": ["test_after_an_error_the_next_prompt_succeeds"],
     "many prompts": ["test_fifty_prompts_leave_no_trend"],

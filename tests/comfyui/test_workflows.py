@@ -22,6 +22,7 @@ ENDS = {  # what is saved: frames, height, width
     "mive_long_video": (33, 96, 96),
     "mive_layer_study": (17, 96, 4 * 96 + 3 * 4),
     "mive_fewstep": (9, 64, 112),
+    "mive_train_lora": (17, 96, 2 * 96 + 4),
 }
 RESOLVED = {"Layers: first + last": "1, 4", "Layers: evenly spaced 2": "1, 4", "Layers: first two": "1, 2", "Layers: last two": "3, 4"}
 
@@ -70,7 +71,7 @@ def test_runs_to_its_end(queue, name):
     prompt, entry, frames = queue(name)
     assert tuple(frames.shape) == (*ENDS[name], 3) and frames.std() > 0.01
     shown = {prompt[number]["class_type"] for number in entry["outputs"]}
-    assert shown >= {"SaveVideo", "MiVEPreflight", "MiVELayerSelect", "PreviewImage"}
+    assert shown >= {"SaveVideo", "MiVEPreflight", "MiVELayerSelect", "MiVETrainLoRA" if name == "mive_train_lora" else "PreviewImage"}
 
 
 def decoded(server, prompt: dict) -> dict[str, torch.Tensor]:
@@ -111,3 +112,14 @@ def test_the_lora_finds_its_layers(server, queue):
     (with_it,), (without,) = (decoded(server, queue("mive_fewstep", strength_model=strength)[0]).values() for strength in (1.0, 0.0))
     assert not torch.equal(with_it, without)
     assert "lora key not loaded" not in server.log.read_text()[before:]
+
+
+def test_the_trained_lora_is_in_the_edit(server, queue):
+    """Its name comes over a wire; the two halves of the picture are the two edits, and what was trained lies in models/loras."""
+    (server.base / "models" / "loras" / "mive_neon.safetensors").unlink(missing_ok=True)
+    prompt, entry, frames = queue("mive_train_lora", rank=4, resume="start anew")
+    without, with_it = decoded(server, prompt).values()
+    assert (without - with_it).abs().mean() > 1e-3
+    weights = load_file(server.base / "models" / "loras" / "mive_neon.safetensors")
+    assert len(weights) == 108 and {min(tensor.shape) for tensor in weights.values()} == {4}
+    assert (frames[:, :, :96] - frames[:, :, -96:]).abs().mean() > 1e-3

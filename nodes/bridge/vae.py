@@ -1,0 +1,42 @@
+"""A stock VAE of Wan 2.1, under ComfyUI's memory management: in tiles where memory is short.
+
+F frames of H x W pixels; C latent channels, T x Y x X latent grid.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.sd
+import comfy.utils
+from torch import Tensor
+
+from ...mive_core.errors import UserError
+from ...mive_core.vae import LATENT_CHANNELS
+
+
+def encode(vae, frames: Tensor) -> Tensor:
+    """(F, H, W, 3) in 0..1 -> (1, C, T, Y, X) as the VAE gives them. Raises UserError where they are not finite."""
+    latents = vae.encode(frames)
+    if not latents.isfinite().all():
+        raise UserError("the VAE gives NaN or infinity", where="vae", fix="start ComfyUI with --fp32-vae or --bf16-vae, or download the VAE again")
+    return latents
+
+
+@dataclass(frozen=True)
+class HostedVAE:
+    """A file that is loaded when the first clip is to be encoded."""
+
+    path: Path
+
+    @cached_property
+    def vae(self) -> comfy.sd.VAE:
+        return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(self.path), safe_load=True))
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """(F, H, W, 3) in 0..1 -> (1, C, T, Y, X), normalised, as the library's VAE gives them."""
+        latents = encode(self.vae, frames)
+        if latents.shape[1] != LATENT_CHANNELS:
+            raise UserError("this is not a Wan 2.1 VAE", where=self.path, got=f"{latents.shape[1]} latent channels", expected=LATENT_CHANNELS)
+        return comfy.latent_formats.Wan21().process_in(latents)
