@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torch.distributed as distributed
 from torch.autograd.graph import save_on_cpu
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from ..dit import MiVEDiT
@@ -29,13 +29,16 @@ def _offloaded(forward, *args, **kwargs):
         return forward(*args, **kwargs)
 
 
-def shard(model: MiVEDiT) -> None:
-    """FSDP2: a block's weights are whole only while it runs, the others' while the model does. Raises UserError where it runs alone."""
+def shard(model: MiVEDiT, bf16: bool = False) -> None:
+    """FSDP2: a block's weights are whole only while it runs, the others' while the model does. Raises UserError where it runs alone.
+
+    In bf16 they are put together so; parts, gradients' sums and what the optimizer sees stay as they are.
+    """
     if not distributed.is_initialized():
         raise UserError("sharded training takes several processes", got="one", fix="start it with torchrun or `accelerate launch`")
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else MixedPrecisionPolicy()
+    for part in (*model.blocks, model):
+        fully_shard(part, mp_policy=policy)
     register_fsdp_forward_method(model, "embed_condition")
 
 

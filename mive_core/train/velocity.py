@@ -93,7 +93,7 @@ class VelocityTask(Task):
         if recipe.compiled:
             model.compile_blocks()
         if recipe.sharded:
-            blocks.shard(model)
+            blocks.shard(model, recipe.bf16)
         self.optimizers = optimizers_of(recipe, next(iter(self.modules.values())))
 
     def rate(self, step: int) -> float:
@@ -106,7 +106,10 @@ class VelocityTask(Task):
         noise = torch.randn(batch.target.shape, generator=generator)
         t = shift_time(draw_times(len(noise), self.recipe.time_sampling, generator), self.recipe.time_shift)
         states, device = self.states(batch, generator), self.recipe.device
-        return velocity_losses(self.model, batch.to(device), states.to(device), noise.to(device), t.to(device), self.recipe.edited_weight, self.channels)
+        # where memory is short no copy of the weights in bf16 is kept for a second use
+        keep = torch.is_autocast_cache_enabled() and not self.recipe.recompute
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.recipe.bf16, cache_enabled=keep):
+            return velocity_losses(self.model, batch.to(device), states.to(device), noise.to(device), t.to(device), self.recipe.edited_weight, self.channels)
 
     def states(self, batch: EditFeatures, generator: torch.Generator) -> Tensor:
         """(B, K, S, D_vlm) to read."""

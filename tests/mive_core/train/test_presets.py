@@ -1,0 +1,52 @@
+"""What configs/ offers: every recipe is read whole, what it sets can work together, and the small one runs."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from mive_core.cli import main
+from mive_core.train.dispatch import train
+from mive_core.train.edit import EditRecipe, check_own
+from mive_core.train.velocity import VelocityRecipe, check
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+def test_every_recipe_is_read_and_what_it_sets_can_work_together(recipes):
+    assert {"paper_14b_8xh100", "lora_14b_1x24gb", "full_1p3b_1x80gb", "tiny_cpu", "tiny_dit_outlines"} <= recipes.keys()
+    for name, recipe in recipes.items():
+        if isinstance(recipe, VelocityRecipe):
+            check(replace(recipe, device="cpu"), name)
+        if isinstance(recipe, EditRecipe):
+            check_own(recipe, name)
+
+
+def test_an_unknown_key_is_an_error(tmp_path, capsys):
+    text = (CONFIGS / "tiny_cpu.yaml").read_text() + "leraning_rate: 1\n"
+    (tmp_path / "typo.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "typo.yaml")]) == 2
+    assert "unknown keys in the recipe; got leraning_rate" in capsys.readouterr().err
+
+
+def test_the_small_preset_runs_by_the_commands_that_it_names(tmp_path, monkeypatch):
+    """With fewer pairs and steps; the commands stand in its first lines."""
+    monkeypatch.chdir(tmp_path)
+    text = (CONFIGS / "tiny_cpu.yaml").read_text()
+    commands = [line.removeprefix("#   mive ") for line in text.splitlines() if line.startswith("#   mive ")]
+    assert len(commands) == 4
+    for command in commands:
+        words = command.replace("--num 24", "--num 4").replace("--num 4", "--num 2").replace('"two alike"', "two_alike").split()
+        assert main([word.replace("_alike", " alike") if word == "two_alike" else word for word in words]) == 0
+    values = yaml.safe_load(text) | {"num_steps": 3, "num_warmup_steps": 1, "validate_every": 2, "validation_steps": 1, "log_every": 1}
+    Path("short.yaml").write_text(yaml.safe_dump(values))
+    train("short.yaml")
+    assert len(load_file("runs/tiny_cpu/lora.safetensors")) == 2 * 6 * 9
+    lines = [json.loads(line) for line in Path("runs/tiny_cpu/run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2] and lines[-1]["tokens_per_second"] > 0
+    assert len(Path("runs/tiny_cpu/run/validation.jsonl").read_text().splitlines()) == 2
+    shutil.rmtree("runs")
