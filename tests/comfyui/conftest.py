@@ -4,6 +4,7 @@ The pack is mounted as a user mounts it, in a base folder of the tests' own, wit
 """
 
 import asyncio
+import importlib
 import logging
 import os
 import sys
@@ -116,7 +117,7 @@ class Pack:
             return clone.execute(**{**defaults, **inputs}).args
 
     def submodule(self, name: str) -> ModuleType:
-        return sys.modules[f"{self.module.__name__}.{name}"]
+        return importlib.import_module(f"{self.module.__name__}.{name}")
 
 
 @pytest.fixture(scope="session")
