@@ -49,8 +49,9 @@ def run_edit(arguments: argparse.Namespace) -> None:
 
 def _edit_many(arguments: argparse.Namespace) -> None:
     from .files import check_output_folder
+    from .pairs import read_pairs
 
-    output, entries = check_output_folder(arguments.output, "output"), _pairs(arguments.manifest)
+    output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest, may_be_silent=True)
     from functools import partial
 
     from .data.edits import JOURNAL, edit_all
@@ -251,7 +252,9 @@ def run_data_compose(arguments: argparse.Namespace) -> None:
 
 
 def run_data_score(arguments: argparse.Namespace) -> None:
-    entries = _pairs(arguments.manifest, may_be_silent=False)
+    from .pairs import read_pairs
+
+    entries = read_pairs(arguments.manifest)
     from functools import partial
 
     from .data.judge import Judge
@@ -268,7 +271,7 @@ def run_data_score(arguments: argparse.Namespace) -> None:
 def run_data_cache(arguments: argparse.Namespace) -> None:
     from .files import check_output_folder
 
-    output, entries = check_output_folder(arguments.output, "output"), _pairs(arguments.manifest, may_be_silent=False)
+    output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest)
     from functools import partial
 
     from .sample import EMBEDDED
@@ -283,6 +286,7 @@ def run_data_cache(arguments: argparse.Namespace) -> None:
 
 
 def run_data_looks(arguments: argparse.Namespace) -> None:
+    from .pairs import read_pairs
     from .train.heldout import footage_pairs, unseen_look_pairs
 
     _write_footage(arguments, unseen_look_pairs if arguments.unseen else footage_pairs)
@@ -311,16 +315,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
                      f"{Path(arguments.output) / 'report.json'}: {report['seconds']:.0f} s\n")
 
 
-def _pairs(place: str, may_be_silent: bool = True) -> list:
-    """The entries of a manifest, local or behind a URL, or of a folder of pairs."""
-    from .manifest import read_manifest
-    from .pairs import read_folder
-
-    return read_folder(Path(place)) if Path(place).is_dir() else read_manifest(place, may_be_silent=may_be_silent)
-
-
 def _spread(arguments: argparse.Namespace):
-    from .data.spread import Spread
+    from .data.spread import Spread, check_ray
 
     return Spread(arguments.ray, arguments.workers, 1 if getattr(arguments, "device", "cpu") == "cuda" else 0)
 
@@ -338,6 +334,8 @@ def _machine(arguments: argparse.Namespace) -> dict:
     return {"device": arguments.device, "dtype": _dtype(arguments.dtype), "attention": arguments.attention, "compiled": arguments.compile,
             "float8": arguments.fp8}
 
+    if arguments.ray:
+        check_ray()
 
 def _dtype(name: str | None):
     import torch

@@ -113,6 +113,12 @@ def written_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def sweep(folder: Path) -> None:
+    """Removes what `written_beside` and `written_folder` of killed processes have left in it."""
+    for path in folder.glob(".*.partial*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def _flush_folder(folder: Path) -> None:
     """Makes a rename last through a power cut, where folders can be opened."""
     if os.name == "nt":

@@ -1,7 +1,7 @@
 """A folder of pairs, as they are collected by hand -> what a manifest would say of them.
 
     source/NAME.mp4       the clip before; any video, or a folder of frames
-    target/NAME.mp4       the same clip edited, at least as long
+    target/NAME.mp4       the same clip edited, as long
     NAME.txt              what was done, in words; instruction.txt speaks for every pair that has no text of its own
     reference/NAME.png    may be left out: the target's first frame
     mask/NAME.mp4         may be left out; white where the edit is
@@ -13,6 +13,7 @@ from pathlib import Path
 from .errors import UserError
 from .files import check_input
 from .manifest import ManifestEntry, read_manifest
+from .remote import is_url
 
 LAYOUT = "source/NAME.mp4, target/NAME.mp4 and NAME.txt"
 COMMON = "instruction.txt"
@@ -20,10 +21,11 @@ NO_CLIPS = (".txt", ".json", ".jsonl", ".md", ".db", ".ini")  # what else lies a
 MOST_NAMED = 3  # in a message
 
 
-def read_pairs(path: str | os.PathLike) -> list[ManifestEntry]:
-    """A folder of pairs, or a manifest. Raises UserError, for an instruction without words too."""
-    path = check_input(path, "pairs")
-    return read_folder(path) if path.is_dir() else read_manifest(path, may_be_silent=False)
+def read_pairs(place: str | os.PathLike, may_be_silent: bool = False) -> list[ManifestEntry]:
+    """A folder of pairs, or a manifest, which may be a URL. Raises UserError, and unless it `may_be_silent` for an instruction without words too."""
+    if is_url(place) or not check_input(place, "pairs").is_dir():
+        return read_manifest(place, may_be_silent=may_be_silent)
+    return read_folder(Path(place))
 
 
 def read_folder(folder: Path) -> list[ManifestEntry]:

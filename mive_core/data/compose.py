@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import check_input, check_output_folder, numbered_name, written_folder
+from ..files import check_input, check_output_folder, numbered_name, sweep, written_folder
 from ..manifest import ManifestEntry, read_manifest, read_source, write_manifest
 from ..pixels import cover, fit_clip, trimmed
 from ..remote import is_url, local_copy
@@ -119,6 +119,7 @@ def compose(people: Sequence[ManifestEntry], backgrounds: Sequence[ManifestEntry
     tasks = [Task(mark_of((contract, p.number), p.person, p.background), p.person.title, p) for p in portraits]
     make = lambda: ComposeWorker(load() if unmasked else None, folder.absolute(), settings)
     outcomes = worked_through(tasks, make, folder / JOURNAL, how, "clips", lambda result: (folder / result["folder"] / "surroundings").is_dir())
+    sweep(folder)
     pairs = [pair for outcome in outcomes if outcome.result for pair in pairs_of(outcome.result, folder, settings.store)]
     return outcomes, write_manifest(folder / MANIFEST, pairs)
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..evaluate import Editor, EvaluationSettings, timed_edit
-from ..files import check_output_folder, numbered_name
+from ..files import check_output_folder, numbered_name, sweep
 from ..manifest import ManifestEntry, load_entry
 from ..types import EditRequest
 from ..video import write_video
@@ -46,5 +46,7 @@ def edit_all(entries: Sequence[ManifestEntry], load: Callable[[], Editor], folde
     folder.mkdir(parents=True, exist_ok=True)
     contract = (asdict(settings), size, num_frames, made_by)
     tasks = [Task(mark_of((contract, number), entry), entry.title, (number, entry)) for number, entry in enumerate(entries)]
-    return worked_through(tasks, lambda: EditWorker(load(), settings, folder.absolute(), size, num_frames), folder / JOURNAL, how, "clips",
-                          lambda result: (folder / result["edited"]).is_file())
+    outcomes = worked_through(tasks, lambda: EditWorker(load(), settings, folder.absolute(), size, num_frames), folder / JOURNAL, how, "clips",
+                              lambda result: (folder / result["edited"]).is_file())
+    sweep(folder)
+    return outcomes

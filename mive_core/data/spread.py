@@ -11,9 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from ..errors import UserError
 
 MOST_BLOCKS = 10_000  # what Ray keeps track of
+UNUSABLE = (UserError, torch.OutOfMemoryError)  # what leaves an item out, where other errors end the work
 LOCAL = "local"
 
 
@@ -53,7 +56,7 @@ def done(worker: Worker, numbered: Iterable[tuple[int, Any]]) -> Iterator[tuple[
     for (index, item), read in ahead(numbered, lambda pair: worker.read(pair[1])):
         try:
             yield index, {"result": worker.work(item, read())}
-        except UserError as error:
+        except UNUSABLE as error:
             yield index, {"why": str(error)}
 
 
@@ -102,14 +105,20 @@ class _Actor:
             yield {"index": [index], "outcome": [json.dumps(outcome)]}
 
 
-def _started(how: Spread):
-    """Ray, connected, and whether it was this function that did so. Raises UserError."""
+def check_ray():
+    """Ray, if it is installed. Raises UserError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise UserError("--ray needs the package ray", got=str(error), fix='pip install "mive[ray]"') from None
+    return ray
+
+
+def _started(how: Spread):
+    """Ray, connected, and whether it was this function that did so. Raises UserError."""
+    ray = check_ray()
     started = not ray.is_initialized()
     if started:
         try:

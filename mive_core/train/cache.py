@@ -20,9 +20,9 @@ from tqdm import tqdm
 from ..checkpoint import read_config
 from ..config import MiVEConfig
 from ..data.journal import mark_of
-from ..data.spread import Spread, ahead, spread
+from ..data.spread import UNUSABLE, Spread, ahead, spread
 from ..errors import UserError
-from ..files import check_output_folder, written_beside
+from ..files import check_output_folder, sweep, written_beside
 from ..manifest import ManifestEntry, load_entry, read_source
 from ..sample import check_device, check_vlm
 from ..tensors import read_header, resolve, shard_files, write_tensors
@@ -181,6 +181,7 @@ def cache(entries: Sequence[ManifestEntry], encoders: Encoders, folder: str | Pa
     for _, outcome in tqdm(spread(make, missing, how), total=len(missing), desc="cache", unit="shard", disable=None):
         if "why" in outcome:
             raise UserError(outcome["why"])
+    sweep(folder)
     return write_index(folder, contract, [report_of(shard) for shard in shards])
 
 
@@ -239,7 +240,7 @@ def usable(shard: Shard, encoders: Encoders, settings: CacheSettings, skipped: l
     for (line, entry), read in ahead(zip(shard.lines, shard.entries), read_one):
         try:
             features = known.pop(line) if line in known else encoders.features(read(), settings)
-        except UserError as error:
+        except UNUSABLE as error:
             skipped.append({"pair": line, "name": entry.title, "why": str(error)})
             continue
         yield line, entry, features

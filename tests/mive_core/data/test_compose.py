@@ -70,9 +70,11 @@ def test_it_goes_on_where_it_stopped(work, capsys):
     assert len(times) == 6
     manifest = (work / "out/pairs.jsonl").read_bytes()
     (work / "out/pairs.jsonl").unlink()
+    (work / "out/.000002-clara.1.partial/original").mkdir(parents=True)  # as a kill would leave it
     assert main(COMMAND) == 0
     assert (work / "out/pairs.jsonl").read_bytes() == manifest
     assert {path: path.stat().st_mtime_ns for path in work.glob("out/0*/*.mp4")} == times
+    assert not list((work / "out").glob(".*"))
     pair = load_entry(read_manifest("out/pairs.jsonl")[0])
     assert (pair.request.source.frames - pair.target)[~pair.mask].abs().mean() < 0.1 < (pair.request.source.frames - pair.target)[pair.mask].abs().mean()
 

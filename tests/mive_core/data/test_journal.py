@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from mive_core.data.journal import Journal, Task, mark_of, worked_through
 from mive_core.data.spread import Spread, ahead
@@ -31,6 +32,8 @@ class Squares:
     def work(self, item: int, read: int) -> dict:
         if item == self.stop_at:
             raise KeyboardInterrupt
+        if item == 1000:
+            raise torch.OutOfMemoryError("no room for a thousand")
         with open(self.folder / str(item), "a") as file:
             file.write("x")
         return {"square": read * read}
@@ -46,11 +49,12 @@ def test_what_is_done_is_not_done_again_and_the_bad_is_named(tmp_path):
         worked_through(tasks(1, 13, 2, 3), lambda: Squares(tmp_path, stop_at=3), path)
     with open(path, "a") as file:
         file.write('{"mark": "mark 3", "resu')  # as a kill would leave it
+    assert worked_through(tasks(1, 1000), lambda: Squares(tmp_path), path)[1].why == "no room for a thousand"
     outcomes = worked_through(tasks(1, 13, 2, 3, 4), lambda: Squares(tmp_path), path)
     assert [outcome.result and outcome.result["square"] for outcome in outcomes] == [1, None, 4, 9, 16]
     assert (outcomes[1].title, outcomes[1].why) == ("number 13", "thirteen cannot be squared")
     assert [(tmp_path / str(number)).read_text() for number in (1, 2, 3, 4)] == ["x"] * 4
-    assert [json.loads(line)["mark"] for line in path.read_text().splitlines()] == ["mark 1", "mark 13", "mark 2", "mark 13", "mark 3", "mark 4"]
+    assert [json.loads(line)["mark"] for line in path.read_text().splitlines()] == ["mark 1", "mark 13", "mark 2", "mark 1000", "mark 13", "mark 3", "mark 4"]
 
 
 def test_where_nothing_can_be_used_it_is_said(tmp_path):
