@@ -27,6 +27,8 @@ CONTINUE, ANEW = "continue", "start anew"
 FOLDER = "mive_training"  # in ComfyUI's output folder
 WARMUP = 20  # steps
 MAX_SEED = 2**63 - 1
+MADE: set[Path] = set()  # by this process
+LOST: list[Path] = []  # each time that one of them was gone
 
 
 class MiVETrainLoRA(io.ComfyNode):
@@ -58,7 +60,7 @@ class MiVETrainLoRA(io.ComfyNode):
                                        "bf16, fp8 kept: matrices that the file has in 8 bits stay so, which halves their memory."),
                 io.Combo.Input("resume", options=[CONTINUE, ANEW], default=CONTINUE, tooltip="continue: from the last checkpoint of that name, if there is one. start anew: that checkpoint is removed."),
             ],
-            outputs=[io.Combo.Output(display_name="lora_name", tooltip="For the lora_name of MiVE Load LoRA, or of the stock loader."),
+            outputs=[io.AnyType.Output(display_name="lora_name", tooltip="For the lora_name of MiVE Load LoRA, or of the stock loader."),  # whose dropdown takes no other type
                      io.LoraModel.Output(display_name="lora", tooltip="The same weights, for the stock node Load LoRA Model."),
                      io.Image.Output(display_name="loss_curve", tooltip="Each step's loss, and its running mean."),
                      io.String.Output(display_name="report", tooltip="Pairs, steps, losses, and what was left out.")],
@@ -77,11 +79,14 @@ class MiVETrainLoRA(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, pairs: str, **inputs) -> str:
-        """Changes with the pairs' files."""
-        path = find(list_pairs, pairs, EXPECTED_PAIRS)
+    def fingerprint_inputs(cls, pairs: str, lora_name: str, **inputs) -> str:
+        """Changes with the pairs' files, and where a LoRA that was made here is gone."""
+        path, lora = find(list_pairs, pairs, EXPECTED_PAIRS), place("loras", lora_name, "lora_name")
+        if lora in MADE and not lora.exists():
+            MADE.remove(lora)
+            LOST.append(lora)
         files = sorted(file for file in (path if path.is_dir() else path.parent).rglob("*") if file.is_file())
-        return repr([(file.as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+        return repr((LOST.count(lora), [(file.as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]))
 
     @classmethod
     def execute(cls, pairs: str, model: str, vlm: str, vae: str, lora_name: str, width: int, height: int, length: int, steps: int, batch_size: int,
@@ -103,6 +108,7 @@ class MiVETrainLoRA(io.ComfyNode):
         if resume == ANEW:
             job.forget()
         skipped = job.run(cls, entries)
+        MADE.add(job.lora)
         losses = job.losses()
         report = "\n".join([f"{lora_name}: rank {rank}, {len(entries) - len(skipped)} pairs, {len(losses)} steps",
                             "loss {:.4f} at first, {:.4f} at last".format(*ends(losses)), *(f"left out: {item['name']}: {item['why']}" for item in skipped)])

@@ -335,13 +335,19 @@ def test_only_vaes_of_wan_and_folders_of_pairs_are_offered(pack, folder):
     assert {"drawn", "drawn/pairs.jsonl", "mive_sample_pairs"} <= paths.list_pairs().keys()
 
 
-def test_new_pairs_run_the_node_again(pack, folder):
-    """ComfyUI keeps the outputs of a node whose mark is the same."""
+def test_new_pairs_and_a_lost_lora_run_the_node_again(pack, folder, train):
+    """ComfyUI keeps the outputs of a node whose mark is the same: of one that has just run too."""
     mark = lambda: pack.node(NODE).fingerprint_inputs(pairs=PAIRS, lora_name=LORA, steps=1)
     before = mark()
+    train(steps=1)
     assert mark() == before
+    (pack.base / "models" / "loras" / LORA).unlink()
+    lost = mark()
+    assert lost != before
+    train(steps=1)
+    assert mark() == lost
     (folder / "a.txt").write_text("make it a night")
-    assert mark() != before
+    assert mark() != lost
 
 
 @pytest.mark.parametrize("changed", [{"gradient_checkpointing": False}, {"offload": True}])
