@@ -9,13 +9,14 @@ import sys
 import warnings
 
 from . import __version__
-from .commands import (run_bench_cache, run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_stage, run_data_cache, run_data_compose, run_data_import, run_data_looks, run_data_recolour,
+from .commands import (run_bench_cache, run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_scale, run_bench_stage, run_bench_train, run_data_cache, run_data_compose, run_data_import, run_data_looks, run_data_recolour,
                        run_data_score, run_data_synth, run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
 from .config import VLM_SIZES
 from .errors import UserError
 
 DEFAULT_MODELS = "tiny"
 DTYPES, PRESET_NAMES = ("bf16", "fp16", "fp32"), ("tiny", "1.3b", "14b")
+CARD_NAMES = ("H100", "A100", "RTX 4090", "RTX 3090")  # train/budget.py's
 FLOAT8_MODES = ("scaled_back", "kept", "multiplied")  # float8.py's, which would bring torch along
 
 
@@ -169,6 +170,14 @@ def _add_bench(commands) -> None:
     cache.add_argument("--repeats", type=count, default=3)
     cache.add_argument("--folder", type=text, metavar="DIR", help="where the files are written, and deleted afterwards")
     _add_machine(cache, attention=False)
+    training = _command(bench, "train", run_bench_train, "steps of a recipe, without checkpoints: speed, and the share of time that goes on loading")
+    training.add_argument("config", metavar="CONFIG.yaml", type=text)
+    training.add_argument("--steps", type=count, default=30, metavar="N", help="that are measured, after three, default 30")
+    scaling = _command(bench, "scale", run_bench_scale, "on paper: memory and time of full training over 8, 32 and 128 cards, and where one sequence needs several")
+    scaling.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="default 14b")
+    scaling.add_argument("--card", default="H100", choices=CARD_NAMES, help="default H100")
+    scaling.add_argument("--share", type=positive, default=0.45, metavar="X", help="of the card's peak that is reached, an assumption, default 0.45")
+    scaling.add_argument("--frames", type=count, default=81, metavar="N", help="4n+1, default 81")
     for command in bench.choices.values():
         command.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the figures there")
 

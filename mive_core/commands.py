@@ -203,6 +203,22 @@ def run_bench_cache(arguments: argparse.Namespace) -> None:
     _report(arguments, lambda: {"preset": arguments.preset, **bench_cache(work, num_pairs=arguments.pairs, stored_size=arguments.stored_size, folder=folder)})
 
 
+def run_bench_train(arguments: argparse.Namespace) -> None:
+    from .files import check_input
+    from .train.dispatch import bench_train
+
+    config = check_input(arguments.config, "config")
+    _report(arguments, lambda: bench_train(config, arguments.steps))
+
+
+def run_bench_scale(arguments: argparse.Namespace) -> None:
+    from .train.budget import scale
+
+    if arguments.frames % 4 != 1:
+        raise UserError("the length does not fit", where="--frames", got=arguments.frames, expected="4n+1")
+    _report(arguments, lambda: scale(arguments.preset, card=arguments.card, share_of_peak=arguments.share, num_frames=arguments.frames))
+
+
 def _report(arguments: argparse.Namespace, measure: Callable[[], dict]) -> None:
     """Figures to stdout, and to the file that was asked for, whose name is checked before the measuring."""
     from .files import check_output
@@ -270,6 +286,7 @@ def run_data_score(arguments: argparse.Namespace) -> None:
 
 def run_data_cache(arguments: argparse.Namespace) -> None:
     from .files import check_output_folder
+    from .pairs import read_pairs
 
     output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest)
     from functools import partial
@@ -286,7 +303,6 @@ def run_data_cache(arguments: argparse.Namespace) -> None:
 
 
 def run_data_looks(arguments: argparse.Namespace) -> None:
-    from .pairs import read_pairs
     from .train.heldout import footage_pairs, unseen_look_pairs
 
     _write_footage(arguments, unseen_look_pairs if arguments.unseen else footage_pairs)
@@ -318,6 +334,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
 def _spread(arguments: argparse.Namespace):
     from .data.spread import Spread, check_ray
 
+    if arguments.ray:
+        check_ray()
     return Spread(arguments.ray, arguments.workers, 1 if getattr(arguments, "device", "cpu") == "cuda" else 0)
 
 
@@ -334,8 +352,6 @@ def _machine(arguments: argparse.Namespace) -> dict:
     return {"device": arguments.device, "dtype": _dtype(arguments.dtype), "attention": arguments.attention, "compiled": arguments.compile,
             "float8": arguments.fp8}
 
-    if arguments.ray:
-        check_ray()
 
 def _dtype(name: str | None):
     import torch

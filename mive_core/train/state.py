@@ -77,6 +77,7 @@ def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, 
         raise OtherRecipe(folder, differing)
     for name, module in modules.items():
         current = module.state_dict()
+        check_shapes(folder, _below(tensors, f"module.{name}."), current)
         module.load_state_dict({key: placed_like(value, current[key]) for key, value in _below(tensors, f"module.{name}.").items()})
     for key, value in _below(tensors, "average.").items():
         averages[key].copy_(placed_like(value, averages[key]))
@@ -84,6 +85,15 @@ def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, 
         values = _below(tensors, f"optimizer.{name}.") | _below(state["scalars"], f"optimizer.{name}.")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": _entries(values, optimizer)})
     return state["step"] + 1
+
+
+def check_shapes(folder: Path, stored: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    """Raises UserError unless both have the same keys and shapes: what a recipe starts from may be another file than it was."""
+    for key in sorted(stored.keys() | current.keys()):
+        got, expected = (tuple(values[key].shape) if key in values else None for values in (stored, current))
+        if got != expected:
+            raise UserError("the checkpoint there is of other shapes", where=folder, got=f"{key} of {got}" if got else f"no {key}", expected=expected or "nothing of that name",
+                            fix="choose another output_dir, or remove that folder to start anew")
 
 
 def _entries(values: Mapping, optimizer: torch.optim.Optimizer) -> dict[int, dict]:

@@ -1,7 +1,6 @@
 """What configs/ offers: every recipe is read whole, what it sets can work together, and the small one runs."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,4 +48,15 @@ def test_the_small_preset_runs_by_the_commands_that_it_names(tmp_path, monkeypat
     lines = [json.loads(line) for line in Path("runs/tiny_cpu/run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2] and lines[-1]["tokens_per_second"] > 0
     assert len(Path("runs/tiny_cpu/run/validation.jsonl").read_text().splitlines()) == 2
-    shutil.rmtree("runs")
+    before = sorted(Path("runs").rglob("*"))
+    assert main(["bench", "train", "short.yaml", "--steps", "2", "--json", "bench.json"]) == 0
+    report = json.loads(Path("bench.json").read_text())
+    assert report["steps"] == 2 and report["computing_share"] > 0.5 and report["tokens_per_second"] > 0
+    assert sorted(Path("runs").rglob("*")) == before  # it leaves nothing
+
+
+def test_scale_on_paper_from_the_command_line(tmp_path, capsys):
+    assert main(["bench", "scale", "--preset", "1.3b", "--json", str(tmp_path / "scale.json")]) == 0
+    report = json.loads((tmp_path / "scale.json").read_text())
+    assert report["preset"] == "1.3b" and report["command"].startswith("mive bench scale") and len(report["rows"]) == 12
+    assert main(["bench", "scale", "--frames", "80"]) == 2 and "expected 4n+1" in capsys.readouterr().err
