@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from conversion import to_prompt
+from load import WARM_UP as LONG_WARM_UP, held, summary, trend
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "mive_quickstart.json"
 NUM_PROMPTS, WARM_UP = 50, 10
@@ -24,22 +25,17 @@ def test_fifty_prompts_leave_no_trend(server):
         assert threads <= settled[0][1] + 2 and files <= settled[0][2] + 2, settled
 
 
-def held(pid: int) -> tuple[int, int, int]:
-    """A process's resident memory in KB, its threads and its open files."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]), int(status["Threads"]), len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
-
-def trend(values: list[int]) -> float:
-    """Mean growth a step but for the largest one: an arena that grows once is no trend, wherever in the row it does.
-
-    The median slope of all pairs once took one jump of 27 MB in the middle of the row for 360 KB a prompt.
-    """
-    steps = sorted(after - before for before, after in zip(values, values[1:]))
-    return sum(steps[:-1]) / (len(steps) - 1)
-
-
 def test_a_trend_is_told_from_a_jump():
     assert trend([1000 + 20 * i + (27_000 if i > 18 else 0) for i in range(40)]) < MOST_KB_A_PROMPT
     assert trend([1000 + 150 * i for i in range(40)]) > MOST_KB_A_PROMPT
     assert trend([1000 + 450 * (i // 3) for i in range(40)]) > MOST_KB_A_PROMPT  # a leak at every third prompt
+
+
+def test_a_long_row_is_summed_up_after_its_warm_up():
+    """Half a gigabyte, then 3 KB a prompt and one jump of 9 MB; threads come and go, files stay."""
+    rows = [(1000 * i, 30, 20) for i in range(LONG_WARM_UP)]
+    rows += [(500_000 + 3 * i + (9000 if i >= 300 else 0), 30 + i % 2, 20) for i in range(500)]
+    figures = summary(rows)
+    assert figures["prompts"] == 600 and figures["kb_a_prompt_without_the_largest_jump"] == 3.0
+    assert figures["kb_a_prompt"] == 3.0 + 9000 / 400  # from the middle of the first fifth to that of the last
+    assert figures["threads"] == [30, 31] and figures["files"] == [20, 20]
