@@ -1,7 +1,9 @@
 """How much of the encoders' own speed `mive data cache` keeps: decoding, fitting and writing are to hide behind the models."""
 
 import tempfile
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,7 +25,8 @@ def bench_cache(work: Workload, *, num_pairs: int = 48, stored_size: tuple[int, 
     """Pairs a second of the encoders alone on pairs in memory, of the whole command on video files, and the second's share of the first.
 
     The models are of random weights. Each figure is the best of the workload's repeats, which take turns. The files hold pictures of
-    `stored_size`, which the command fits to the workload's size.
+    `stored_size`, which the command fits to the workload's size. On a machine that does other work besides, the share of processor time
+    is the steadier figure: what the command costs beside its encoders, all threads counted.
     """
     encoders = Encoders(random_vae(work), random_vlm(work), work.config, "random")
     settings = CacheSettings(((*work.size, work.num_frames),))
@@ -34,11 +37,19 @@ def bench_cache(work: Workload, *, num_pairs: int = 48, stored_size: tuple[int, 
         encoders.features(pairs[0], settings)
         alone, whole = [], []
         for repeat in tqdm(range(work.repeats), desc="repeats", disable=None):
-            alone.append(timed_once(work, lambda: [encoders.features(pair, settings) for pair in pairs]))
-            whole.append(timed_once(work, lambda: cache(entries, encoders, Path(place) / f"cache{repeat}", settings)))
+            alone.append(clocks(work, lambda: [encoders.features(pair, settings) for pair in pairs]))
+            whole.append(clocks(work, lambda: cache(entries, encoders, Path(place) / f"cache{repeat}", settings)))
         reading = timed_once(work, lambda: [read_pair(entry, settings) for entry in entries])
-    return {**work.describes, "pairs": num_pairs, "stored_size": list(stored_size or work.size), "encoders_pairs_per_second": num_pairs / min(alone),
-            "cache_pairs_per_second": num_pairs / min(whole), "share": min(alone) / min(whole), "reading_pairs_per_second": num_pairs / reading}
+    (alone_wall, alone_cpu), (whole_wall, whole_cpu) = (map(min, zip(*found)) for found in (alone, whole))
+    return {**work.describes, "pairs": num_pairs, "stored_size": list(stored_size or work.size), "encoders_pairs_per_second": num_pairs / alone_wall,
+            "cache_pairs_per_second": num_pairs / whole_wall, "share": alone_wall / whole_wall, "share_of_processor_time": alone_cpu / whole_cpu,
+            "reading_pairs_per_second": num_pairs / reading}
+
+
+def clocks(work: Workload, call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a call, and seconds of processor time in all threads."""
+    before = time.process_time()
+    return timed_once(work, call), time.process_time() - before
 
 
 def write_clips(folder: Path, num_pairs: int, size: tuple[int, int], num_frames: int) -> list[ManifestEntry]:
