@@ -23,7 +23,7 @@ from ...mive_core.train.loop import run
 from ...mive_core.train.lora import check_peft
 from ...mive_core.train.state import PATTERN, OtherRecipe
 from .said import logged, logger, show
-from .training import HostedEncoders, alone, make_room
+from .training import HostedEncoders, OutOfMemory, alone, make_room
 
 LOG = "log.jsonl"
 INPUTS = {"lora_rank": "rank", "lora_alpha": "alpha", "start_from": "model", "caches": "pairs, vlm, vae, width, height or length", "bf16": "dtype",
@@ -94,7 +94,10 @@ class Job:
         mark = hashlib.sha256(json.dumps([contract_of(encoders, settings), str(self.pairs)]).encode()).hexdigest()[:12]
         folder = self.folder / "cache" / mark
         with logged():
-            skipped = cache(entries, encoders, folder, settings, logger.info)["skipped"]
+            try:
+                skipped = cache(entries, encoders, folder, settings, logger.info)["skipped"]
+            except OutOfMemory as error:
+                raise error.__cause__ from None
         for item in skipped:
             logger.warning("MiVE: the pair %s is left out: %s", item["name"], item["why"])
         return folder, skipped

@@ -93,6 +93,10 @@ class LateVLM:
         return self.hosted.condition(request, config, config.resolved_layers)
 
 
+class OutOfMemory(BaseException):
+    """Ends the reading; a cache would only leave the pair out, now and whenever it is asked again."""
+
+
 @dataclass(frozen=True)
 class HostedEncoders(Encoders):
     """What a cache is made by; `watch` is called before each pair, and may raise."""
@@ -109,4 +113,7 @@ class HostedEncoders(Encoders):
 
     def features(self, pair: PairedEdit, settings: CacheSettings) -> dict[str, Tensor]:
         self.watch()
-        return super().features(pair, settings)
+        try:
+            return super().features(pair, settings)
+        except comfy.model_management.OOM_EXCEPTION as error:
+            raise OutOfMemory from error

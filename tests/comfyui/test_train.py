@@ -172,6 +172,29 @@ def test_cancel_while_pairs_are_read(pack, train, cancel_at, monkeypatch):
     assert len(losses(pack)) == STEPS
 
 
+@pytest.mark.parametrize("phase", ["reading", "training"])
+def test_out_of_memory_reaches_comfyui_and_the_rerun_is_clean(pack, train, monkeypatch, phase):
+    """ComfyUI tells it by its type, and unloads all models; no pair is left out for it."""
+    import comfy.model_management
+
+    train(lora_name="trained_whole.safetensors")
+    module, owner, name = (("nodes.bridge.vlm", "HostedVLM", "condition") if phase == "reading" else ("mive_core.train.edit", "EditTask", "loss"))
+    whole, calls = getattr(getattr(pack.submodule(module), owner), name), []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return whole(*args)
+
+    monkeypatch.setattr(getattr(pack.submodule(module), owner), name, failing)
+    with pytest.raises(Exception) as caught:
+        train()
+    assert comfy.model_management.is_oom(caught.value)
+    *_, report = train()
+    assert "2 pairs, 6 steps" in report and same(trained(pack), trained(pack, "trained_whole.safetensors"))
+
+
 def test_more_steps_go_on_and_other_settings_do_not(pack, train):
     train(steps=3)
     train(steps=STEPS)
