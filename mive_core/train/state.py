@@ -1,8 +1,8 @@
 """The state of a training run on disk: one safetensors file, complete or absent."""
 
 import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,39 +68,60 @@ def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, 
     """
     for orphan in folder.glob(ORPHANS):
         orphan.unlink(missing_ok=True)
-    tensors, state = _newest(folder)
-    if state is None:
+    stored, state = _newest(folder)
+    if stored is None:
         return 0
     written = defaults | state["recipe"]
     differing = sorted(key for key in (recipe.keys() | written.keys()) - free if recipe.get(key) != written.get(key))
     if differing:
         raise OtherRecipe(folder, differing)
     for name, module in modules.items():
+        check_shapes(folder, {key: stored.shape(f"module.{name}.{key}") for key in _below(stored, f"module.{name}.")}, module.state_dict())
+    for name, module in modules.items():
         current = module.state_dict()
-        check_shapes(folder, _below(tensors, f"module.{name}."), current)
-        module.load_state_dict({key: placed_like(value, current[key]) for key, value in _below(tensors, f"module.{name}.").items()})
-    for key, value in _below(tensors, "average.").items():
-        averages[key].copy_(placed_like(value, averages[key]))
+        module.load_state_dict({key: placed_like(stored[f"module.{name}.{key}"], current[key]) for key in _below(stored, f"module.{name}.")})
+    for key in _below(stored, "average."):
+        averages[key].copy_(placed_like(stored[f"average.{key}"], averages[key]))
     for name, optimizer in optimizers.items():
-        values = _below(tensors, f"optimizer.{name}.") | _below(state["scalars"], f"optimizer.{name}.")
+        prefix = f"optimizer.{name}."
+        values = ((key, source[prefix + key]) for source in (stored, state["scalars"]) for key in _below(source, prefix))
         optimizer.load_state_dict(optimizer.state_dict() | {"state": _entries(values, optimizer)})
     return state["step"] + 1
 
 
-def check_shapes(folder: Path, stored: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+class Stored(Mapping):
+    """A checkpoint's tensors, each read when it is asked for: processes that hold a part of it never hold the whole."""
+
+    def __init__(self, file):
+        self.file, self.names = file, file.keys()
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(key).get_shape())
+
+
+def check_shapes(folder: Path, stored: Mapping[str, tuple], current: Mapping[str, Tensor]) -> None:
     """Raises UserError unless both have the same keys and shapes: what a recipe starts from may be another file than it was."""
     for key in sorted(stored.keys() | current.keys()):
-        got, expected = (tuple(values[key].shape) if key in values else None for values in (stored, current))
+        got, expected = stored.get(key), tuple(current[key].shape) if key in current else None
         if got != expected:
             raise UserError("the checkpoint there is of other shapes", where=folder, got=f"{key} of {got}" if got else f"no {key}", expected=expected or "nothing of that name",
                             fix="choose another output_dir, or remove that folder to start anew")
 
 
-def _entries(values: Mapping, optimizer: torch.optim.Optimizer) -> dict[int, dict]:
+def _entries(values: Iterable[tuple[str, object]], optimizer: torch.optim.Optimizer) -> dict[int, dict]:
     """An optimizer's state by the number of its weight, in the parts that the weights are in."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     entries: dict[int, dict] = {}
-    for key, value in values.items():
+    for key, value in values:
         index, _, field = key.partition(".")
         field, _, part = field.partition(PART)
         entry, weight = entries.setdefault(int(index), {}), weights[int(index)]
@@ -111,16 +132,17 @@ def _entries(values: Mapping, optimizer: torch.optim.Optimizer) -> dict[int, dic
     return {index: {field: packed(field, value) if isinstance(value, dict) else value for field, value in entry.items()} for index, entry in entries.items()}
 
 
-def _newest(folder: Path) -> tuple[dict[str, Tensor], dict | None]:
+def _newest(folder: Path) -> tuple[Stored | None, dict | None]:
     """A file cut short by a crash of the machine is passed over for the one before it."""
     for path in sorted(folder.glob(PATTERN), reverse=True):
         try:
-            with safe_open(str(path), framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()[METADATA_KEY])
+            file = safe_open(str(path), framework="pt")
+            return Stored(file), json.loads(file.metadata()[METADATA_KEY])
         except SafetensorError:
             continue
-    return {}, None
+    return None, None
 
 
-def _below(values: Mapping, prefix: str) -> dict:
-    return {key[len(prefix):]: value for key, value in values.items() if key.startswith(prefix)}
+def _below(names: Iterable[str], prefix: str) -> list[str]:
+    """What follows the prefix in the names that have it."""
+    return [name[len(prefix):] for name in names if name.startswith(prefix)]

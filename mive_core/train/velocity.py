@@ -126,8 +126,13 @@ class VelocityTask(Task):
             about = {"mive.lora": f"rank {self.recipe.lora_rank}", "mive.base": Path(self.recipe.start_from).name}
             save_lora(path, self.modules["lora"], self.recipe.alpha / self.recipe.lora_rank, about)
             return
-        weights = {name: whole(value) for name, value in self.model.state_dict().items()}
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
+        is_first = not distributed.is_initialized() or distributed.get_rank() == 0
+        weights = {}
+        for name, value in self.model.state_dict().items():
+            joined = whole(value)
+            if is_first:
+                weights[name] = joined.cpu()
+        if is_first:
             save_dit(path, weights, self.config, DTYPES.get(self.recipe.export_dtype))
 
 
