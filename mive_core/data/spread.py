@@ -107,7 +107,8 @@ class _Actor:
 
 def check_ray():
     """Ray, if it is installed. Raises UserError."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_BACKEND_LOG_LEVEL", "fatal")):  # stderr is left to us unless the environment says otherwise
+        os.environ.setdefault(name, value)
     try:
         import ray
         import ray.data
