@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -77,6 +80,29 @@ def test_it_goes_on_where_it_stopped(work, capsys):
     assert not list((work / "out").glob(".*"))
     pair = load_entry(read_manifest("out/pairs.jsonl")[0])
     assert (pair.request.source.frames - pair.target)[~pair.mask].abs().mean() < 0.1 < (pair.request.source.frames - pair.target)[pair.mask].abs().mean()
+
+
+def test_a_kill_in_the_middle_loses_nothing(work):
+    """The process itself is killed once two clips are done: what a second run leaves is what one run would have left."""
+    lines = [{"source": "anna", "mask": "anna_mask", "name": f"p{i}"} for i in range(30)]
+    (work / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [*COMMAND, "--store", "frames"]
+    process = subprocess.Popen([sys.executable, "-c", f"from mive_core.cli import main; main({command!r})"])
+    journal, deadline = work / "out" / "composed.jsonl", time.monotonic() + 120
+    while (not journal.exists() or journal.read_bytes().count(b"\n") < 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = journal.read_bytes().count(b"\n")
+    assert 2 <= done < 30
+    assert main(command) == 0
+    marks = [json.loads(line)["mark"] for line in journal.read_text().splitlines()]
+    assert len(marks) == len(set(marks)) == 30
+    os.rename("out", "killed")
+    assert main(command) == 0
+    whole, halves = ({path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "composed.jsonl"}
+                     for folder in (work / "out", work / "killed"))
+    assert whole == halves
 
 
 def test_a_described_background_is_in_the_words(work):
