@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mive_core.curve import SIZE
 from mive_core.errors import UserError
 from mive_core.manifest import export_pairs, read_manifest
 from mive_core.sample import Pipeline
@@ -57,7 +58,7 @@ def test_figures_sheets_and_curves_and_no_trace_in_what_is_trained(held_out, ran
         report = json.loads((folder / "report.json").read_text())
         assert report["clips"] == 3 and report["psnr_edited"] == next(line for line in figures if line["step"] == number)["psnr_edited"]
         assert Image.open(folder / "sheet.png").width > 100 and len(list((folder / "edited").iterdir())) == 3
-    assert Image.open(tmp_path / "watched" / "run" / "curves.png").height == 4 * 360
+    assert Image.open(tmp_path / "watched" / "run" / "curves.png").height == 4 * SIZE[1]
 
 
 def test_what_is_edited_is_what_the_pipeline_edits(held_out, random_models, tmp_path):
