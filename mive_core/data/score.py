@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..files import check_output
 from ..errors import UserError
+from ..files import check_output
 from ..manifest import ManifestEntry, load_entry, write_manifest
 from ..rows import SUFFIXES
 from ..types import PairedEdit
