@@ -391,4 +391,4 @@ def test_the_samples_are_put_among_the_inputs_once(pack):
     words.write_text("mine")
     paths.register()
     assert words.read_text() == "mine"
-    shutil.rmtree(words.parent)
+    words.write_text("make it glow like neon\n")  # other tests train on it
