@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mive_core.errors import UserError
 from mive_core.manifest import export_pairs, read_manifest
+from mive_core.sample import check_compiler
 from mive_core.train.dispatch import train
 from mive_core.train.cache import Encoders, cache
 from mive_core.train.heldout import drawn_pairs
@@ -114,6 +115,18 @@ def test_sharded_in_bf16_with_what_waits_in_main_memory(pairs, random_models, tm
     assert one == pytest.approx(two, rel=0.01)
     stored = load_file(max((tmp_path / "two" / "run").glob("step_*")))
     assert {value.dtype for value in stored.values()} == {torch.float32}
+
+
+def test_sharded_and_compiled(pairs, random_models, tmp_path):
+    try:
+        check_compiler("cpu")
+    except UserError as error:
+        pytest.skip(str(error))
+    changes = {"recompute": True, "num_steps": 4}
+    train(recipe(tmp_path / "one", pairs, random_models, num_accumulated=2, **changes))
+    train_by_two(recipe(tmp_path / "two", pairs, random_models, sharded=True, compiled=True, **changes))
+    one, two = ([json.loads(line)["loss"] for line in (tmp_path / name / "run" / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert one == pytest.approx(two, abs=1e-5)
 
 
 def test_sharding_needs_company(pairs, random_models, tmp_path):
