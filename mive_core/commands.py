@@ -122,7 +122,7 @@ def run_bench_dit(arguments: argparse.Namespace) -> None:
             raise UserError("--tokens and --size are two benchmarks", fix="--tokens runs beside diffusers, --size on its own")
         run_bench_stage(arguments)
         return
-    from .bench import bench_dit, make_ours
+    from .bench.rival import bench_dit, make_ours
     from .sample import check_compiler
 
     if (arguments.device, arguments.dtype) != ("cpu", "fp32"):
@@ -140,8 +140,8 @@ def run_bench_dit(arguments: argparse.Namespace) -> None:
 def run_bench_stage(arguments: argparse.Namespace) -> None:
     import torch
 
-    from .bench_random import workload
-    from .bench_stage import bench_stage
+    from .bench.models import workload
+    from .bench.stage import bench_stage
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -154,7 +154,7 @@ def run_bench_stage(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_convert(arguments: argparse.Namespace) -> None:
-    from .bench_convert import bench_convert
+    from .bench.convert import bench_convert
     from .files import check_input
 
     folder = check_input(arguments.folder, "folder") if arguments.folder else None
@@ -162,7 +162,7 @@ def run_bench_convert(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_load(arguments: argparse.Namespace) -> None:
-    from .bench_load import bench_load
+    from .bench.load import bench_load
     from .files import check_input
 
     folder = check_input(arguments.folder, "folder") if arguments.folder else None
@@ -170,7 +170,7 @@ def run_bench_load(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_growth(arguments: argparse.Namespace) -> None:
-    from .bench_growth import bench_growth, write_growth
+    from .bench.growth import bench_growth, write_growth
     from .files import check_output
 
     plot = check_output(arguments.plot, "plot", (".png",)) if arguments.plot else None
@@ -186,7 +186,7 @@ def run_bench_growth(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_card(arguments: argparse.Namespace) -> None:
-    from .bench_card import bench_card
+    from .bench.card import bench_card
 
     parts = tuple(part for part in arguments.parts.split(",") if part)
     _report(arguments, lambda: bench_card(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=_dtype(arguments.dtype),
@@ -194,9 +194,9 @@ def run_bench_card(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_cache(arguments: argparse.Namespace) -> None:
-    from .bench_random import workload
+    from .bench.cache import bench_cache
+    from .bench.models import workload
     from .files import check_input
-    from .train.bench_cache import bench_cache
 
     folder = check_input(arguments.folder, "folder") if arguments.folder else None
     work = workload(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=_dtype(arguments.dtype), repeats=arguments.repeats)

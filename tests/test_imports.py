@@ -12,11 +12,11 @@ import mive_core
 ROOT = Path(mive_core.__file__).parent
 LADDER = (  # each may import only what stands before it
     "errors", "config", "types", "layers", "files", "remote", "rows", "pixels", "ggml", "tensors", "video", "manifest", "pairs", "sheet", "curve", "prompt", "attention", "planes",
-    "repack", "vlm", "vae", "dit", "flow", "float8", "checkpoint", "convert", "quantize", "bench", "bench_convert", "bench_load", "memory", "sample", "counted", "bench_random", "bench_stage", "bench_growth", "bench_card", "diagnostics", "thing", "evaluate", "data", "train", "demo", "commands", "cli",
+    "repack", "vlm", "vae", "dit", "flow", "float8", "checkpoint", "convert", "quantize", "flops", "memory", "sample", "diagnostics", "thing", "evaluate", "data", "train", "bench", "demo", "commands", "cli",
 )
 ALONE = {  # a foreign package -> the files that may import it
     "transformers": {"vlm.py", "train/tiny_vlm.py", "data/person.py"},
-    "diffusers": {"vae.py", "bench.py", "bench_random.py"},
+    "diffusers": {"vae.py", "bench/rival.py", "bench/models.py"},
     "av": {"video.py"},
     "gguf": {"ggml.py"},
     "yaml": {"train/recipe.py"},

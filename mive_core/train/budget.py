@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..bench import Layout, dit_flops, training_flops
 from ..checkpoint import shapes_of
 from ..config import PRESETS, MiVEConfig
 from ..errors import UserError
+from ..flops import Layout, dit_flops, training_flops
 from ..memory import weight_bytes
 from .meter import PEAK_TFLOPS
 from .velocity import DTYPES, VelocityRecipe

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..attention import AttentionFn, attention_of, matmul_attention
-from ..bench import Layout, training_flops
 from ..checkpoint import save_dit
 from ..dit import MiVEDiT
 from ..errors import UserError
+from ..flops import Layout, training_flops
 from ..flow import shift_time
 from ..sample import check_compiler, check_device
 from . import blocks

@@ -6,8 +6,8 @@ import time
 import comfy.model_management
 import torch
 
-from ...mive_core.bench import Layout, block_flops, edge_flops
 from ...mive_core.config import VLM_FEED_FORWARD, MiVEConfig
+from ...mive_core.flops import Layout, block_flops, edge_flops
 from ...mive_core.memory import vae_decode_bytes, vlm_bytes
 from ...mive_core.vae import LATENT_CHANNELS
 

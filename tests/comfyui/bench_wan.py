@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from mive_core.bench import NUM_TEXT_TOKENS, Layout, bench_dit, forward_of
+from mive_core.bench.rival import bench_dit, forward_of
 from mive_core.config import MiVEConfig
 from mive_core.dit import MiVEDiT
+from mive_core.flops import NUM_TEXT_TOKENS, Layout
 
 
 def make_ours(config: MiVEConfig, layout: Layout):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mive_core.attention import torch_attention
-from mive_core.bench_convert import wan_layout
+from mive_core.bench.convert import wan_layout
 from mive_core.checkpoint import inspect, load_dit, read_config
 from mive_core.config import METADATA_KEY, PRESETS
 from mive_core.convert import init_from_wan

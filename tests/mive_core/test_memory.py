@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from mive_core.attention import matmul_attention, torch_attention
-from mive_core.bench import Layout, forward_of
-from mive_core.bench_random import filled, inputs_of, random_vae, reader, request_of, workload
+from mive_core.bench.counted import Counted
+from mive_core.bench.models import filled, inputs_of, random_vae, reader, request_of, workload
+from mive_core.bench.rival import forward_of
 from mive_core.config import PRESETS
-from mive_core.counted import Counted
 from mive_core.dit import MiVEDiT
+from mive_core.flops import Layout
 from mive_core.memory import activation_bytes, vae_decode_bytes, vae_encode_bytes, vlm_bytes, weight_bytes
 from mive_core.vlm import VLM, model_of
 

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 from mive_core import cli
 from mive_core.attention import torch_attention
-from mive_core.bench import Layout, forward_of
+from mive_core.bench.rival import forward_of
 from mive_core.checkpoint import load_dit, read_config, save_dit
 from mive_core.errors import UserError
 from mive_core.float8 import MODES, Float8Linear, to_float8
+from mive_core.flops import Layout
 from mive_core.quantize import MATRIX, quantize
 
 

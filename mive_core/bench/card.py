@@ -13,14 +13,15 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from .attention import relative_difference, torch_attention
-from .bench import block_flops, forward_of, timed
-from .bench_random import Workload, filled, random_dit, workload
-from .bench_stage import PAPER_FORWARDS, add_shares, measure, measure_dit, measure_speed, measure_vae, measure_vlm
-from .config import PRESETS
-from .dit.blocks import Block, Modulation
-from .dit.rope import rotary_table
-from .errors import UserError
+from ..attention import relative_difference, torch_attention
+from ..config import PRESETS
+from ..dit.blocks import Block, Modulation
+from ..dit.rope import rotary_table
+from ..errors import UserError
+from ..flops import block_flops
+from .models import Workload, filled, random_dit, workload
+from .rival import forward_of, timed
+from .stage import PAPER_FORWARDS, add_shares, measure, measure_dit, measure_speed, measure_vae, measure_vlm
 
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 COMPILED_BLOCKS = 4  # that eager and compiled are compared on: the others are alike

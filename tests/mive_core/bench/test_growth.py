@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mive_core.bench_growth import CLEAR, Point, bench_growth, draw_growth, exponent, forward, measure_point, windows
-from mive_core.bench_random import random_dit, workload
+from mive_core.bench.growth import CLEAR, Point, bench_growth, draw_growth, exponent, forward, measure_point, windows
+from mive_core.bench.models import random_dit, workload
 from mive_core.errors import UserError
 
 
@@ -33,7 +33,7 @@ def test_where_windows_overlap_the_result_is_their_mean():
 
 @pytest.mark.skipif(not CLEAR.exists(), reason="NO /proc: peak memory cannot be told here")
 def test_a_process_that_did_not_grow_tells_nothing(monkeypatch):
-    monkeypatch.setattr("mive_core.bench_growth.resident", lambda name: 1 << 20)
+    monkeypatch.setattr("mive_core.bench.growth.resident", lambda name: 1 << 20)
     row = measure_point(Point("tiny", (32, 32), 5, 1, None, 0, 1))
     assert row["rss_bytes"] == 0 and row["rss_error"] is None and row["counted_bytes"] > 0
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from .attention import torch_attention
-from .bench_convert import write_random
-from .checkpoint import load_dit, shapes_of
-from .config import PRESETS, VLM_FEED_FORWARD, VLM_SIZES
-from .errors import UserError
-from .tensors import INDEX_SUFFIX
-from .vlm import load_repack, model_of
+from ..attention import torch_attention
+from ..checkpoint import load_dit, shapes_of
+from ..config import PRESETS, VLM_FEED_FORWARD, VLM_SIZES
+from ..errors import UserError
+from ..tensors import INDEX_SUFFIX
+from ..vlm import load_repack, model_of
+from .convert import write_random
 
 GOAL = 1.15  # times the file
 STATUS = Path("/proc/self/status")

@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mive_core.bench_random import inputs_of, random_pipeline, random_vae, random_vlm, request_of, vlm_flops, workload
-from mive_core.bench_stage import STAGES, bench_stage, shares_of_time, vae_flops
+from mive_core.bench.models import inputs_of, random_pipeline, random_vae, random_vlm, request_of, vlm_flops, workload
+from mive_core.bench.stage import STAGES, bench_stage, shares_of_time, vae_flops
 from mive_core.errors import UserError
 
 SMALL = dict(size=(64, 48), num_frames=5, repeats=1)

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import shapes_of
-from .config import PRESETS, MiVEConfig
-from .convert import init_from_wan
-from .errors import UserError
-from .tensors import stream_tensors
+from ..checkpoint import shapes_of
+from ..config import PRESETS, MiVEConfig
+from ..convert import init_from_wan
+from ..errors import UserError
+from ..tensors import stream_tensors
 
 TEXT_WIDTH = 4096  # of Wan's umT5
 

@@ -6,7 +6,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from mive_core.bench_convert import bench_convert, wan_layout
+from mive_core.bench.convert import bench_convert, wan_layout
 from mive_core.checkpoint import WAN_TO_DIFFUSERS, rename
 from mive_core.config import PRESETS
 from mive_core.errors import UserError

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..bench_random import Workload, random_vae, random_vlm
-from ..bench_stage import timed_once
 from ..manifest import ManifestEntry
 from ..pixels import cover
+from ..train.cache import CacheSettings, Encoders, cache, read_pair
+from ..train.heldout import drawn_pairs
+from ..train.synth import PairedEdits
 from ..types import Clip
 from ..video import write_video
-from .cache import CacheSettings, Encoders, cache, read_pair
-from .heldout import drawn_pairs
-from .synth import PairedEdits
+from .models import Workload, random_vae, random_vlm
+from .stage import timed_once
 
 DRAWN = (96, 96)  # of the pictures, before they are scaled
 

@@ -17,15 +17,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from .bench import dit_flops, timed
-from .bench_load import resident
-from .bench_random import Workload, random_dit, workload
-from .config import PRESETS
+from ..config import PRESETS
+from ..errors import UserError
+from ..files import written_beside
+from ..flops import dit_flops
+from ..memory import activation_bytes
+from ..vae import LATENT_CHANNELS, TEMPORAL_FACTOR
 from .counted import Counted
-from .errors import UserError
-from .files import written_beside
-from .memory import activation_bytes
-from .vae import LATENT_CHANNELS, TEMPORAL_FACTOR
+from .load import resident
+from .models import Workload, random_dit, workload
+from .rival import timed
 
 FRAMES = (17, 33, 65, 97, 129, 177, 241)
 SIZES = ((160, 96), (256, 144), (320, 192), (480, 272), (640, 352))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mive_core import bench_card as card
-from mive_core.bench_card import FORWARDS, PARTS, bench_card
+from mive_core.bench import card
+from mive_core.bench.card import FORWARDS, PARTS, bench_card
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mive_core.bench_load import STATUS, bench_load, resident
+from mive_core.bench.load import STATUS, bench_load, resident
 from mive_core.errors import UserError
 
 needs_linux = pytest.mark.skipif(not STATUS.exists(), reason="NO /proc: peak memory cannot be told here")

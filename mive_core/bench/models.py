@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from .attention import AttentionFn, attention_of
-from .bench import Layout
-from .config import PRESETS, MiVEConfig
-from .dit import MiVEDiT
-from .errors import UserError
-from .float8 import Float8Linear, to_float8
-from .planes import convolve_in_planes
-from .prompt import build_inputs
-from .quantize import FORMATS, MATRIX
-from .repack import DEEPSTACK, MERGE, MROPE_SECTION, PIXELS, ROPE_THETA, VISION_HEADS
-from .sample import EMBEDDED, Pipeline, check_compiler, check_device
-from .tensors import read_header
-from .types import Clip, EditRequest, VLMInputs
-from .vae import ORIGINAL_KEY, SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE
-from .vlm import VLM, load_processor, model_of
+from ..attention import AttentionFn, attention_of
+from ..config import PRESETS, MiVEConfig
+from ..dit import MiVEDiT
+from ..errors import UserError
+from ..float8 import Float8Linear, to_float8
+from ..flops import Layout
+from ..planes import convolve_in_planes
+from ..prompt import build_inputs
+from ..quantize import FORMATS, MATRIX
+from ..repack import DEEPSTACK, MERGE, MROPE_SECTION, PIXELS, ROPE_THETA, VISION_HEADS
+from ..sample import EMBEDDED, Pipeline, check_compiler, check_device
+from ..tensors import read_header
+from ..types import Clip, EditRequest, VLMInputs
+from ..vae import ORIGINAL_KEY, SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE
+from ..vlm import VLM, load_processor, model_of
 
 FLOAT8, _ = FORMATS["fp8_scaled"]
 SPREAD = 0.02  # of random weights

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mive_core import bench
+from mive_core.bench import rival as bench
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
 
