@@ -17,6 +17,7 @@ class Recipe:
     task: str  # vae, vlm, dit or edit
     output_dir: str  # checkpoints and log.jsonl
     export: str  # the finished model, written at the end
+    version: str = ""  # of the finished model, for its metadata (`mive inspect` shows it); "": none
     num_steps: int
     seed: int = 0
     num_threads: int = 1  # of torch, 0: torch's own choice
@@ -37,9 +38,14 @@ class Recipe:
         """What may differ between the run that wrote a checkpoint and the one that resumes it."""
         return FREE_FIELDS
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What the finished model's metadata says beside its config."""
+        return {"mive.version": self.version} if self.version else {}
+
 
 # Fields that no step depends on.
-FREE_FIELDS = frozenset({"device", "num_accumulated", "output_dir", "export", "num_threads", "num_workers", "checkpoint_every_s", "num_checkpoints",
+FREE_FIELDS = frozenset({"device", "num_accumulated", "output_dir", "export", "version", "num_threads", "num_workers", "checkpoint_every_s", "num_checkpoints",
                          "log_every", "wandb", "peak_tflops"})
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)

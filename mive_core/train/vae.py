@@ -102,7 +102,7 @@ class VAETask(Task):
         if not self.recipe.start_from:
             fold_statistics(weights, *self.latent_statistics())
         write_tensors(path, {key: value.half() for key, value in weights.items()},
-                      {"format": "pt", "mive.about": f"Wan 2.1 VAE layout, dim {self.recipe.dim}"})
+                      {"format": "pt", "mive.about": f"Wan 2.1 VAE layout, dim {self.recipe.dim}", **self.recipe.about})
 
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each latent channel, (C,) each, over clips of the pool."""

@@ -123,7 +123,7 @@ class VelocityTask(Task):
     def export(self, path: Path) -> None:
         """A whole MiVE checkpoint, or a LoRA in peft's format."""
         if self.recipe.lora_rank:
-            about = {"mive.lora": f"rank {self.recipe.lora_rank}", "mive.base": Path(self.recipe.start_from).name}
+            about = {"mive.lora": f"rank {self.recipe.lora_rank}", "mive.base": Path(self.recipe.start_from).name, **self.recipe.about}
             save_lora(path, self.modules["lora"], self.recipe.alpha / self.recipe.lora_rank, about)
             return
         is_first = not distributed.is_initialized() or distributed.get_rank() == 0
@@ -133,7 +133,7 @@ class VelocityTask(Task):
             if is_first:
                 weights[name] = joined.cpu()
         if is_first:
-            save_dit(path, weights, self.config, DTYPES.get(self.recipe.export_dtype))
+            save_dit(path, weights, self.config, DTYPES.get(self.recipe.export_dtype), self.recipe.about)
 
 
 def optimizers_of(recipe: VelocityRecipe, trained: nn.Module) -> dict[str, torch.optim.Optimizer]:
