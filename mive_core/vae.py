@@ -6,6 +6,7 @@ T = (F - 1) / 4 + 1 latent frames, Y = H / 8, X = W / 8.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,8 @@ def _weights_file(path: Path) -> Path:
 
 def _network(weights: dict[str, Tensor], path: Path) -> AutoencoderKLWan:
     """Weights in either layout -> diffusers' class, its widths read off the shapes. Raises UserError."""
+    # it warns of the torchao tensors that it does not know, of which a VAE has none
+    logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").setLevel(logging.ERROR)
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 

@@ -50,8 +50,8 @@ def test_edits_pass_the_gate(pipeline, pairs):
         figures["copy"].append(in_and_out(pair.request.source.frames, pair.target, pair.mask))
         figures["ceiling"].append(in_and_out(pipeline.vae.decode(pipeline.vae.encode(pair.target)), pair.target, pair.mask))
     means = {name: {key: mean([row[key] for row in rows]) for key in ("psnr_edited", "psnr_kept")} for name, rows in figures.items()}
-    assert means["ours"]["psnr_edited"] >= means["copy"]["psnr_edited"] + 10.0, means
-    assert means["ours"]["psnr_kept"] >= means["ceiling"]["psnr_kept"] - 3.5, means
+    assert means["ours"]["psnr_edited"] >= means["copy"]["psnr_edited"] + 10.8, means
+    assert means["ours"]["psnr_kept"] >= means["ceiling"]["psnr_kept"] - 3.1, means
 
 
 def test_the_same_seed_gives_the_same_video_and_another_gives_another(pipeline):
