@@ -36,13 +36,23 @@ def prompt_of(number: int) -> dict:
                                     "sampler": "euler", "scheduler": "simple", "denoise": 1.0}),
               "9": ("VAEDecode", {"samples": ["8", 0], "vae": ["4", 0]}),
               "10": ("PreviewImage", {"images": ["9", 0]})}
-    return {name: {"class_type": kind, "inputs": values} for name, (kind, values) in inputs.items()}
+    return graph(inputs)
 
 
-def run(server: Server, number: int) -> str:
+def stock_prompt_of(number: int) -> dict:
+    """As many nodes, all of them ComfyUI's own: what a server keeps of any prompt."""
+    chain = {str(i): ("ImageScale", {"image": [str(i - 1), 0], "upscale_method": "bilinear", "width": 48, "height": 32, "crop": "disabled"}) for i in range(2, 10)}
+    return graph({"1": ("EmptyImage", {"width": 48, "height": 32, "batch_size": 5, "color": number * 7919 % 2**24}), **chain, "10": ("PreviewImage", {"images": ["9", 0]})})
+
+
+def graph(nodes: dict) -> dict:
+    return {name: {"class_type": kind, "inputs": values} for name, (kind, values) in nodes.items()}
+
+
+def run(server: Server, number: int, stock: bool) -> str:
     """One prompt -> how it ended: success, error, interrupted. Raises where that is not what it was made for."""
-    prompt = prompt_of(number)
-    kind = "interrupted" if number % CANCELLED == 5 else "error" if number % BAD == 7 else "success"
+    prompt = stock_prompt_of(number) if stock else prompt_of(number)
+    kind = "success" if stock else "interrupted" if number % CANCELLED == 5 else "error" if number % BAD == 7 else "success"
     if kind == "interrupted":
         prompt["8"]["inputs"]["steps"] = 1000
     if kind == "error":
@@ -61,17 +71,18 @@ def run(server: Server, number: int) -> str:
     return ended
 
 
-def measure(comfyui: Path, num_prompts: int, minutes: float) -> dict:
+def measure(comfyui: Path, num_prompts: int, minutes: float, stock: bool) -> dict:
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         for folder in FOLDERS:
             (base / folder).mkdir(parents=True)
-        (base / "custom_nodes" / "mive").symlink_to(ROOT, target_is_directory=True)
+        if not stock:
+            (base / "custom_nodes" / "mive").symlink_to(ROOT, target_is_directory=True)
         server = Server.start(comfyui, base)
         try:
             rows, ends, start = [], {}, time.monotonic()
             for number in range(num_prompts):
-                ended = run(server, number)
+                ended = run(server, number, stock)
                 ends[ended] = ends.get(ended, 0) + 1
                 rows.append(held(server.process.pid))
                 if time.monotonic() - start > 60 * minutes:
@@ -114,11 +125,12 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
+    parser.add_argument("--stock", action="store_true", help="without the pack, on ComfyUI's own nodes")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.prompts <= WARM_UP + 1:
         parser.error(f"more than {WARM_UP + 1} prompts are needed: the first {WARM_UP} warm up")
-    figures = measure(arguments.comfyui, arguments.prompts, arguments.minutes)
+    figures = measure(arguments.comfyui, arguments.prompts, arguments.minutes, arguments.stock)
     arguments.output.write_text(json.dumps({"command": " ".join(["python", "tests/comfyui/load.py", *sys.argv[1:]]), **figures}, indent=1) + "\n")
     print(json.dumps({key: value for key, value in figures.items() if key != "kb_every_50"}))
 
