@@ -6,7 +6,6 @@ L tokens of the DiT's sequence, D its width; S tokens of the VLM's.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn

@@ -4,10 +4,9 @@ Both have the same width, depth and number of tokens in self-attention; theirs a
 cross-attention to 512 text tokens, which is counted in floating-point operations.
 """
 
-import math
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm

@@ -56,13 +56,7 @@ def measure(work: Workload, call: Callable[[], object], *, repeats: int | None =
     On a GPU the allocator says the bytes, on a CPU tensors are counted in one call more, unless they are compiled. `profiled` adds
     where the time of one call more goes.
     """
-    cuda = work.device.type == "cuda"
-
-    def waited() -> None:
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-
+    cuda, waited = work.device.type == "cuda", waiting(work, call)
     if warm:
         waited()
     before = 0
@@ -113,14 +107,19 @@ def measure_speed(work: Workload) -> dict:
             "copied_bytes_per_second": 2 * block.numel() / min(timed_once(work, block.clone) for _ in range(5))}
 
 
-def timed_once(work: Workload, call: Callable[[], object]) -> float:
-    """Seconds of a call, the device's work included."""
+def waiting(work: Workload, call: Callable[[], object]) -> Callable[[], None]:
+    """The call, which then ends with the device's work."""
     def waited() -> None:
         call()
         if work.device.type == "cuda":
             torch.cuda.synchronize()
 
-    return timed(waited)
+    return waited
+
+
+def timed_once(work: Workload, call: Callable[[], object]) -> float:
+    """Seconds of a call, the device's work included."""
+    return timed(waiting(work, call))
 
 
 def measure_dit(work: Workload, float8: bool = False) -> dict:

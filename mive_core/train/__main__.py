@@ -5,6 +5,7 @@ import sys
 
 from ..errors import UserError
 from .dispatch import train
+from .ranks import num_processes
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
@@ -14,7 +15,7 @@ if __name__ == "__main__":
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_processes() > 1:
         # all is written; threads that exchanged tensors have been seen to abort an interpreter that was ending
         sys.stdout.flush()
         sys.stderr.flush()

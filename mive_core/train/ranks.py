@@ -65,11 +65,15 @@ class Ranks:
             distributed.barrier()
 
 
+def num_processes() -> int:
+    """What the launcher's environment says; 1 where there is no launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """The processes that the launcher's environment names, connected; one alone where there is no launcher."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if num_processes() == 1:
         yield Ranks()
         return
     if device == "cuda":

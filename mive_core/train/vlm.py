@@ -118,7 +118,7 @@ class VLMTask(Task):
         """The folder, its weights in float16 under the names of Qwen's own checkpoints, and the heads beside it."""
         write_tiny_folder(path, phrases())
         weights = {f"model.{name}": value.half() for name, value in self.model.state_dict().items()}
-        write_tensors(path / WEIGHTS, weights, {"format": "pt"})
+        write_tensors(path / WEIGHTS, weights, {"format": "pt", **self.recipe.about})
         write_tensors(path / HEADS, {name: value.half() for name, value in self.heads.state_dict().items()}, {"format": "pt"})
         for name in (WEIGHTS, HEADS):
             os.chmod(path / name, 0o644)

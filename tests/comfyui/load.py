@@ -21,9 +21,13 @@ CANCEL_AFTER = 0.3  # seconds
 FOLDERS = ("custom_nodes", "input", "output", "temp", "user", "models/diffusion_models", "models/vae", "models/loras", "models/text_encoders")
 
 
-def prompt_of(number: int) -> dict:
-    """The whole graph on the embedded models, 5 frames of 48x32, one step; nothing but the loaders can be taken from the prompt before."""
-    inputs = {"1": ("EmptyImage", {"width": 48, "height": 32, "batch_size": 5, "color": number * 7919 % 2**24}),
+def prompt_of(number: int) -> tuple[dict, str]:
+    """The whole graph on the embedded models, 5 frames of 48x32, one step, and how it is to end: success, error, interrupted.
+
+    Nothing but the loaders can be taken from the prompt before.
+    """
+    kind = "interrupted" if number % CANCELLED == 5 else "error" if number % BAD == 7 else "success"
+    inputs = {"1": pictures(number),
               "2": ("MiVELoadDiT", {"model": "tiny/dit.safetensors", "weight_dtype": "default"}),
               "3": ("MiVELoadVLM", {"model": "tiny/vlm", "dtype": "default", "device": "default"}),
               "4": ("VAELoader", {"vae_name": "tiny/vae.safetensors"}),
@@ -31,32 +35,31 @@ def prompt_of(number: int) -> dict:
               "6": ("MiVEEncode", {"vlm": ["3", 0], "source": ["1", 0], "reference": ["5", 0], "instruction": f"make it night, {number}", "fps": 8.0, "sampled_fps": 2.0,
                                    "max_video_tokens": 512}),
               "7": ("MiVEReferenceLatents", {"positive": ["6", 0], "negative": ["6", 0], "vae": ["4", 0], "source": ["1", 0], "reference": ["5", 0],
-                                             "width": 48, "height": 32, "length": 5}),
-              "8": ("MiVESampler", {"model": ["2", 0], "positive": ["7", 0], "negative": ["7", 1], "latent": ["7", 2], "seed": number, "steps": 1, "cfg": 1.0, "shift": 0.0,
+                                             "width": 48, "height": 32, "length": 9 if kind == "error" else 5}),  # 9: more frames than there are
+              "8": ("MiVESampler", {"model": ["2", 0], "positive": ["7", 0], "negative": ["7", 1],
+                                    "latent": ["7", 2], "seed": number, "steps": 1000 if kind == "interrupted" else 1, "cfg": 1.0, "shift": 0.0,
                                     "sampler": "euler", "scheduler": "simple", "denoise": 1.0}),
               "9": ("VAEDecode", {"samples": ["8", 0], "vae": ["4", 0]}),
               "10": ("PreviewImage", {"images": ["9", 0]})}
-    return graph(inputs)
+    return graph(inputs), kind
 
 
-def stock_prompt_of(number: int) -> dict:
+def stock_prompt_of(number: int) -> tuple[dict, str]:
     """As many nodes, all of them ComfyUI's own: what a server keeps of any prompt."""
     chain = {str(i): ("ImageScale", {"image": [str(i - 1), 0], "upscale_method": "bilinear", "width": 48, "height": 32, "crop": "disabled"}) for i in range(2, 10)}
-    return graph({"1": ("EmptyImage", {"width": 48, "height": 32, "batch_size": 5, "color": number * 7919 % 2**24}), **chain, "10": ("PreviewImage", {"images": ["9", 0]})})
+    return graph({"1": pictures(number), **chain, "10": ("PreviewImage", {"images": ["9", 0]})}), "success"
+
+
+def pictures(number: int) -> tuple[str, dict]:
+    return "EmptyImage", {"width": 48, "height": 32, "batch_size": 5, "color": number * 7919 % 2**24}
 
 
 def graph(nodes: dict) -> dict:
     return {name: {"class_type": kind, "inputs": values} for name, (kind, values) in nodes.items()}
 
 
-def run(server: Server, number: int, stock: bool) -> str:
-    """One prompt -> how it ended: success, error, interrupted. Raises where that is not what it was made for."""
-    prompt = stock_prompt_of(number) if stock else prompt_of(number)
-    kind = "success" if stock else "interrupted" if number % CANCELLED == 5 else "error" if number % BAD == 7 else "success"
-    if kind == "interrupted":
-        prompt["8"]["inputs"]["steps"] = 1000
-    if kind == "error":
-        prompt["7"]["inputs"]["length"] = 9  # more frames than there are
+def run(server: Server, prompt: dict, kind: str) -> str:
+    """One prompt -> how it ended. Raises where that is not what it was made for."""
     queued = server.queue(prompt)
     if kind == "interrupted":
         time.sleep(CANCEL_AFTER)
@@ -67,7 +70,7 @@ def run(server: Server, number: int, stock: bool) -> str:
     messages = {name for name, _ in entry["status"]["messages"]}
     ended = "interrupted" if "execution_interrupted" in messages else entry["status"]["status_str"]
     if ended != kind:
-        raise RuntimeError(f"prompt {number}: {ended} instead of {kind}: {entry['status']}")
+        raise RuntimeError(f"{ended} instead of {kind}: {entry['status']}")
     return ended
 
 
@@ -82,7 +85,7 @@ def measure(comfyui: Path, num_prompts: int, minutes: float, stock: bool) -> dic
         try:
             rows, ends, start = [], {}, time.monotonic()
             for number in range(num_prompts):
-                ended = run(server, number, stock)
+                ended = run(server, *(stock_prompt_of if stock else prompt_of)(number))
                 ends[ended] = ends.get(ended, 0) + 1
                 rows.append(held(server.process.pid))
                 if time.monotonic() - start > 60 * minutes:

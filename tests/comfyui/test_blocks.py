@@ -1,6 +1,5 @@
 """Our block against ComfyUI's own WanAttentionBlock with its cross-attention silenced."""
 
-import pytest
 import torch
 from torch import nn
 

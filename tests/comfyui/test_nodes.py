@@ -1,7 +1,6 @@
 """Each node on its own: what it gives, and what it says to bad input."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
 

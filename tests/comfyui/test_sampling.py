@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mive_core.quantize import quantize
 from mive_core.types import Clip, EditRequest
