@@ -9,8 +9,10 @@ import sys
 import warnings
 
 from . import __version__
-from .commands import (run_bench_cache, run_bench_card, run_bench_convert, run_bench_dit, run_bench_growth, run_bench_load, run_bench_scale, run_bench_stage, run_bench_train, run_data_cache, run_data_compose, run_data_import, run_data_looks, run_data_recolour,
-                       run_data_score, run_data_synth, run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train)
+from .commands.bench import (run_bench_cache, run_bench_card, run_bench_convert, run_bench_dit,
+                             run_bench_growth, run_bench_load, run_bench_scale, run_bench_stage, run_bench_train)
+from .commands.data import run_data_cache, run_data_compose, run_data_import, run_data_looks, run_data_recolour, run_data_score, run_data_synth
+from .commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train
 from .config import VLM_SIZES
 from .errors import UserError
 

@@ -1,0 +1,125 @@
+"""Benchmarks: measured, printed as JSON, written where asked."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+
+from ..errors import UserError
+from .asked import dtype_of
+
+
+def run_bench_dit(arguments: argparse.Namespace) -> None:
+    if arguments.size is not None:
+        if arguments.tokens is not None:
+            raise UserError("--tokens and --size are two benchmarks", fix="--tokens runs beside diffusers, --size on its own")
+        run_bench_stage(arguments)
+        return
+    from ..bench.rival import bench_dit, make_ours
+    from ..sample import check_compiler
+
+    if (arguments.device, arguments.dtype) != ("cpu", "fp32"):
+        raise UserError("beside diffusers the DiT runs in fp32 on a CPU", got=f"{arguments.dtype} on {arguments.device}", fix="--size measures it alone")
+    if arguments.compile:
+        check_compiler("cpu")
+
+    def make(config, layout):
+        return make_ours(config, layout, arguments.attention, arguments.compile)
+
+    _report(arguments, lambda: bench_dit(arguments.preset, tokens=arguments.tokens or 2048, blocks=arguments.blocks, repeats=arguments.repeats,
+                                         threads=arguments.threads, make_ours=make))
+
+
+def run_bench_stage(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from ..bench.models import workload
+    from ..bench.stage import bench_stage
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    has_dit = "attention" in arguments
+    work = workload(arguments.preset, size=arguments.size or (96, 96), num_frames=arguments.frames, device=arguments.device,
+                    dtype=dtype_of(arguments.dtype), repeats=arguments.repeats, blocks=arguments.blocks,
+                    **({"attention": arguments.attention, "compiled": arguments.compile} if has_dit else {}))
+    options = {"steps": arguments.steps} if arguments.stage == "edit" else {}
+    _report(arguments, lambda: {"preset": arguments.preset, **bench_stage(arguments.stage, work, **options)})
+
+
+def run_bench_convert(arguments: argparse.Namespace) -> None:
+    from ..bench.convert import bench_convert
+    from ..files import check_input
+
+    folder = check_input(arguments.folder, "folder") if arguments.folder else None
+    _report(arguments, lambda: bench_convert(arguments.preset, folder=folder, repeats=arguments.repeats))
+
+
+def run_bench_load(arguments: argparse.Namespace) -> None:
+    from ..bench.load import bench_load
+    from ..files import check_input
+
+    folder = check_input(arguments.folder, "folder") if arguments.folder else None
+    _report(arguments, lambda: bench_load(arguments.model, shards=arguments.shards, folder=folder, float8=arguments.fp8, blocks=arguments.blocks))
+
+
+def run_bench_growth(arguments: argparse.Namespace) -> None:
+    from ..bench.growth import bench_growth, write_growth
+    from ..files import check_output
+
+    plot = check_output(arguments.plot, "plot", (".png",)) if arguments.plot else None
+
+    def measure() -> dict:
+        report = bench_growth(arguments.preset, size=arguments.size, blocks=arguments.blocks, window_frames=arguments.window,
+                              overlap_frames=(arguments.window - 1) // 16 * 4 + 1, repeats=arguments.repeats)
+        if plot:
+            write_growth(plot, report)
+        return report
+
+    _report(arguments, measure)
+
+
+def run_bench_card(arguments: argparse.Namespace) -> None:
+    from ..bench.card import bench_card
+
+    parts = tuple(part for part in arguments.parts.split(",") if part)
+    _report(arguments, lambda: bench_card(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=dtype_of(arguments.dtype),
+                                          repeats=arguments.repeats, blocks=arguments.blocks, parts=parts))
+
+
+def run_bench_cache(arguments: argparse.Namespace) -> None:
+    from ..bench.cache import bench_cache
+    from ..bench.models import workload
+    from ..files import check_input
+
+    folder = check_input(arguments.folder, "folder") if arguments.folder else None
+    work = workload(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=dtype_of(arguments.dtype), repeats=arguments.repeats)
+    _report(arguments, lambda: {"preset": arguments.preset, **bench_cache(work, num_pairs=arguments.pairs, stored_size=arguments.stored_size, folder=folder)})
+
+
+def run_bench_train(arguments: argparse.Namespace) -> None:
+    from ..files import check_input
+    from ..train.dispatch import bench_train
+
+    config = check_input(arguments.config, "config")
+    _report(arguments, lambda: bench_train(config, arguments.steps))
+
+
+def run_bench_scale(arguments: argparse.Namespace) -> None:
+    from ..train.budget import scale
+
+    if arguments.frames % 4 != 1:
+        raise UserError("the length does not fit", where="--frames", got=arguments.frames, expected="4n+1")
+    _report(arguments, lambda: scale(arguments.preset, card=arguments.card, share_of_peak=arguments.share, num_frames=arguments.frames))
+
+
+def _report(arguments: argparse.Namespace, measure: Callable[[], dict]) -> None:
+    """Figures to stdout, and to the file that was asked for, whose name is checked before the measuring."""
+    from ..files import check_output
+
+    output = check_output(arguments.output, "output", (".json",)) if arguments.output else None
+    figures = measure()
+    if output:
+        from ..evaluate import write_json
+
+        write_json(output, figures | {"command": arguments.command_line})
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")

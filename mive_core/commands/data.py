@@ -1,0 +1,102 @@
+"""Pairs drawn, imported, composed, rated, cached."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from .asked import dtype_of, report_done, spread
+
+MOST_NAMED = 20  # rows of a table of millions
+
+
+def run_data_synth(arguments: argparse.Namespace) -> None:
+    from ..manifest import export_pairs
+    from ..train.heldout import drawn_pairs
+    from ..train.synth import PairedEdits
+
+    edits = PairedEdits(arguments.seed, arguments.split, arguments.size, arguments.frames, kinds=tuple(arguments.kind) or None, edits=tuple(arguments.edit) or None)
+    sys.stdout.write(f"{export_pairs(drawn_pairs(edits, arguments.num), arguments.output)}\n")
+
+
+def run_data_import(arguments: argparse.Namespace) -> None:
+    from ..data.published import import_set
+
+    count, left_out = import_set(arguments.layout, arguments.folder, arguments.output, tuple(arguments.edit))
+    for row in left_out[:MOST_NAMED]:
+        warnings.warn(f"{row.where} is left out: {row.why}")
+    if len(left_out) > MOST_NAMED:
+        warnings.warn(f"{len(left_out) - MOST_NAMED} more are left out; {Path(arguments.output).with_suffix('.left_out.jsonl')} names all")
+    sys.stdout.write(f"{arguments.output}: {count} pairs, {len(left_out)} left out\n")
+
+
+def run_data_compose(arguments: argparse.Namespace) -> None:
+    from functools import partial
+
+    from ..data.compose import ComposeSettings, compose, read_sources
+    from ..data.person import Segmenter
+    from ..sample import check_device
+
+    people, backgrounds = read_sources(arguments.people, "people"), read_sources(arguments.backgrounds, "backgrounds")
+    check_device(arguments.device)
+    load = partial(Segmenter.load, arguments.segmenter, device=arguments.device) if arguments.segmenter else None
+    settings = ComposeSettings(arguments.size, arguments.frames, arguments.seed, arguments.store)
+    outcomes, manifest = compose(people, backgrounds, arguments.output, settings, load=load, made_by=arguments.segmenter, how=spread(arguments))
+    report_done(manifest, outcomes, 3 * sum(outcome.result is not None for outcome in outcomes))
+
+
+def run_data_score(arguments: argparse.Namespace) -> None:
+    from ..pairs import read_pairs
+
+    entries = read_pairs(arguments.manifest)
+    from functools import partial
+
+    from ..data.judge import Judge
+    from ..data.score import score
+    from ..sample import check_device
+
+    check_device(arguments.device)
+    load = partial(Judge.load, arguments.model, dtype=dtype_of(arguments.dtype), device=arguments.device)
+    outcomes, kept = score(entries, load, arguments.output, least=arguments.least, most=arguments.most, made_by=(arguments.model, arguments.dtype),
+                           how=spread(arguments))
+    report_done(Path(arguments.output), outcomes, len(kept))
+
+
+def run_data_cache(arguments: argparse.Namespace) -> None:
+    from ..files import check_output_folder
+    from ..pairs import read_pairs
+
+    output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest)
+    from functools import partial
+
+    from ..sample import EMBEDDED
+    from ..train.cache import CacheSettings, Encoders, cache
+
+    settings = CacheSettings(tuple(arguments.bucket), arguments.states, arguments.negative)
+    load = partial(Encoders.load, EMBEDDED.get(arguments.models, arguments.models), dtype=dtype_of(arguments.dtype), device=arguments.device)
+    index = cache(entries, load(), output, settings, lambda line: sys.stderr.write(f"mive: {line}\n"), spread(arguments), load)
+    for item in index["skipped"]:
+        warnings.warn(f"pair {item['pair'] + 1} ({item['name']}) is left out: {item['why']}")
+    sys.stdout.write(f"{output}: {index['pairs']} pairs, {len(index['skipped'])} left out, {index['bytes'] / 1e6:.3g} MB\n")
+
+
+def run_data_looks(arguments: argparse.Namespace) -> None:
+    from ..train.heldout import footage_pairs, unseen_look_pairs
+
+    _write_footage(arguments, unseen_look_pairs if arguments.unseen else footage_pairs)
+
+
+def run_data_recolour(arguments: argparse.Namespace) -> None:
+    from ..train.heldout import recolour_pairs
+
+    _write_footage(arguments, recolour_pairs)
+
+
+def _write_footage(arguments: argparse.Namespace, pairs_of: Callable) -> None:
+    from ..manifest import export_pairs
+    from ..pixels import fit_clip
+    from ..video import read_clip
+
+    clip = fit_clip(read_clip(arguments.source, what="source", num_frames=arguments.frames), arguments.size, arguments.frames)
+    sys.stdout.write(f"{export_pairs(pairs_of(clip), arguments.output)}\n")

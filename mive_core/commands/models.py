@@ -1,0 +1,120 @@
+"""Edit, evaluate, train, and what is done to a checkpoint."""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+from ..errors import UserError
+from .asked import dtype_of, machine, report_done, settings_of, spread
+
+MANY_TOKENS = 20_000
+
+
+def run_edit(arguments: argparse.Namespace) -> None:
+    given = [f"--{name}" for name in ("source", "reference", "instruction") if getattr(arguments, name) is not None]
+    if arguments.manifest is not None:
+        if given or arguments.fps:
+            raise UserError("a manifest says all of that", got=f"--manifest and {(given or ['--fps'])[0]}", fix="`mive edit --help` lists what it takes")
+        _edit_many(arguments)
+        return
+    missing = [name for name in ("--source", "--reference", "--instruction") if name not in given]
+    if missing:
+        raise UserError(f"the following arguments are required: {', '.join(missing)}", fix="`mive edit --help` lists what it takes")
+    from ..files import check_input, check_output
+    from ..manifest import ManifestEntry, load_entry
+    from ..video import DEFAULT_FPS, VIDEO_SUFFIXES, write_video
+
+    output = check_output(arguments.output, "output", VIDEO_SUFFIXES)
+    source, reference = check_input(arguments.source, "source"), check_input(arguments.reference, "reference")
+    if output.exists() and (output.samefile(source) or output.samefile(reference)):
+        raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
+    request = load_entry(ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS),
+                         arguments.size, arguments.frames).request
+    num_frames, height, width = request.source.frames.shape[:3]
+    num_tokens = ((num_frames - 1) // 4 + 2) * (height // 16) * (width // 16)
+    if num_tokens > MANY_TOKENS and arguments.size is None:
+        warnings.warn(f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer")
+    from ..evaluate import timed_edit
+    from ..sample import Pipeline
+
+    edited, _ = timed_edit(Pipeline.load(arguments.models, arguments.layers, **machine(arguments)), request, settings_of(arguments))
+    sys.stdout.write(f"{write_video(output, edited)}\n")
+
+
+def _edit_many(arguments: argparse.Namespace) -> None:
+    from ..files import check_output_folder
+    from ..pairs import read_pairs
+
+    output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest, may_be_silent=True)
+    from functools import partial
+
+    from ..data.edits import JOURNAL, edit_all
+    from ..sample import Pipeline
+
+    chosen = machine(arguments)
+    load = partial(Pipeline.load, arguments.models, arguments.layers, **chosen)
+    outcomes = edit_all(entries, load, output, settings_of(arguments), size=arguments.size, num_frames=arguments.frames,
+                        made_by=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in chosen.items())), how=spread(arguments))
+    report_done(output / JOURNAL, outcomes)
+
+
+def run_eval(arguments: argparse.Namespace) -> None:
+    from ..files import check_output_folder
+    from ..manifest import ManifestPairs, read_manifest
+
+    output = check_output_folder(arguments.output, "output")
+    entries = read_manifest(arguments.manifest)
+    pairs = ManifestPairs(entries, arguments.size, arguments.frames)
+    from ..evaluate import evaluate
+    from ..sample import Pipeline
+
+    evaluate(Pipeline.load(arguments.models, arguments.layers, **machine(arguments)), pairs, output,
+             settings_of(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
+             groups={"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]},
+             command=arguments.command_line)
+    sys.stdout.write(f"{output / 'report.json'}\n{output / 'sheet.png'}\n")
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from ..files import check_input
+    from ..train.dispatch import train
+
+    train(check_input(arguments.config, "config"))
+
+
+def run_inspect(arguments: argparse.Namespace) -> None:
+    from ..checkpoint import inspect
+    from ..files import check_input
+
+    sys.stdout.write(json.dumps(inspect(check_input(arguments.path, "checkpoint")), indent=2) + "\n")
+
+
+def run_init_from_wan(arguments: argparse.Namespace) -> None:
+    from ..files import check_output
+
+    destination = check_output(arguments.destination, "destination", (".safetensors",))
+    from ..checkpoint import inspect
+    from ..convert import init_from_wan
+
+    init_from_wan(arguments.source, destination, layers=arguments.layers, vlm=arguments.vlm, dtype=dtype_of(arguments.dtype))
+    sys.stdout.write(json.dumps(inspect(destination), indent=2) + "\n")
+
+
+def run_quantize(arguments: argparse.Namespace) -> None:
+    from ..files import check_input, check_output
+
+    destination = check_output(arguments.destination, "destination", (".safetensors",))
+    from ..quantize import quantize
+
+    report = quantize(check_input(arguments.source, "checkpoint"), destination, arguments.format)
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from ..demo import run_demo as run
+
+    report = run(arguments.output, arguments.models, settings_of(arguments), arguments.command_line)
+    sys.stdout.write(f"{Path(arguments.output) / 'edited.mp4'}\n{Path(arguments.output) / 'sheet.png'}\n"
+                     f"{Path(arguments.output) / 'report.json'}: {report['seconds']:.0f} s\n")
