@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mive_core.bench import rival
 from mive_core.config import PRESETS
-from mive_core.flops import block_flops, cross_attention_flops, edge_flops, layout_for
+from mive_core.flops import block_flops, cross_attention_flops, dit_flops, edge_flops, layout_for
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=2)
 
@@ -17,13 +17,13 @@ CONFIG = replace(PRESETS["tiny"], num_blocks=2)
 @pytest.mark.parametrize("name", ["ours", "diffusers"])
 def test_formula_equals_the_counted_operations(name):
     layout = layout_for(200)
-    n, blocks = layout.num_tokens, CONFIG.num_blocks
+    n = layout.num_tokens
     if name == "ours":
         call = rival.make_ours(CONFIG, layout)
-        formula = blocks * block_flops(CONFIG, n) + edge_flops(CONFIG, layout, ours=True)
+        formula = dit_flops(CONFIG, layout)
     else:
         call = rival.make_diffusers(CONFIG, n)
-        formula = blocks * (block_flops(CONFIG, n) + cross_attention_flops(CONFIG, n)) + edge_flops(CONFIG, layout, ours=False)
+        formula = CONFIG.num_blocks * (block_flops(CONFIG, n) + cross_attention_flops(CONFIG, n)) + edge_flops(CONFIG, layout, ours=False)
     # the fused attention kernel of the CPU is not among the operations that torch counts, its matrix products are
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
