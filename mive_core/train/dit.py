@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..layers import parse_layers
 from ..tensors import read_tensors
 from .features import Bucket, prepare, read_shards, shards_of
+from .hints import Hints
 from .loop import step_seed
 from .objective import EditFeatures, stacked
 from .recipe import parse_recipe
@@ -33,11 +34,14 @@ class DiTRecipe(VelocityRecipe):
     vlm: str  # folder
     features_dir: str
     features_seed: int  # of the drawn clips
-    buckets: tuple  # (width, height, frames, clips, share of the steps) each
+    buckets: tuple  # (width, height, frames, clips, share of the steps) each; kinds and edits, lists of names, may follow
     layers: str = "first+last"
     num_feature_processes: int = 2
+    num_alike: int = 1  # batches in a row that are of one size, so that as many processes take equally long
     channel_power: float = 0.0  # of a latent channel's effect on the decoded pixels, that the loss weighs it by
     copier_start: bool = False  # see initialise_copier
+    hint_weight: float = 0.0  # of what the DiT is told about the edited thing beside the velocity, see hints.py; 0: nothing
+    hint_blocks: tuple = (3, 7)  # that are to know its place and shape, and its outline
     start_from: str = ""  # of the same shapes; it may have fewer blocks, see deepen
     num_blocks: int = 0  # 0: the preset's
     batch_size: int = 8
@@ -53,8 +57,8 @@ class DiTRecipe(VelocityRecipe):
 class FeatureBatches(Dataset):
     """dataset[step] is a batch of one size and one sequence length, so that nothing is padded."""
 
-    def __init__(self, buckets: list[tuple[Bucket, list[EditFeatures]]], batch_size: int, seed: int):
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, buckets: list[tuple[Bucket, list[EditFeatures]]], batch_size: int, seed: int, num_alike: int = 1):
+        self.batch_size, self.seed, self.num_alike = batch_size, seed, num_alike
         self.groups: list[list[EditFeatures]] = []
         weights = []
         for bucket, entries in buckets:
@@ -68,7 +72,8 @@ class FeatureBatches(Dataset):
 
     def __getitem__(self, step: int) -> EditFeatures:
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
-        group = self.groups[torch.multinomial(self.weights, 1, generator=generator)]
+        of_size = generator if self.num_alike == 1 else torch.Generator().manual_seed(step_seed(self.seed + 1, step // self.num_alike))
+        group = self.groups[torch.multinomial(self.weights, 1, generator=of_size)]
         chosen = torch.randint(len(group), (self.batch_size,), generator=generator).tolist()
         return stacked([group[i] for i in chosen])
 
@@ -88,6 +93,19 @@ class DiTTask(VelocityTask):
                 initialise_copier(model)
         channels = channel_weights(read_whole_clip_vae(recipe.vae), recipe.channel_power) if recipe.channel_power else torch.ones(1)
         super().__init__(recipe, model.to(recipe.device), dataset, channels.to(recipe.device))
+        if recipe.hint_weight:
+            self.hints = Hints(model, *recipe.hint_blocks).to(recipe.device)
+            self.modules = {**self.modules, "hints": self.hints}
+            self.optimizers["adamw"].add_param_group({"params": list(self.hints.parameters())})
+
+    def loss(self, step: int, batch: EditFeatures, generator: torch.Generator) -> dict[str, Tensor]:
+        """The velocity's, and what the hints add to it."""
+        found = super().loss(step, batch, generator)
+        if self.recipe.hint_weight:
+            with torch.autocast(torch.device(self.recipe.device).type, enabled=False):
+                hints = self.hints.losses(batch.to(self.recipe.device))
+            found |= {**hints, "loss": found["loss"] + self.recipe.hint_weight * sum(hints.values())}
+        return found
 
 
 @torch.no_grad()
@@ -161,9 +179,10 @@ def build(values: dict, where: object = None) -> DiTTask:
     config = PRESETS[recipe.preset]
     config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
     buckets = []
-    for width, height, num_frames, num_clips, share in recipe.buckets:
-        bucket = Bucket((width, height), num_frames, num_clips, share)
-        shards = shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir)
+    for width, height, num_frames, num_clips, share, *chosen in recipe.buckets:
+        bucket = Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen))
+        shards = shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir,
+                           things=recipe.hint_weight > 0)
         prepare(shards, recipe.num_feature_processes)
         buckets.append((bucket, read_shards(shards)))
-    return DiTTask(recipe, config, FeatureBatches(buckets, recipe.batch_size, recipe.seed))
+    return DiTTask(recipe, config, FeatureBatches(buckets, recipe.batch_size, recipe.seed, recipe.num_alike))

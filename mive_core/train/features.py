@@ -1,4 +1,4 @@
-"""Frozen features of paired edits, computed once: the VAE's latents and the VLM's chosen layers.
+"""Frozen features of paired edits, computed once: the VAE's latents, the VLM's chosen layers, and where the edited thing is.
 
 C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm their width.
 """
@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -22,10 +23,11 @@ from ..types import PairedEdit
 from ..vlm import VLM, WEIGHTS
 from .block_code import Encoder, encoder_of
 from .objective import EditFeatures, latent_mask
-from .synth import PairedEdits
+from .synth import SHAPES, PairedEdits, SyntheticEdit, Thing
 from .wan_vae import read_whole_clip_vae
 
 NUM_PER_SHARD = 64
+LATENT_FRAMES, LATENT_CELL = 4, 8  # pixel frames and pixels of a latent one
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,16 @@ class Bucket:
     num_frames: int
     num_clips: int
     share: float
+    kinds: tuple[str, ...] = ()  # all
+    edits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Shard:
     """Some features of some clips, and all that they depend on, in plain values: it crosses into worker processes."""
 
-    part: str  # "latents" (target, source, reference, mask) or "states"
-    model: str  # the VAE's file or the VLM's folder
+    part: str  # "latents" (target, source, reference, mask), "states" or "things" (track, shape, cover)
+    model: str  # the VAE's file or the VLM's folder; things need none
     config: MiVEConfig
     seed: int
     bucket: Bucket
@@ -53,7 +57,8 @@ class Shard:
     @property
     def path(self) -> Path:
         (width, height), frames = self.bucket.size, self.bucket.num_frames
-        return Path(self.folder) / f"{width}x{height}x{frames}_{self.part}_{self.number:05d}.safetensors"
+        chosen = "".join(f"_{word.replace(' ', '-')}" for word in (*self.bucket.kinds, *self.bucket.edits))
+        return Path(self.folder) / f"{width}x{height}x{frames}{chosen}_{self.part}_{self.number:05d}.safetensors"
 
     @property
     def indices(self) -> range:
@@ -64,8 +69,12 @@ class Shard:
     def fingerprint(self) -> str:
         """Of all settings and of the weights that the features pass through: a VAE's decoder does not count."""
         settings = [self.part, self.seed, self.bucket.size, self.bucket.num_frames, self.indices.stop]
+        if self.bucket.kinds or self.bucket.edits:
+            settings += [self.bucket.kinds, self.bucket.edits]
         model = Path(self.model)
-        if self.part == "states":
+        if self.part == "things":
+            weights = []
+        elif self.part == "states":
             settings += [self.config.resolved_layers, self.config.video_fps, self.config.max_video_tokens, self.config.max_instruction_tokens]
             weights = [(model / name).read_bytes() for name in (WEIGHTS, "tokenizer.json", "config.json")]
         else:
@@ -83,11 +92,11 @@ class Shard:
             return (file.metadata() or {}).get("fingerprint") == self.fingerprint
 
 
-def shards_of(bucket: Bucket, *, vae: str, vlm: str, config: MiVEConfig, seed: int, folder: str) -> list[Shard]:
-    """Both parts of every clip of a bucket, in order."""
+def shards_of(bucket: Bucket, *, vae: str, vlm: str, config: MiVEConfig, seed: int, folder: str, things: bool = False) -> list[Shard]:
+    """All parts of every clip of a bucket, in order; things only where asked for."""
     numbers = range(-(-bucket.num_clips // NUM_PER_SHARD))
-    return [Shard(part, model, config, seed, bucket, number, folder) for number in numbers
-            for part, model in (("states", vlm), ("latents", vae))]
+    parts = (("states", vlm), ("latents", vae), *([("things", "")] if things else []))
+    return [Shard(part, model, config, seed, bucket, number, folder) for number in numbers for part, model in parts]
 
 
 def states_of(pair: PairedEdit, vlm: VLM, config: MiVEConfig) -> dict[str, Tensor]:
@@ -102,13 +111,29 @@ def latents_of(pair: PairedEdit, encode: Encoder) -> dict[str, Tensor]:
     return latents | {"mask": latent_mask(pair.mask).to(torch.float16)}
 
 
-def features_of(shard: Shard) -> Callable[[PairedEdit], dict[str, Tensor]]:
+def thing_of(edit: SyntheticEdit) -> dict[str, Tensor]:
+    """Means over each latent frame's pixels: track (T, 3) x, y, radius in latent cells, shape (), cover (T, 2Y, 2X) in 0..1.
+
+    Without a thing: zeros, and the shape -1.
+    """
+    frames, height, width = edit.pair.mask.shape
+    thing = edit.thing or Thing(torch.zeros(frames, 3), "", torch.zeros(frames, height, width))
+    cover = torch.cat([thing.cover[:1].expand(LATENT_FRAMES - 1, -1, -1), thing.cover])  # frame 0 is a latent frame of its own
+    track = torch.cat([thing.track[:1].expand(LATENT_FRAMES - 1, -1), thing.track])
+    return {"track": track.unflatten(0, (-1, LATENT_FRAMES)).mean(dim=1) / LATENT_CELL,
+            "shape": torch.tensor(SHAPES.index(thing.shape) if edit.thing else -1),
+            "cover": F.avg_pool3d(cover[None], (LATENT_FRAMES, LATENT_CELL // 2, LATENT_CELL // 2))[0].to(torch.float16)}
+
+
+def features_of(shard: Shard) -> Callable[[SyntheticEdit], dict[str, Tensor]]:
     """The shard's part of a paired edit, its model loaded."""
+    if shard.part == "things":
+        return thing_of
     if shard.part == "states":
         vlm = VLM.load(shard.model)
-        return lambda pair: states_of(pair, vlm, shard.config)
+        return lambda edit: states_of(edit.pair, vlm, shard.config)
     encode = encoder_of(read_whole_clip_vae(shard.model))
-    return lambda pair: latents_of(pair, encode)
+    return lambda edit: latents_of(edit.pair, encode)
 
 
 @torch.inference_mode()
@@ -120,11 +145,11 @@ def write_shards(shards: Sequence[Shard]) -> None:
     torch.set_num_threads(1)
     computed = [(shard, features_of(shard), {}) for shard in wanted]
     bucket = wanted[0].bucket
-    edits = PairedEdits(wanted[0].seed, split="train", size=bucket.size, num_frames=bucket.num_frames)
+    edits = PairedEdits(wanted[0].seed, split="train", size=bucket.size, num_frames=bucket.num_frames, kinds=bucket.kinds or None, edits=bucket.edits or None)
     for index in wanted[0].indices:
-        pair = edits.sample(index).pair
+        edit = edits.sample(index)
         for _, features, tensors in computed:
-            tensors.update({f"{index}.{name}": value for name, value in features(pair).items()})
+            tensors.update({f"{index}.{name}": value for name, value in features(edit).items()})
     for shard, _, tensors in computed:
         write_tensors(shard.path, tensors, {"fingerprint": shard.fingerprint})
 
@@ -140,7 +165,7 @@ def prepare(shards: list[Shard], num_processes: int) -> None:
 
 
 def read_shards(shards: list[Shard]) -> list[EditFeatures]:
-    """Both parts of a bucket's clips -> one entry a clip, in their stored dtypes."""
+    """All parts of a bucket's clips -> one entry a clip, in their stored dtypes."""
     entries: dict[int, dict[str, Tensor]] = {}
     for shard in tqdm(shards, desc="reading features", unit="shard"):
         with safe_open(shard.path, framework="pt") as file:

@@ -22,11 +22,21 @@ SETTLED = 0.7  # seconds after which what comes in late must be seen
 
 
 @dataclass(frozen=True)
+class Thing:
+    """The single body that an edit is about."""
+
+    track: torch.Tensor  # (F, 3) its centre's x and y and its radius, in pixels
+    shape: str  # after the edit, NONE where it was removed
+    cover: torch.Tensor  # (F, H, W) in 0..1, how much of it shows in the target
+
+
+@dataclass(frozen=True)
 class SyntheticEdit:
     """A paired edit and what it is about."""
 
     pair: PairedEdit
     labels: EditLabels
+    thing: Thing | None = None  # of a look or a background there is none
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Rendered:
     source: np.ndarray  # (F, H, W, 3)
     target: np.ndarray  # (F, H, W, 3)
     footprint: np.ndarray  # (F, H, W) 0..1, how much of each pixel the edit touches
+    cover: np.ndarray | None = None  # (F, H, W) 0..1, how much of each pixel the edited body covers in the target
 
 
 class PairedEdits:
@@ -71,8 +82,12 @@ class PairedEdits:
         mask = torch.from_numpy(dilate(rendered.footprint > 0))
         request = EditRequest(Clip(source, self.fps), seen[0].clone(), instruction)
         labels = replace(plan.labels, place=place_of(plan, rendered.footprint))
-        thing = cast.after or cast.before
-        return SyntheticEdit(PairedEdit(request, target, mask, f"{self.split}-{self.seed}-{index}", thing and thing.rgb), labels)
+        body = cast.after or cast.before
+        pair = PairedEdit(request, target, mask, f"{self.split}-{self.seed}-{index}", body and body.rgb)
+        if body is None:
+            return SyntheticEdit(pair, labels)
+        track = torch.from_numpy(body.motion.track(times, self.size)[:, :3].astype(np.float32))
+        return SyntheticEdit(pair, labels, Thing(track, labels.new_shape, torch.from_numpy(rendered.cover)))
 
     def say(self, index: int) -> tuple[str, EditLabels]:
         """An instruction and what it asks for, with nothing rendered; `place` is there only where the instruction names it."""
@@ -100,10 +115,11 @@ def render_cast(cast: Cast, times: np.ndarray, size: tuple[int, int]) -> Rendere
     shape = (len(times), size[1], size[0])
     stacks, footprint = [], np.zeros(shape, np.float32)
     for body in (cast.before, cast.after):
-        layers = list(others)
+        layers, cover = list(others), np.zeros(shape, np.float32)
         if body is not None:
             layers.insert(cast.depth, render_body(body, times, size))
-            footprint = np.maximum(footprint, visible(layers, cast.depth, shape))
+            cover = visible(layers, cast.depth, shape)
+            footprint = np.maximum(footprint, cover)
         stacks.append(layers)
     backdrop = cast.backdrop.render(times, size)
     new_backdrop = backdrop
@@ -113,7 +129,7 @@ def render_cast(cast: Cast, times: np.ndarray, size: tuple[int, int]) -> Rendere
     source = compose(backdrop, stacks[0])
     if cast.look is not None:
         return Rendered(source, cast.look(source), np.ones(shape, np.float32))
-    return Rendered(source, compose(new_backdrop, stacks[1]), footprint)
+    return Rendered(source, compose(new_backdrop, stacks[1]), footprint, cover)
 
 
 def uncovered(layers: list, shape: tuple[int, int, int]) -> np.ndarray:

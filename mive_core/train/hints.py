@@ -1,0 +1,70 @@
+"""Hints for a DiT that is trained on drawn clips: early blocks say where the edited thing is and what it becomes, late ones its outline.
+
+Ours. Small heads on the blocks' target tokens are taught beside the velocity and thrown away after the training. The velocity alone
+teaches a new shape very slowly: a blob of its colour at its place leaves little error.
+B batch, T x Y x X patch grid, D model width; lengths in patches.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..dit import MiVEDiT
+from .objective import EditFeatures
+from .synth import SHAPES
+
+FINE = 4  # parts of a patch along each side, that the outline is told in
+
+
+class Hints(nn.Module):
+    """Reads the target tokens that leave two of a DiT's blocks, counted from 0."""
+
+    def __init__(self, model: MiVEDiT, place_block: int, outline_block: int):
+        super().__init__()
+        width = model.config.width
+        self.patch_size = model.config.patch_size
+        self.place = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 + len(SHAPES)))  # near, y, x, radius, shape
+        self.outline = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, FINE**2))
+        self.seen: dict[str, Tensor] = {}
+        for name, index in (("place", place_block), ("outline", outline_block)):
+            model.blocks[index].register_forward_hook(lambda block, inputs, output, name=name: self.seen.__setitem__(name, output))
+
+    def losses(self, batch: EditFeatures) -> dict[str, Tensor]:
+        """Of the tokens of the last forward: hint_near, hint_offset, hint_radius, hint_shape, hint_outline, scalars.
+
+        Every head has a gradient even where no clip of the batch has a thing.
+        """
+        grid = [n // p for n, p in zip(batch.target.shape[2:], self.patch_size)]
+        tokens = {name: value[:, -grid[0] * grid[1] * grid[2]:].float().unflatten(1, grid) for name, value in self.seen.items()}
+        self.seen.clear()
+        said, drawn = self.place(tokens["place"]), self.outline(tokens["outline"])
+        offset, radius = place_in_patches(batch.track, self.patch_size, grid)
+        has_thing = (batch.shape >= 0).float().view(-1, 1, 1, 1).expand(said.shape[:-1])
+        near = has_thing * (offset.abs().amax(dim=-1) < 1.3 * radius + 0.5)
+        shape = batch.shape.long().clamp(min=0).view(-1, 1, 1, 1).expand(near.shape)
+        return {
+            "hint_near": mean_where(has_thing, F.binary_cross_entropy_with_logits(said[..., 0], near, reduction="none")),
+            "hint_offset": mean_where(near, (said[..., 1:3] - offset).abs().mean(dim=-1)),
+            "hint_radius": mean_where(near, (said[..., 3] - radius).abs()),
+            "hint_shape": mean_where(near, F.cross_entropy(said[..., 4:].movedim(-1, 1), shape, reduction="none")),
+            "hint_outline": mean_where(near, F.binary_cross_entropy_with_logits(drawn, fine_cover(batch.cover), reduction="none").mean(dim=-1)),
+        }
+
+
+def place_in_patches(track: Tensor, patch_size: tuple[int, int, int], grid: list[int]) -> tuple[Tensor, Tensor]:
+    """(B, T, 3) in latent cells -> from each patch's centre to the thing's, y and x (B, T, Y, X, 2), and its radius (B, T, Y, X)."""
+    x, y, radius = (track / patch_size[-1]).unbind(-1)
+    rows, columns = (torch.arange(n, device=track.device) + 0.5 for n in grid[1:])
+    down = (y[:, :, None] - rows)[..., None].expand(-1, -1, -1, grid[2])
+    right = (x[:, :, None] - columns)[:, :, None].expand(-1, -1, grid[1], -1)
+    return torch.stack([down, right], dim=-1), radius[:, :, None, None].expand_as(down)
+
+
+def fine_cover(cover: Tensor) -> Tensor:
+    """(B, T, FINE Y, FINE X) -> (B, T, Y, X, FINE * FINE)."""
+    return rearrange(cover, "b t (y fy) (x fx) -> b t y x (fy fx)", fy=FINE, fx=FINE)
+
+
+def mean_where(weight: Tensor, value: Tensor) -> Tensor:
+    return (weight * value).sum() / weight.sum().clamp(min=1)
