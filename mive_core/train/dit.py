@@ -16,8 +16,8 @@ from ..dit import MiVEDiT
 from ..errors import UserError
 from ..layers import parse_layers
 from ..tensors import read_tensors
+from .auxiliary import AuxiliaryHeads
 from .features import Bucket, prepare, read_shards, shards_of
-from .hints import Hints
 from .loop import step_seed
 from .objective import EditFeatures, stacked
 from .recipe import parse_recipe
@@ -40,8 +40,8 @@ class DiTRecipe(VelocityRecipe):
     num_alike: int = 1  # batches in a row that are of one size, so that as many processes take equally long
     channel_power: float = 0.0  # of a latent channel's effect on the decoded pixels, that the loss weighs it by
     copier_start: bool = False  # see initialise_copier
-    hint_weight: float = 0.0  # of what the DiT is told about the edited thing beside the velocity, see hints.py; 0: nothing
-    hint_blocks: tuple = (3, 7)  # that are to know its place and shape, and its outline
+    auxiliary_weight: float = 0.0  # of what the DiT is told about the edited thing beside the velocity, see auxiliary.py; 0: nothing
+    auxiliary_blocks: tuple = (3, 7)  # that are to know its place and shape, and its outline
     start_from: str = ""  # of the same shapes; it may have fewer blocks, see deepen
     num_blocks: int = 0  # 0: the preset's
     batch_size: int = 8
@@ -93,18 +93,18 @@ class DiTTask(VelocityTask):
                 initialise_copier(model)
         channels = channel_weights(read_whole_clip_vae(recipe.vae), recipe.channel_power) if recipe.channel_power else torch.ones(1)
         super().__init__(recipe, model.to(recipe.device), dataset, channels.to(recipe.device))
-        if recipe.hint_weight:
-            self.hints = Hints(model, *recipe.hint_blocks).to(recipe.device)
-            self.modules = {**self.modules, "hints": self.hints}
-            self.optimizers["adamw"].add_param_group({"params": list(self.hints.parameters())})
+        if recipe.auxiliary_weight:
+            self.auxiliary = AuxiliaryHeads(model, *recipe.auxiliary_blocks).to(recipe.device)
+            self.modules = {**self.modules, "auxiliary": self.auxiliary}
+            self.optimizers["adamw"].add_param_group({"params": list(self.auxiliary.parameters())})
 
     def loss(self, step: int, batch: EditFeatures, generator: torch.Generator) -> dict[str, Tensor]:
-        """The velocity's, and what the hints add to it."""
+        """The velocity's, and what the auxiliary heads add to it."""
         found = super().loss(step, batch, generator)
-        if self.recipe.hint_weight:
+        if self.recipe.auxiliary_weight:
             with torch.autocast(torch.device(self.recipe.device).type, enabled=False):
-                hints = self.hints.losses(batch.to(self.recipe.device))
-            found |= {**hints, "loss": found["loss"] + self.recipe.hint_weight * sum(hints.values())}
+                told = self.auxiliary.losses(batch.to(self.recipe.device))
+            found |= {**told, "loss": found["loss"] + self.recipe.auxiliary_weight * sum(told.values())}
         return found
 
 
@@ -182,7 +182,7 @@ def build(values: dict, where: object = None) -> DiTTask:
     for width, height, num_frames, num_clips, share, *chosen in recipe.buckets:
         bucket = Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen))
         shards = shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir,
-                           things=recipe.hint_weight > 0)
+                           things=recipe.auxiliary_weight > 0)
         prepare(shards, recipe.num_feature_processes)
         buckets.append((bucket, read_shards(shards)))
     return DiTTask(recipe, config, FeatureBatches(buckets, recipe.batch_size, recipe.seed, recipe.num_alike))

@@ -1,4 +1,4 @@
-"""Hints for a DiT that is trained on drawn clips: early blocks say where the edited thing is and what it becomes, late ones its outline.
+"""Auxiliary heads (deep supervision) for a DiT that is trained on drawn clips: early blocks say where the edited thing is and what it becomes, late ones its outline.
 
 Ours. Small heads on the blocks' target tokens are taught beside the velocity and thrown away after the training. The velocity alone
 teaches a new shape very slowly: a blob of its colour at its place leaves little error.
@@ -17,7 +17,7 @@ from .synth import SHAPES
 FINE = 4  # parts of a patch along each side, that the outline is told in
 
 
-class Hints(nn.Module):
+class AuxiliaryHeads(nn.Module):
     """Reads the target tokens that leave two of a DiT's blocks, counted from 0."""
 
     def __init__(self, model: MiVEDiT, place_block: int, outline_block: int):
@@ -31,7 +31,7 @@ class Hints(nn.Module):
             model.blocks[index].register_forward_hook(lambda block, inputs, output, name=name: self.seen.__setitem__(name, output))
 
     def losses(self, batch: EditFeatures) -> dict[str, Tensor]:
-        """Of the tokens of the last forward: hint_near, hint_offset, hint_radius, hint_shape, hint_outline, scalars.
+        """Of the tokens of the last forward: aux_near, aux_offset, aux_radius, aux_shape, aux_outline, scalars.
 
         Every head has a gradient even where no clip of the batch has a thing.
         """
@@ -44,11 +44,11 @@ class Hints(nn.Module):
         near = has_thing * (offset.abs().amax(dim=-1) < 1.3 * radius + 0.5)
         shape = batch.shape.long().clamp(min=0).view(-1, 1, 1, 1).expand(near.shape)
         return {
-            "hint_near": mean_where(has_thing, F.binary_cross_entropy_with_logits(said[..., 0], near, reduction="none")),
-            "hint_offset": mean_where(near, (said[..., 1:3] - offset).abs().mean(dim=-1)),
-            "hint_radius": mean_where(near, (said[..., 3] - radius).abs()),
-            "hint_shape": mean_where(near, F.cross_entropy(said[..., 4:].movedim(-1, 1), shape, reduction="none")),
-            "hint_outline": mean_where(near, F.binary_cross_entropy_with_logits(drawn, fine_cover(batch.cover), reduction="none").mean(dim=-1)),
+            "aux_near": mean_where(has_thing, F.binary_cross_entropy_with_logits(said[..., 0], near, reduction="none")),
+            "aux_offset": mean_where(near, (said[..., 1:3] - offset).abs().mean(dim=-1)),
+            "aux_radius": mean_where(near, (said[..., 3] - radius).abs()),
+            "aux_shape": mean_where(near, F.cross_entropy(said[..., 4:].movedim(-1, 1), shape, reduction="none")),
+            "aux_outline": mean_where(near, F.binary_cross_entropy_with_logits(drawn, fine_cover(batch.cover), reduction="none").mean(dim=-1)),
         }
 
 
