@@ -172,12 +172,24 @@ def deepen(weights: dict[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
     return deeper
 
 
+def check_auxiliary(recipe: DiTRecipe, num_blocks: int, where: object) -> None:
+    """Raises UserError for auxiliary heads that cannot be put on."""
+    if not recipe.auxiliary_weight:
+        return
+    if len(recipe.auxiliary_blocks) != 2 or not all(type(i) is int and 0 <= i < num_blocks for i in recipe.auxiliary_blocks):
+        raise UserError("auxiliary_blocks names the block that is to know place and shape, and the one that is to know the outline",
+                        where=where, got=str(list(recipe.auxiliary_blocks)), expected=f"two numbers from 0 to {num_blocks - 1}")
+    if recipe.compiled or recipe.recompute:
+        raise UserError("auxiliary heads read what leaves a block, once a step", where=where, fix="set compiled and recompute to false")
+
+
 def build(values: dict, where: object = None) -> DiTTask:
     """A recipe's values -> the task; computes the features that are missing first."""
     recipe = parse_recipe(DiTRecipe, values, where)
     check(recipe, where)
     config = PRESETS[recipe.preset]
     config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
+    check_auxiliary(recipe, config.num_blocks, where)
     buckets = []
     for width, height, num_frames, num_clips, share, *chosen in recipe.buckets:
         bucket = Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen))

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mive_core.checkpoint import load_dit
-from mive_core.train.features import Bucket, prepare, shards_of, thing_of
+from mive_core.errors import UserError
 from mive_core.train.auxiliary import fine_cover, mean_where, place_in_patches
+from mive_core.train.dit import check_auxiliary
+from mive_core.train.features import Bucket, prepare, shards_of, thing_of
 from mive_core.train.loop import run
 from mive_core.train.synth import SHAPES, PairedEdits
 
@@ -114,9 +117,18 @@ def test_things_are_a_part_of_the_features_that_needs_no_model(vlm_folder, tmp_p
     prepare(shards, 1)
     assert all(shard.is_written() for shard in shards) and "seen-in-reference_add_replace" in shards[0].path.name
     edits = PairedEdits(4, "train", (32, 32), 5, kinds=bucket.kinds, edits=bucket.edits)
-    from safetensors.torch import load_file
     stored = load_file(shards[0].path)
     assert torch.equal(stored["1.cover"], thing_of(edits.sample(1))["cover"])
+
+
+@pytest.mark.parametrize("change, what", [({"auxiliary_blocks": (3,)}, "auxiliary_blocks"), ({"auxiliary_blocks": (3, 9)}, "from 0 to 8"),
+                                          ({"recompute": True}, "compiled and recompute")])
+def test_heads_that_cannot_be_put_on_are_refused(tmp_path, change, what):
+    recipe = replace(make_task(tmp_path).recipe, auxiliary_weight=0.1, **change)
+    with pytest.raises(UserError) as error:
+        check_auxiliary(recipe, 9, "recipe.yaml")
+    assert what in str(error.value)
+    check_auxiliary(replace(recipe, auxiliary_blocks=(0, 8), recompute=False), 9, "recipe.yaml")
 
 
 def test_batches_in_a_row_may_be_of_one_size(tmp_path):
