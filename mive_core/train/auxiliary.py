@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..dit import MiVEDiT
-from .objective import EditFeatures
+from .objective import EditFeatures, mean_where
 from .synth import SHAPES
 
 FINE = 4  # parts of a patch along each side, that the outline is told in
@@ -64,7 +64,3 @@ def place_in_patches(track: Tensor, patch_size: tuple[int, int, int], grid: list
 def fine_cover(cover: Tensor) -> Tensor:
     """(B, T, FINE Y, FINE X) -> (B, T, Y, X, FINE * FINE)."""
     return rearrange(cover, "b t (y fy) (x fx) -> b t y x (fy fx)", fy=FINE, fx=FINE)
-
-
-def mean_where(weight: Tensor, value: Tensor) -> Tensor:
-    return (weight * value).sum() / weight.sum().clamp(min=1)

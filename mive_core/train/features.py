@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..config import MiVEConfig
 from ..tensors import read_tensors, write_tensors
 from ..types import PairedEdit
+from ..vae import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..vlm import VLM, WEIGHTS
 from .block_code import Encoder, encoder_of
 from .objective import EditFeatures, latent_mask
@@ -27,7 +28,6 @@ from .synth import SHAPES, PairedEdits, SyntheticEdit, Thing
 from .wan_vae import read_whole_clip_vae
 
 NUM_PER_SHARD = 64
-LATENT_FRAMES, LATENT_CELL = 4, 8  # pixel frames and pixels of a latent one
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ def thing_of(edit: SyntheticEdit) -> dict[str, Tensor]:
     """
     frames, height, width = edit.pair.mask.shape
     thing = edit.thing or Thing(torch.zeros(frames, 3), "", torch.zeros(frames, height, width))
-    cover = torch.cat([thing.cover[:1].expand(LATENT_FRAMES - 1, -1, -1), thing.cover])  # frame 0 is a latent frame of its own
-    track = torch.cat([thing.track[:1].expand(LATENT_FRAMES - 1, -1), thing.track])
-    return {"track": track.unflatten(0, (-1, LATENT_FRAMES)).mean(dim=1) / LATENT_CELL,
+    cover = torch.cat([thing.cover[:1].expand(TEMPORAL_FACTOR - 1, -1, -1), thing.cover])  # frame 0 is a latent frame of its own
+    track = torch.cat([thing.track[:1].expand(TEMPORAL_FACTOR - 1, -1), thing.track])
+    return {"track": track.unflatten(0, (-1, TEMPORAL_FACTOR)).mean(dim=1) / SPATIAL_FACTOR,
             "shape": torch.tensor(SHAPES.index(thing.shape) if edit.thing else -1),
-            "cover": F.avg_pool3d(cover[None], (LATENT_FRAMES, LATENT_CELL // 2, LATENT_CELL // 2))[0].to(torch.float16)}
+            "cover": F.avg_pool3d(cover[None], (TEMPORAL_FACTOR, SPATIAL_FACTOR // 2, SPATIAL_FACTOR // 2))[0].to(torch.float16)}
 
 
 def features_of(shard: Shard) -> Callable[[SyntheticEdit], dict[str, Tensor]]:

@@ -56,10 +56,14 @@ def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: 
     velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t)
     error = (torch.as_tensor(channels).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
     weight = 1 + (edited_weight - 1) * batch.mask
-    edited, kept = batch.mask.sum().clamp(min=1), (1 - batch.mask).sum().clamp(min=1)
     return {"loss": (weight * error).sum() / weight.sum(),
-            "edited": (batch.mask * error).sum() / edited, "kept": ((1 - batch.mask) * error).sum() / kept,
+            "edited": mean_where(batch.mask, error), "kept": mean_where(1 - batch.mask, error),
             **by_time(error.detach().flatten(1).mean(dim=1), t)}
+
+
+def mean_where(weight: Tensor, value: Tensor) -> Tensor:
+    """Weighted mean, a scalar; 0 where nothing has a weight."""
+    return (weight * value).sum() / weight.sum().clamp(min=1)
 
 
 def by_time(errors: Tensor, t: Tensor) -> dict[str, Tensor]:

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 from mive_core.checkpoint import load_dit
 from mive_core.errors import UserError
-from mive_core.train.auxiliary import fine_cover, mean_where, place_in_patches
+from mive_core.train.auxiliary import fine_cover, place_in_patches
 from mive_core.train.dit import check_auxiliary
 from mive_core.train.features import Bucket, prepare, shards_of, thing_of
 from mive_core.train.loop import run
+from mive_core.train.objective import mean_where
 from mive_core.train.synth import SHAPES, PairedEdits
 
 from .test_dit import CONFIG, features, make_task
@@ -111,7 +112,7 @@ def test_without_a_thing_nothing_is_told_but_every_head_has_a_gradient(tmp_path)
     assert all(p.grad is not None and not p.grad.any() for p in task.auxiliary.parameters())
 
 
-def test_things_are_a_part_of_the_features_that_needs_no_model(vlm_folder, tmp_path):
+def test_things_are_a_part_of_the_features_that_needs_no_model(tmp_path):
     bucket = Bucket((32, 32), 5, 2, 1.0, ("seen in reference",), ("add", "replace"))
     shards = [s for s in shards_of(bucket, vae="none", vlm="none", config=CONFIG, seed=4, folder=str(tmp_path), things=True) if s.part == "things"]
     prepare(shards, 1)
