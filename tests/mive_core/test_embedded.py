@@ -34,6 +34,7 @@ def test_they_fit_in_the_repository_and_say_what_they_are():
     report = inspect(FOLDER)
     assert report["dit.safetensors"]["family"] == "MiVE DiT" and report["vae.safetensors"]["family"] == "Wan VAE"
     assert report["dit.safetensors"]["layers"] == [1, 4]
+    assert all(part["metadata"].get("mive.version") for part in (report["dit.safetensors"], report["vae.safetensors"], report["vlm/model.safetensors"]))
 
 
 def test_latents_have_unit_variance(pipeline, pairs):
