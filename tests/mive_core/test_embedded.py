@@ -53,7 +53,7 @@ def test_edits_pass_the_gate(pipeline, pairs):
         figures["ceiling"].append(in_and_out(pipeline.vae.decode(pipeline.vae.encode(pair.target)), pair.target, pair.mask))
     means = {name: {key: mean([row[key] for row in rows]) for key in ("psnr_edited", "psnr_kept")} for name, rows in figures.items()}
     assert means["ours"]["psnr_edited"] >= means["copy"]["psnr_edited"] + 11.0, means
-    assert means["ours"]["psnr_kept"] >= means["ceiling"]["psnr_kept"] - 3.2, means
+    assert means["ours"]["psnr_kept"] >= means["ceiling"]["psnr_kept"] - 3.1, means
 
 
 def test_words_alone_tell_a_new_shape(pipeline):
