@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dit import MiVEDiT
-from ..flow import flow_path
+from ..flow import FlowSample, flow_path
 
 TIME_PARTS = 5  # of 0..1, whose errors are told apart
 
@@ -47,18 +47,38 @@ def latent_mask(mask: Tensor) -> Tensor:
 
 
 def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor, t: Tensor, edited_weight: float,
-                    channels: Tensor | float = 1.0) -> dict[str, Tensor]:
+                    channels: Tensor | float = 1.0, drafts: Tensor | None = None) -> dict[str, Tensor]:
     """Weighted squared error of the velocity (loss), the unweighted one inside and outside the mask (edited, kept), and by t.
 
-    noise (B, C, T, Y, X), t (B,); `channels` (C,) or one number weighs latent channels.
+    noise (B, C, T, Y, X), t (B,); `channels` (C,) or one number weighs latent channels. `drafts` (n, C, T, Y, X) take the place of the
+    first n targets in x_t; an error there is that of the target which the velocity leads to, t times the velocity's own.
     """
-    path = flow_path(batch.target, noise, t)
+    path, reach = flow_path(batch.target, noise, t), torch.ones_like(t)
+    if drafts is not None:
+        n = len(drafts)
+        path = with_drafts(path, drafts, batch.target[:n], noise[:n])
+        reach[:n] = t[:n]
     velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t)
-    error = (torch.as_tensor(channels).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
+    error = reach.view(-1, 1, 1, 1).square() * (torch.as_tensor(channels).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
     weight = 1 + (edited_weight - 1) * batch.mask
     return {"loss": (weight * error).sum() / weight.sum(),
             "edited": mean_where(batch.mask, error), "kept": mean_where(1 - batch.mask, error),
             **by_time(error.detach().flatten(1).mean(dim=1), t)}
+
+
+def with_drafts(path: FlowSample, drafts: Tensor, target: Tensor, noise: Tensor) -> FlowSample:
+    """The first n entries lie between noise and a draft, as in sampling, and their velocity leads to the target all the same."""
+    n = len(drafts)
+    x_t = flow_path(drafts, noise, path.t[:n]).x_t
+    velocity = (x_t - target) / path.t[:n].view(-1, 1, 1, 1, 1)
+    return FlowSample(torch.cat([x_t, path.x_t[n:]]), torch.cat([velocity, path.velocity[n:]]), path.t)
+
+
+@torch.no_grad()
+def first_draft(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor) -> Tensor:
+    """Noise (n, C, T, Y, X) -> what one step of sampling makes of it, for the first n entries."""
+    n = len(noise)
+    return noise - model(noise, batch.source[:n], batch.reference[:n], model.embed_condition(states[:n]), noise.new_ones(n)).float()
 
 
 def mean_where(weight: Tensor, value: Tensor) -> Tensor:

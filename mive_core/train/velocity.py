@@ -22,13 +22,14 @@ from . import blocks
 from .loop import Task
 from .lora import TARGETS, add_lora, as_module, save_lora
 from .meter import Work
-from .objective import EditFeatures, velocity_losses
+from .objective import EditFeatures, first_draft, velocity_losses
 from .optim import Muon, adamw_8bit
 from .ranks import whole
 from .recipe import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIME_SAMPLINGS = ("uniform", "logit_normal")
+DRAFT_TIMES = (0.1, 1.0)  # uniform between
 OPTIMIZERS = ("adamw", "adamw_8bit")
 BLOCK_FIELDS = frozenset({"recompute", "offload", "compiled", "sharded"})
 VALIDATION_FIELDS = frozenset({"validate_every", "validation_manifest", "validation_cache", "validation_vae", "validation_pairs", "validation_steps"})
@@ -49,6 +50,7 @@ class VelocityRecipe(Recipe):
     decay_share: float = 0.0  # of the steps, at the end, linear to zero
     time_sampling: str = "uniform"
     time_shift: float = 5.0
+    draft_share: float = 0.0  # of a batch that starts from the model's own first draft instead of the target, and is to mend it
     edited_weight: float = 1.0  # of the loss in latent cells under the mask, against 1 elsewhere
     lora_rank: int = 0  # 0: all weights are trained
     lora_alpha: float = 0.0  # the LoRA counts by alpha / rank; 0: the rank, so by 1
@@ -105,11 +107,15 @@ class VelocityTask(Task):
         """Squared error of the velocity over the target's frames, and the same inside and outside the mask."""
         noise = torch.randn(batch.target.shape, generator=generator)
         t = shift_time(draw_times(len(noise), self.recipe.time_sampling, generator), self.recipe.time_shift)
+        num_drafted = round(self.recipe.draft_share * len(noise))
+        t[:num_drafted] = DRAFT_TIMES[0] + (DRAFT_TIMES[1] - DRAFT_TIMES[0]) * torch.rand(num_drafted, generator=generator)
         states, device = self.states(batch, generator), self.recipe.device
+        batch, states, noise, t = (x.to(device) for x in (batch, states, noise, t))
         # where memory is short no copy of the weights in bf16 is kept for a second use
         keep = torch.is_autocast_cache_enabled() and not self.recipe.recompute
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.recipe.bf16, cache_enabled=keep):
-            return velocity_losses(self.model, batch.to(device), states.to(device), noise.to(device), t.to(device), self.recipe.edited_weight, self.channels)
+            drafts = first_draft(self.model, batch, states, noise[:num_drafted]) if num_drafted else None
+            return velocity_losses(self.model, batch, states, noise, t, self.recipe.edited_weight, self.channels, drafts)
 
     def states(self, batch: EditFeatures, generator: torch.Generator) -> Tensor:
         """(B, K, S, D_vlm) to read."""
@@ -170,6 +176,8 @@ def check(recipe: VelocityRecipe, where: object = None) -> None:
     if unknown:
         raise UserError("a LoRA cannot sit there", where=where, got=", ".join(unknown), expected=", ".join(TARGETS))
     for wrong, what, fix in (
+        (recipe.draft_share and not 1 <= round(recipe.draft_share * recipe.batch_size) <= recipe.batch_size,
+         "draft_share is no part of a batch", "give a share of 0 to 1 that is a clip or more of batch_size"),
         (recipe.sharded and recipe.lora_rank, "a LoRA is not sharded: its weights are few, and each process holds the frozen ones", "set sharded to false"),
         (recipe.muon_rate and recipe.lora_rank, "Muon moves whole matrices of the blocks, which a LoRA leaves as they are", "leave muon_rate out"),
         (recipe.sharded and recipe.muon_rate, "Muon moves whole matrices of the blocks, of which a process has a part", "leave muon_rate out"),

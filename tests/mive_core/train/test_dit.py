@@ -13,12 +13,13 @@ from mive_core.checkpoint import inspect, load_dit
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
-from mive_core.flow import flow_path
+from mive_core.flow import euler, flow_path, schedule
 from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, deepen, initialise, initialise_copier
 from mive_core.train.features import Bucket
 from mive_core.train.loop import run, step_seed
-from mive_core.train.objective import EditFeatures, by_time, latent_mask
+from mive_core.train.objective import EditFeatures, by_time, first_draft, latent_mask, velocity_losses
 from mive_core.train.recipe import parse_recipe
+from mive_core.train.velocity import check
 from mive_core.train.wan_vae import WholeClipVAE
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=1)
@@ -104,6 +105,50 @@ def test_the_loss_weighs_edited_cells(tmp_path):
 def test_errors_are_told_apart_by_time():
     pairs = by_time(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.05, 0.9, 1.0, 0.19]))
     assert {name: pair.tolist() for name, pair in pairs.items() if pair[1]} == {"loss_t0.0-0.2": [9.0, 2.0], "loss_t0.8-1.0": [6.0, 2.0]}
+
+
+def test_a_drafted_entry_is_held_by_the_target_that_its_velocity_leads_to(tmp_path):
+    task = make_task(tmp_path)
+    batch, t = task.dataset[0], torch.tensor([0.4, 0.9])
+    noise = torch.randn(batch.target.shape)
+    draft = first_draft(task.model, batch, batch.states, noise[:1])
+    x_t = (1 - t.view(2, 1, 1, 1, 1)) * torch.cat([draft, batch.target[1:]]) + t.view(2, 1, 1, 1, 1) * noise
+    velocity = task.model(x_t, batch.source, batch.reference, task.model.embed_condition(batch.states), t)
+    errors = torch.cat([(x_t - 0.4 * velocity - batch.target)[:1], (velocity - (noise - batch.target))[1:]]).square().mean(dim=1)
+    losses = velocity_losses(task.model, batch, batch.states, noise, t, 1.0, drafts=draft)
+    assert torch.allclose(losses["loss"], errors.mean(), rtol=1e-4)
+    assert torch.allclose(losses["edited"], (batch.mask * errors).sum() / batch.mask.sum(), rtol=1e-4)
+
+
+def test_the_first_draft_is_one_step_of_sampling(tmp_path):
+    task = make_task(tmp_path)
+    batch = task.dataset[0]
+    noise, condition = torch.randn(batch.target.shape), task.model.embed_condition(batch.states)
+    with torch.no_grad():
+        stepped = euler(lambda x, t: task.model(x, batch.source, batch.reference, condition, torch.full((2,), t)), noise, schedule(1, 3.0))
+    draft = first_draft(task.model, batch, batch.states, noise)
+    assert not draft.requires_grad and torch.allclose(draft, stepped, atol=1e-5)
+
+
+def test_drafts_leave_every_weight_its_gradient(tmp_path):
+    """Also those whose copy in bfloat16 the draft's pass made, which records none."""
+    gradients, losses = {}, {}
+    for share in (0.0, 0.5):
+        task = make_task(tmp_path, bf16=True, draft_share=share)
+        initialise(task.model)
+        nn.init.normal_(task.model.head.head.weight, std=0.05)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses[share] = task.loss(0, task.dataset[0], torch.Generator().manual_seed(0))["loss"]
+        losses[share].backward()
+        gradients[share] = {name for name, p in task.model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert gradients[0.5] == gradients[0.0] and len(gradients[0.5]) > 20
+    assert losses[0.5] != losses[0.0]
+
+
+@pytest.mark.parametrize("share", [0.2, 1.3, -0.5])
+def test_a_share_of_drafts_is_a_part_of_the_batch(share):
+    with pytest.raises(UserError, match="draft_share"):
+        check(parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "draft_share": share}))
 
 
 def test_the_steps_by_hand(tmp_path):
