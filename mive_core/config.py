@@ -100,5 +100,5 @@ PRESETS = {
     "1.3b": MiVEConfig(width=1536, num_heads=12, ffn_width=8960, num_blocks=30),
     "tiny": MiVEConfig(width=192, num_heads=3, ffn_width=576, num_blocks=9, freq_dim=64,
                        vlm="Qwen3-VL-tiny", vlm_width=128, vlm_num_layers=4,
-                       max_video_tokens=512, max_instruction_tokens=48, steps=8, shift=3.0),
+                       max_video_tokens=512, max_instruction_tokens=48, steps=4, shift=3.0),
 }
