@@ -47,11 +47,12 @@ def latent_mask(mask: Tensor) -> Tensor:
 
 
 def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor, t: Tensor, edited_weight: float,
-                    channels: Tensor | float = 1.0, drafts: Tensor | None = None) -> dict[str, Tensor]:
+                    channels: Tensor | float = 1.0, drafts: Tensor | None = None, log_floor: float = 0.0) -> dict[str, Tensor]:
     """Weighted squared error of the velocity (loss), the unweighted one inside and outside the mask (edited, kept), and by t.
 
     noise (B, C, T, Y, X), t (B,); `channels` (C,) or one number weighs latent channels. `drafts` (n, C, T, Y, X) take the place of the
     first n targets in x_t; an error there is that of the target which the velocity leads to, t times the velocity's own.
+    With a `log_floor` the loss is log_loss instead.
     """
     path, reach = flow_path(batch.target, noise, t), torch.ones_like(t)
     if drafts is not None:
@@ -61,9 +62,22 @@ def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: 
     velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t)
     error = reach.view(-1, 1, 1, 1).square() * (torch.as_tensor(channels).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
     weight = 1 + (edited_weight - 1) * batch.mask
-    return {"loss": (weight * error).sum() / weight.sum(),
+    return {"loss": log_loss(batch.mask, error, edited_weight, log_floor) if log_floor else (weight * error).sum() / weight.sum(),
             "edited": mean_where(batch.mask, error), "kept": mean_where(1 - batch.mask, error),
             **by_time(error.detach().flatten(1).mean(dim=1), t)}
+
+
+def log_loss(mask: Tensor, error: Tensor, edited_weight: float, floor: float) -> Tensor:
+    """Mean over clips of floor * log(1 + e / floor), e being the mean error under the mask, and with weight 1 of the same outside it.
+
+    mask and error (B, T, Y, X). Ours: so a mean of PSNRs counts errors, which is what edits are measured by. Clips and regions count
+    alike, however large, and one that is nearly right counts as much as one that is far off; far below the floor e counts as it is.
+    """
+    regions = torch.stack([mask, 1 - mask]).flatten(2)
+    area = regions.sum(dim=2)  # (2, B)
+    mean = (regions * error.flatten(1)).sum(dim=2) / area.clamp(min=1)
+    weight = (area > 0) * area.new_tensor([[edited_weight], [1.0]])
+    return (floor * weight * torch.log1p(mean / floor)).sum() / weight.sum()
 
 
 def with_drafts(path: FlowSample, drafts: Tensor, target: Tensor, noise: Tensor) -> FlowSample:

@@ -46,12 +46,14 @@ class VelocityRecipe(Recipe):
     weight_decay: float = 0.01
     optimizer: str = "adamw"  # adamw_8bit: its two averages in 8 bits (torchao)
     muon_rate: float = 0.0  # of the blocks' matrices, a fraction of their norm; 0: AdamW moves them too
+    muon_floor: float = 0.1  # norm below which a matrix counts as that large: what starts near zero moves by this share of it
     num_warmup_steps: int = 200
     decay_share: float = 0.0  # of the steps, at the end, linear to zero
     time_sampling: str = "uniform"
     time_shift: float = 5.0
     draft_share: float = 0.0  # of a batch that starts from the model's own first draft instead of the target, and is to mend it
     edited_weight: float = 1.0  # of the loss in latent cells under the mask, against 1 elsewhere
+    log_floor: float = 0.0  # above it a clip's error counts by its logarithm, see objective.log_loss; 0: as it is, and clips by their cells
     lora_rank: int = 0  # 0: all weights are trained
     lora_alpha: float = 0.0  # the LoRA counts by alpha / rank; 0: the rank, so by 1
     lora_targets: tuple = TARGETS
@@ -115,7 +117,8 @@ class VelocityTask(Task):
         keep = torch.is_autocast_cache_enabled() and not self.recipe.recompute
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.recipe.bf16, cache_enabled=keep):
             drafts = first_draft(self.model, batch, states, noise[:num_drafted]) if num_drafted else None
-            return velocity_losses(self.model, batch, states, noise, t, self.recipe.edited_weight, self.channels, drafts)
+            return velocity_losses(self.model, batch, states, noise, t, self.recipe.edited_weight, self.channels, drafts,
+                                   self.recipe.log_floor)
 
     def states(self, batch: EditFeatures, generator: torch.Generator) -> Tensor:
         """(B, K, S, D_vlm) to read."""
@@ -150,7 +153,7 @@ def optimizers_of(recipe: VelocityRecipe, trained: nn.Module) -> dict[str, torch
     settings = {"lr": recipe.learning_rate, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
     optimizers = {"adamw": torch.optim.AdamW(rest, fused=True, **settings) if recipe.optimizer == "adamw" else adamw_8bit(rest, **settings)}
     if matrices:
-        optimizers["muon"] = Muon(matrices, lr=recipe.muon_rate, dtype=torch.bfloat16 if recipe.bf16 else torch.float32)
+        optimizers["muon"] = Muon(matrices, lr=recipe.muon_rate, floor=recipe.muon_floor, dtype=torch.bfloat16 if recipe.bf16 else torch.float32)
     return optimizers
 
 
@@ -178,6 +181,7 @@ def check(recipe: VelocityRecipe, where: object = None) -> None:
     for wrong, what, fix in (
         (recipe.draft_share and not 1 <= round(recipe.draft_share * recipe.batch_size) <= recipe.batch_size,
          "draft_share is no part of a batch", "give a share of 0 to 1 that is a clip or more of batch_size"),
+        (recipe.log_floor < 0, "log_floor is an error, which is never below zero", "set log_floor to 0 for no logarithm"),
         (recipe.sharded and recipe.lora_rank, "a LoRA is not sharded: its weights are few, and each process holds the frozen ones", "set sharded to false"),
         (recipe.muon_rate and recipe.lora_rank, "Muon moves whole matrices of the blocks, which a LoRA leaves as they are", "leave muon_rate out"),
         (recipe.sharded and recipe.muon_rate, "Muon moves whole matrices of the blocks, of which a process has a part", "leave muon_rate out"),

@@ -1,6 +1,7 @@
 """Training the DiT: batches, loss, features, and a resume that changes nothing."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from mive_core.flow import euler, flow_path, schedule
 from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, channel_weights, deepen, initialise, initialise_copier
 from mive_core.train.features import Bucket
 from mive_core.train.loop import run, step_seed
-from mive_core.train.objective import EditFeatures, by_time, first_draft, latent_mask, velocity_losses
+from mive_core.train.objective import EditFeatures, by_time, first_draft, latent_mask, log_loss, velocity_losses
 from mive_core.train.recipe import parse_recipe
 from mive_core.train.velocity import check
 from mive_core.train.wan_vae import WholeClipVAE
@@ -54,6 +55,17 @@ def test_a_batch_is_of_one_size_and_one_length_and_a_function_of_the_step():
         assert torch.equal(batch.target, again.target) and len(batch.target) == 2
         seen.add((batch.states.shape[2], batch.target.shape[-1]))
     assert seen == {(5, 4), (6, 4), (7, 2)}
+
+
+def test_a_silent_matrix_wakes_by_the_recipes_floor(tmp_path):
+    """What starts at zero has no norm to move a fraction of."""
+    task = make_task(tmp_path, muon_rate=0.01, muon_floor=20.0, num_steps=1, clip_norm=0.0, ema=0.0)
+    initialise(task.model)
+    nn.init.normal_(task.model.head.head.weight, std=0.05)
+    silent = task.model.blocks[0].ffn[2].weight
+    nn.init.zeros_(silent)
+    run(task)
+    assert silent.norm().item() == pytest.approx(0.01 * 20.0, rel=0.01)
 
 
 def test_latent_mask_gives_frame_0_a_cell_of_its_own():
@@ -100,6 +112,26 @@ def test_the_loss_weighs_edited_cells(tmp_path):
     share = batch.mask.mean()
     expected = (4 * share * mixed["edited"] + (1 - share) * mixed["kept"]) / (4 * share + 1 - share)
     assert torch.allclose(mixed["loss"], expected, atol=1e-5)
+
+
+def test_with_a_floor_clips_and_regions_count_alike_by_their_logarithm(tmp_path):
+    """By hand: one clip is right to 0.01 in most of its cells, one far off in few; the third is edited everywhere."""
+    mask = torch.zeros(3, 2, 4, 4)
+    mask[0, :, :3], mask[1, 0, 0, 0], mask[2] = 1, 1, 1
+    error = torch.tensor([0.01, 2.0, 0.5]).view(3, 1, 1, 1) * mask + 0.1 * (1 - mask)
+    counted = lambda e: 0.05 * math.log(1 + e / 0.05)
+    expected = (4 * (counted(0.01) + counted(2.0) + counted(0.5)) + 2 * counted(0.1)) / (3 * 4 + 2)
+    assert log_loss(mask, error, 4.0, 0.05).item() == pytest.approx(expected, rel=1e-5)
+    assert log_loss(mask, error, 4.0, 1e6).item() == pytest.approx((4 * 2.51 + 2 * 0.1) / 14, rel=1e-4)  # all far below it
+
+
+def test_a_recipe_with_a_floor_trains_by_it(tmp_path):
+    plain, by_log = (make_task(tmp_path, log_floor=floor) for floor in (0.0, 0.05))
+    losses = [task.loss(0, task.dataset[0], torch.Generator().manual_seed(0)) for task in (plain, by_log)]
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in ("edited", "kept"))
+    assert 0 < losses[1]["loss"] < losses[0]["loss"]
+    with pytest.raises(UserError, match="log_floor"):
+        check(parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "log_floor": -0.1}))
 
 
 def test_errors_are_told_apart_by_time():
