@@ -61,23 +61,26 @@ def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: 
         reach[:n] = t[:n]
     velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t)
     error = reach.view(-1, 1, 1, 1).square() * (torch.as_tensor(channels).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
-    weight = 1 + (edited_weight - 1) * batch.mask
-    return {"loss": log_loss(batch.mask, error, edited_weight, log_floor) if log_floor else (weight * error).sum() / weight.sum(),
-            "edited": mean_where(batch.mask, error), "kept": mean_where(1 - batch.mask, error),
+    if log_floor:
+        loss = log_loss(batch.mask, error, edited_weight, log_floor)
+    else:
+        weight = 1 + (edited_weight - 1) * batch.mask
+        loss = (weight * error).sum() / weight.sum()
+    return {"loss": loss, "edited": mean_where(batch.mask, error), "kept": mean_where(1 - batch.mask, error),
             **by_time(error.detach().flatten(1).mean(dim=1), t)}
 
 
 def log_loss(mask: Tensor, error: Tensor, edited_weight: float, floor: float) -> Tensor:
-    """Mean over clips of floor * log(1 + e / floor), e being the mean error under the mask, and with weight 1 of the same outside it.
+    """Mean over clips and their regions of floor * log(1 + e / floor), e being a region's mean error.
 
-    mask and error (B, T, Y, X). Ours: so a mean of PSNRs counts errors, which is what edits are measured by. Clips and regions count
-    alike, however large, and one that is nearly right counts as much as one that is far off; far below the floor e counts as it is.
+    A region is what lies under the mask, which counts `edited_weight`, or outside it, which counts 1; mask and error (B, T, Y, X).
+    Ours: so a mean of PSNRs counts errors, which is what edits are measured by. Clips and regions count alike, however large, and one
+    that is nearly right counts as much as one that is far off; far below the floor e counts as it is.
     """
     regions = torch.stack([mask, 1 - mask]).flatten(2)
-    area = regions.sum(dim=2)  # (2, B)
-    mean = (regions * error.flatten(1)).sum(dim=2) / area.clamp(min=1)
-    weight = (area > 0) * area.new_tensor([[edited_weight], [1.0]])
-    return (floor * weight * torch.log1p(mean / floor)).sum() / weight.sum()
+    means = mean_where(regions, error.flatten(1), dim=2)  # (2, B)
+    weight = regions.any(dim=2) * means.new_tensor([[edited_weight], [1.0]])
+    return (floor * weight * torch.log1p(means / floor)).sum() / weight.sum()
 
 
 def with_drafts(path: FlowSample, drafts: Tensor, target: Tensor, noise: Tensor) -> FlowSample:
@@ -95,9 +98,9 @@ def first_draft(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tens
     return noise - model(noise, batch.source[:n], batch.reference[:n], model.embed_condition(states[:n]), noise.new_ones(n)).float()
 
 
-def mean_where(weight: Tensor, value: Tensor) -> Tensor:
-    """Weighted mean, a scalar; 0 where nothing has a weight."""
-    return (weight * value).sum() / weight.sum().clamp(min=1)
+def mean_where(weight: Tensor, value: Tensor, dim: int | None = None) -> Tensor:
+    """Weighted mean, of all or along one dimension; 0 where nothing has a weight."""
+    return (weight * value).sum(dim) / weight.sum(dim).clamp(min=1)
 
 
 def by_time(errors: Tensor, t: Tensor) -> dict[str, Tensor]:

@@ -57,17 +57,6 @@ def test_a_batch_is_of_one_size_and_one_length_and_a_function_of_the_step():
     assert seen == {(5, 4), (6, 4), (7, 2)}
 
 
-def test_a_silent_matrix_wakes_by_the_recipes_floor(tmp_path):
-    """What starts at zero has no norm to move a fraction of."""
-    task = make_task(tmp_path, muon_rate=0.01, muon_floor=20.0, num_steps=1, clip_norm=0.0, ema=0.0)
-    initialise(task.model)
-    nn.init.normal_(task.model.head.head.weight, std=0.05)
-    silent = task.model.blocks[0].ffn[2].weight
-    nn.init.zeros_(silent)
-    run(task)
-    assert silent.norm().item() == pytest.approx(0.01 * 20.0, rel=0.01)
-
-
 def test_latent_mask_gives_frame_0_a_cell_of_its_own():
     mask = torch.zeros(9, 16, 16, dtype=torch.bool)
     mask[0, 0, 0] = mask[5, 15, 8] = True
@@ -102,6 +91,17 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tmp_path):
     assert not torch.equal(weight, task.model.blocks[0].ffn[0].weight) and not torch.equal(bias, task.model.blocks[0].ffn[0].bias)
 
 
+def test_a_silent_matrix_wakes_by_the_recipes_floor(tmp_path):
+    """What starts at zero has no norm to move a fraction of."""
+    task = make_task(tmp_path, muon_rate=0.01, muon_floor=20.0, num_steps=1, clip_norm=0.0, ema=0.0)
+    initialise(task.model)
+    nn.init.normal_(task.model.head.head.weight, std=0.05)
+    silent = task.model.blocks[0].ffn[2].weight
+    nn.init.zeros_(silent)
+    run(task)
+    assert silent.norm().item() == pytest.approx(0.01 * 20.0, rel=0.01)
+
+
 def test_the_loss_weighs_edited_cells(tmp_path):
     task = make_task(tmp_path)
     batch = task.dataset[0]
@@ -114,7 +114,7 @@ def test_the_loss_weighs_edited_cells(tmp_path):
     assert torch.allclose(mixed["loss"], expected, atol=1e-5)
 
 
-def test_with_a_floor_clips_and_regions_count_alike_by_their_logarithm(tmp_path):
+def test_with_a_floor_clips_and_regions_count_alike_by_their_logarithm():
     """By hand: one clip is right to 0.01 in most of its cells, one far off in few; the third is edited everywhere."""
     mask = torch.zeros(3, 2, 4, 4)
     mask[0, :, :3], mask[1, 0, 0, 0], mask[2] = 1, 1, 1
