@@ -18,8 +18,8 @@ class Work:
     """What a batch amounts to."""
 
     num_samples: int
-    num_tokens: int  # of the DiT's sequences
-    flops: float  # forward and backward, each once: recomputation does not count
+    num_tokens: int  # of the DiT's sequences that are learned from
+    flops: float  # forward and backward, each once, and forward of drafts: recomputation does not count
 
 
 class Meter:

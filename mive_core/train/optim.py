@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         return weight.grad.lerp(average, momentum).flatten(1)
 
 
-def adamw_8bit(weights: Iterable[nn.Parameter], **settings) -> torch.optim.Optimizer:
+def adamw_8bit(weights: Iterable[nn.Parameter | dict], **settings) -> torch.optim.Optimizer:
     """torchao's AdamW, whose two averages take a byte each. Raises UserError where the package is missing."""
     try:
         from torchao.optim import AdamW8bit

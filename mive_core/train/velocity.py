@@ -15,7 +15,7 @@ from ..attention import AttentionFn, attention_of, matmul_attention
 from ..checkpoint import save_dit
 from ..dit import MiVEDiT
 from ..errors import UserError
-from ..flops import Layout, training_flops
+from ..flops import Layout, dit_flops, training_flops
 from ..flow import shift_time
 from ..sample import check_compiler, check_device
 from . import blocks
@@ -31,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIME_SAMPLINGS = ("uniform", "logit_normal")
 DRAFT_TIMES = (0.1, 1.0)  # uniform between
 OPTIMIZERS = ("adamw", "adamw_8bit")
+TIME_LAYERS = ("time_embedding", "time_projection", "modulation")  # parts of a parameter's name
 BLOCK_FIELDS = frozenset({"recompute", "offload", "compiled", "sharded"})
 VALIDATION_FIELDS = frozenset({"validate_every", "validation_manifest", "validation_cache", "validation_vae", "validation_pairs", "validation_steps"})
 
@@ -42,6 +43,7 @@ class VelocityRecipe(Recipe):
     start_from: str  # a MiVE checkpoint, or tiny
     batch_size: int = 1
     learning_rate: float = 3e-5
+    time_rate: float = 0.0  # of what turns t into scales and gates of whole branches (TIME_LAYERS); 0: learning_rate
     betas: tuple = (0.9, 0.999)
     weight_decay: float = 0.01
     optimizer: str = "adamw"  # adamw_8bit: its two averages in 8 bits (torchao)
@@ -109,7 +111,7 @@ class VelocityTask(Task):
         """Squared error of the velocity over the target's frames, and the same inside and outside the mask."""
         noise = torch.randn(batch.target.shape, generator=generator)
         t = shift_time(draw_times(len(noise), self.recipe.time_sampling, generator), self.recipe.time_shift)
-        num_drafted = round(self.recipe.draft_share * len(noise))
+        num_drafted = self.num_drafted(len(noise))
         t[:num_drafted] = DRAFT_TIMES[0] + (DRAFT_TIMES[1] - DRAFT_TIMES[0]) * torch.rand(num_drafted, generator=generator)
         states, device = self.states(batch, generator), self.recipe.device
         batch, states, noise, t = (x.to(device) for x in (batch, states, noise, t))
@@ -120,6 +122,9 @@ class VelocityTask(Task):
             return velocity_losses(self.model, batch, states, noise, t, self.recipe.edited_weight, self.channels, drafts,
                                    self.recipe.log_floor)
 
+    def num_drafted(self, batch_size: int) -> int:
+        return round(self.recipe.draft_share * batch_size)
+
     def states(self, batch: EditFeatures, generator: torch.Generator) -> Tensor:
         """(B, K, S, D_vlm) to read."""
         return batch.states
@@ -127,7 +132,8 @@ class VelocityTask(Task):
     def work(self, batch: EditFeatures) -> Work:
         size, *grid = batch.target.shape[0], *(-(-n // p) for n, p in zip(batch.target.shape[2:], self.config.patch_size))
         layout = Layout(batch.states.shape[2], tuple(grid))
-        return Work(size, size * layout.num_tokens, size * training_flops(self.config, layout, frozen=bool(self.recipe.lora_rank)))
+        learned, drafted = training_flops(self.config, layout, frozen=bool(self.recipe.lora_rank)), dit_flops(self.config, layout)
+        return Work(size, size * layout.num_tokens, size * learned + self.num_drafted(size) * drafted)
 
     def export(self, path: Path) -> None:
         """A whole MiVE checkpoint, or a LoRA in peft's format."""
@@ -146,12 +152,15 @@ class VelocityTask(Task):
 
 
 def optimizers_of(recipe: VelocityRecipe, trained: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """AdamW, of 8 bits where asked, and Muon for the blocks' matrices where it has a rate."""
+    """AdamW, of 8 bits where asked, and Muon for the blocks' matrices where it has a rate. The time layers are a group of AdamW where they have one."""
     matrices = [p for p in trained.blocks.parameters() if p.ndim == 2] if recipe.muon_rate else []
-    held = {id(p) for p in matrices}
-    rest = [p for p in trained.parameters() if id(p) not in held]
+    of_time = [p for name, p in trained.named_parameters() if not set(TIME_LAYERS).isdisjoint(name.split("."))] if recipe.time_rate else []
+    held = {id(p) for p in matrices + of_time}
+    groups = [{"params": [p for p in trained.parameters() if id(p) not in held]}]
+    if of_time:
+        groups.append({"params": of_time, "lr": recipe.time_rate})
     settings = {"lr": recipe.learning_rate, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
-    optimizers = {"adamw": torch.optim.AdamW(rest, fused=True, **settings) if recipe.optimizer == "adamw" else adamw_8bit(rest, **settings)}
+    optimizers = {"adamw": torch.optim.AdamW(groups, fused=True, **settings) if recipe.optimizer == "adamw" else adamw_8bit(groups, **settings)}
     if matrices:
         optimizers["muon"] = Muon(matrices, lr=recipe.muon_rate, floor=recipe.muon_floor, dtype=torch.bfloat16 if recipe.bf16 else torch.float32)
     return optimizers
@@ -183,6 +192,7 @@ def check(recipe: VelocityRecipe, where: object = None) -> None:
          "draft_share is no part of a batch", "give a share of 0 to 1 that is a clip or more of batch_size"),
         (recipe.log_floor < 0, "log_floor is an error, which is never below zero", "set log_floor to 0 for no logarithm"),
         (recipe.sharded and recipe.lora_rank, "a LoRA is not sharded: its weights are few, and each process holds the frozen ones", "set sharded to false"),
+        (recipe.time_rate and recipe.lora_rank, "a LoRA leaves the time layers as they are", "leave time_rate out"),
         (recipe.muon_rate and recipe.lora_rank, "Muon moves whole matrices of the blocks, which a LoRA leaves as they are", "leave muon_rate out"),
         (recipe.sharded and recipe.muon_rate, "Muon moves whole matrices of the blocks, of which a process has a part", "leave muon_rate out"),
         (recipe.sharded and recipe.optimizer == "adamw_8bit", "averages in 8 bits are not sharded", "take adamw: each process holds its part only"),

@@ -91,6 +91,28 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tmp_path):
     assert not torch.equal(weight, task.model.blocks[0].ffn[0].weight) and not torch.equal(bias, task.model.blocks[0].ffn[0].bias)
 
 
+def test_a_steps_operations_count_the_forward_pass_of_its_drafts(tmp_path):
+    plain, drafting = make_task(tmp_path, batch_size=4), make_task(tmp_path, batch_size=4, draft_share=0.5)
+    batch = plain.dataset[0]
+    once, more = plain.work(batch), drafting.work(batch)
+    assert (more.num_samples, more.num_tokens) == (once.num_samples, once.num_tokens)
+    assert more.flops == pytest.approx(once.flops * (1 + 2 / (4 * 3)))  # two of four; a learned clip is three forward passes
+
+
+def test_the_time_layers_move_at_their_own_rate(tmp_path):
+    """AdamW's first step moves every weight by its rate, however large the gradient."""
+    task = make_task(tmp_path, learning_rate=1e-2, time_rate=1e-4, muon_rate=0.01, weight_decay=0.0, num_steps=1, num_warmup_steps=1, clip_norm=0.0, ema=0.0)
+    assert sum(len(group["params"]) for optimizer in task.optimizers.values() for group in optimizer.param_groups) == len(list(task.model.parameters()))
+    nn.init.normal_(task.model.head.head.weight, std=0.05)
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    run(task)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in task.model.named_parameters()}
+    for name in ("time_embedding.0.weight", "time_projection.1.weight", "blocks.0.modulation", "head.modulation"):
+        assert moved[name] == pytest.approx(1e-4, rel=0.05), name
+    for name in ("patch_embedding.weight", "blocks.0.ffn.0.bias", "head.head.weight"):
+        assert moved[name] == pytest.approx(1e-2, rel=0.05), name
+
+
 def test_a_silent_matrix_wakes_by_the_recipes_floor(tmp_path):
     """What starts at zero has no norm to move a fraction of."""
     task = make_task(tmp_path, muon_rate=0.01, muon_floor=20.0, num_steps=1, clip_norm=0.0, ema=0.0)

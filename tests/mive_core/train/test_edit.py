@@ -195,6 +195,7 @@ def test_times_are_spread_as_asked():
     ({"weight_dtype": "bf16"}, "set bf16 to true"),
     ({"offload": True}, "offload moves what recompute keeps"),
     ({"muon_rate": 0.1, "lora_rank": 1}, "Muon moves whole matrices"),
+    ({"time_rate": 1e-4, "lora_rank": 1}, "a LoRA leaves the time layers"),
     ({"sharded": True, "lora_rank": 1}, "a LoRA is not sharded"),
     pytest.param({"device": "cuda"}, "there is no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="A CUDA DEVICE IS THERE")),
     ({"caches": ["nowhere"]}, "no cache of features"),
