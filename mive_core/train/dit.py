@@ -42,8 +42,10 @@ class DiTRecipe(VelocityRecipe):
     copier_start: bool = False  # see initialise_copier
     auxiliary_weight: float = 0.0  # of what the DiT is told about the edited thing beside the velocity, see auxiliary.py; 0: nothing
     auxiliary_blocks: tuple = (3, 7)  # that are to know its place and shape, and its outline
-    start_from: str = ""  # of the same shapes; it may have fewer blocks, see deepen
+    start_from: str = ""  # of the same shapes; it may have fewer blocks, see deepen, and narrower feed-forwards, see widen
+    start_share: float = 0.0  # of the weights that it starts from in those that it exports (WiSE-FT, Wortsman et al. 2022): what was forgotten comes back
     num_blocks: int = 0  # 0: the preset's
+    ffn_width: int = 0  # of the blocks' feed-forwards, 0: the preset's
     batch_size: int = 8
     learning_rate: float = 1.2e-3
     betas: tuple = (0.9, 0.98)
@@ -52,6 +54,11 @@ class DiTRecipe(VelocityRecipe):
     time_shift: float = 3.0
     edited_weight: float = 4.0
     export_dtype: str = "fp16"
+
+    @property
+    def free_fields(self) -> frozenset[str]:
+        """A finished run may be exported anew with another share."""
+        return super().free_fields | {"start_share"}
 
 
 class FeatureBatches(Dataset):
@@ -83,10 +90,12 @@ class DiTTask(VelocityTask):
 
     def __init__(self, recipe: DiTRecipe, config: MiVEConfig, dataset: Dataset):
         torch.manual_seed(recipe.seed)
+        self.start: dict[str, Tensor] = {}
         model = MiVEDiT(config, operations=nn, attention=training_attention(recipe))
         if recipe.start_from:
             weights = {key: value.float() for key, value in read_tensors(Path(recipe.start_from)).items()}
-            model.load_state_dict(deepen(weights, config.num_blocks))
+            self.start = widen(deepen(weights, config.num_blocks), config.ffn_width)
+            model.load_state_dict(self.start)
         else:
             initialise(model)
             if recipe.copier_start:
@@ -106,6 +115,10 @@ class DiTTask(VelocityTask):
                 told = self.auxiliary.losses(batch.to(self.recipe.device))
             found |= {**told, "loss": found["loss"] + self.recipe.auxiliary_weight * sum(told.values())}
         return found
+
+    def exported(self, name: str, value: Tensor) -> Tensor:
+        """The learned weight, or a mean of it and the one that it started from."""
+        return torch.lerp(value, self.start[name].to(value), self.recipe.start_share) if self.recipe.start_share else value
 
 
 @torch.no_grad()
@@ -172,6 +185,23 @@ def deepen(weights: dict[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
     return deeper
 
 
+def widen(weights: dict[str, Tensor], ffn_width: int) -> dict[str, Tensor]:
+    """A DiT's state with wider feed-forwards: new inner channels read at random, as strongly as those before, and are not read, so nothing changes yet."""
+    wider = dict(weights)
+    for key, value in weights.items():
+        part = key.partition(".ffn.")[2]
+        more = ffn_width - value.shape[1 if part == "2.weight" else 0] if part else 0
+        if more <= 0:
+            continue
+        if part == "0.weight":
+            wider[key] = torch.cat([value, value.std() * torch.randn(more, value.shape[1])])
+        elif part == "0.bias":
+            wider[key] = torch.cat([value, torch.zeros(more)])
+        elif part == "2.weight":
+            wider[key] = torch.cat([value, torch.zeros(len(value), more)], dim=1)
+    return wider
+
+
 def check_auxiliary(recipe: DiTRecipe, num_blocks: int, where: object) -> None:
     """Raises UserError for auxiliary heads that cannot be put on."""
     if not recipe.auxiliary_weight:
@@ -188,8 +218,12 @@ def build(values: dict, where: object = None) -> DiTTask:
     recipe = parse_recipe(DiTRecipe, values, where)
     check(recipe, where)
     config = PRESETS[recipe.preset]
-    config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
+    config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks,
+                     ffn_width=recipe.ffn_width or config.ffn_width)
     check_auxiliary(recipe, config.num_blocks, where)
+    if recipe.start_share and not (recipe.start_from and 0 < recipe.start_share < 1):
+        raise UserError("start_share is a share of the weights that start_from names", where=where, got=str(recipe.start_share),
+                        expected="0 to less than 1, with a start_from")
     buckets = []
     for width, height, num_frames, num_clips, share, *chosen in recipe.buckets:
         bucket = Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen))
