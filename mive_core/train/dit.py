@@ -221,9 +221,9 @@ def build(values: dict, where: object = None) -> DiTTask:
     config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks,
                      ffn_width=recipe.ffn_width or config.ffn_width)
     check_auxiliary(recipe, config.num_blocks, where)
-    if recipe.start_share and not (recipe.start_from and 0 < recipe.start_share < 1):
+    if recipe.start_share and not (recipe.start_from and not recipe.lora_rank and 0 < recipe.start_share < 1):
         raise UserError("start_share is a share of the weights that start_from names", where=where, got=str(recipe.start_share),
-                        expected="0 to less than 1, with a start_from")
+                        expected="0 to less than 1, with a start_from and without a LoRA")
     buckets = []
     for width, height, num_frames, num_clips, share, *chosen in recipe.buckets:
         bucket = Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen))

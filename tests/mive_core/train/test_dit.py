@@ -281,10 +281,11 @@ def test_a_finished_run_is_exported_anew_with_a_share_of_what_it_started_from(tm
         assert torch.allclose(value.float(), expected, rtol=2e-3, atol=1e-4), name
 
 
-@pytest.mark.parametrize("share, start", [(0.5, ""), (1.0, "dit.safetensors"), (-0.1, "dit.safetensors")])
-def test_a_share_of_no_start_is_refused(tmp_path, share, start):
+@pytest.mark.parametrize("share, start, rank", [(0.5, "", 0), (1.0, "dit.safetensors", 0), (-0.1, "dit.safetensors", 0), (0.5, "dit.safetensors", 4)])
+def test_a_share_of_no_start_is_refused(tmp_path, share, start, rank):
+    changes = {"start_share": share, "start_from": start, "lora_rank": rank}
     with pytest.raises(UserError, match="start_share is a share of the weights"):
-        build(VALUES | {"output_dir": str(tmp_path), "export": str(tmp_path / "dit.safetensors"), "start_share": share, "start_from": start}, "recipe.yaml")
+        build(VALUES | {"output_dir": str(tmp_path), "export": str(tmp_path / "dit.safetensors")} | changes, "recipe.yaml")
 
 
 def test_a_copier_start_is_a_velocity_towards_the_source():
