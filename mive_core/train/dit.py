@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -90,12 +91,13 @@ class DiTTask(VelocityTask):
 
     def __init__(self, recipe: DiTRecipe, config: MiVEConfig, dataset: Dataset):
         torch.manual_seed(recipe.seed)
-        self.start: dict[str, Tensor] = {}
+        self.start: dict[str, Tensor] = {}  # the weights that it starts from, where the export has a share of them
         model = MiVEDiT(config, operations=nn, attention=training_attention(recipe))
         if recipe.start_from:
             weights = {key: value.float() for key, value in read_tensors(Path(recipe.start_from)).items()}
-            self.start = widen(deepen(weights, config.num_blocks), config.ffn_width)
-            model.load_state_dict(self.start)
+            weights = widen(deepen(weights, config.num_blocks), config.ffn_width)
+            model.load_state_dict(weights)
+            self.start = weights if recipe.start_share else {}
         else:
             initialise(model)
             if recipe.copier_start:
@@ -118,7 +120,7 @@ class DiTTask(VelocityTask):
 
     def exported(self, name: str, value: Tensor) -> Tensor:
         """The learned weight, or a mean of it and the one that it started from."""
-        return torch.lerp(value, self.start[name].to(value), self.recipe.start_share) if self.recipe.start_share else value
+        return torch.lerp(value, self.start[name].to(value), self.recipe.start_share) if self.start else value
 
 
 @torch.no_grad()
@@ -186,19 +188,14 @@ def deepen(weights: dict[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
 
 
 def widen(weights: dict[str, Tensor], ffn_width: int) -> dict[str, Tensor]:
-    """A DiT's state with wider feed-forwards: new inner channels read at random, as strongly as those before, and are not read, so nothing changes yet."""
+    """A DiT's state with wider feed-forwards: what is new in them reads at random, as strongly as what was there, and is not read, so nothing changes yet."""
     wider = dict(weights)
     for key, value in weights.items():
-        part = key.partition(".ffn.")[2]
-        more = ffn_width - value.shape[1 if part == "2.weight" else 0] if part else 0
-        if more <= 0:
-            continue
-        if part == "0.weight":
-            wider[key] = torch.cat([value, value.std() * torch.randn(more, value.shape[1])])
-        elif part == "0.bias":
-            wider[key] = torch.cat([value, torch.zeros(more)])
-        elif part == "2.weight":
-            wider[key] = torch.cat([value, torch.zeros(len(value), more)], dim=1)
+        if key.endswith(".ffn.0.weight"):
+            added = max(ffn_width - len(value), 0)
+            wider[key] = torch.cat([value, value.std() * torch.randn(added, value.shape[1])])
+        elif key.endswith((".ffn.0.bias", ".ffn.2.weight")):
+            wider[key] = F.pad(value, (0, max(ffn_width - value.shape[-1], 0)))
     return wider
 
 
