@@ -98,7 +98,7 @@ class MiVEConfig:
 PRESETS = {
     "14b": MiVEConfig(),
     "1.3b": MiVEConfig(width=1536, num_heads=12, ffn_width=8960, num_blocks=30),
-    "tiny": MiVEConfig(width=192, num_heads=3, ffn_width=576, num_blocks=9, freq_dim=64,
+    "tiny": MiVEConfig(width=256, num_heads=4, ffn_width=1024, num_blocks=12, freq_dim=64, patch_size=(1, 1, 1),
                        vlm="Qwen3-VL-tiny", vlm_width=128, vlm_num_layers=4,
                        max_video_tokens=512, max_instruction_tokens=48, steps=4, shift=3.0),
 }

@@ -53,8 +53,11 @@ def gated_add(x: Tensor, update: Tensor, gate: Modulation) -> Tensor:
 
 
 def _by_segment(clean: tuple[Tensor, ...], target: tuple[Tensor, ...], whole: Tensor) -> Tensor:
-    """base + value * factor of both segments; into `whole`, which the values are parts of, where no gradient is recorded."""
-    if torch.is_grad_enabled():
+    """base + value * factor of both segments; into `whole`, which the values are parts of, where no gradient is recorded.
+
+    A compiler is left to find the place by itself.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.cat([torch.addcmul(*clean), torch.addcmul(*target)], dim=1)
     for base, value, factor in (clean, target):
         torch.addcmul(base, value, factor, out=value)

@@ -43,12 +43,12 @@ class MiVEDiT(nn.Module):
     def compile_blocks(self) -> "MiVEDiT":
         """Each block by torch.compile, which makes one graph for all of them, for they differ in weights only; the rest stays as it is.
 
-        An attention that is still to be checked stays out of the graph.
+        Hooks on blocks, and an attention that is still to be checked, stay out of the graph.
         """
         for block in self.blocks:
             if isinstance(block.self_attn.attention, CheckedAttention):
                 block.self_attn.attention = torch.compiler.disable(block.self_attn.attention)
-            block.compile()
+            block.forward = torch.compile(block.forward)
         return self
 
     def embed_condition(self, states: Tensor) -> Tensor:

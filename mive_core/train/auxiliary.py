@@ -14,7 +14,7 @@ from ..dit import MiVEDiT
 from .objective import EditFeatures, mean_where
 from .synth import SHAPES
 
-FINE = 4  # parts of a patch along each side, that the outline is told in
+FINE = 2  # parts of a latent cell along each side, that the outline is told in
 
 
 class AuxiliaryHeads(nn.Module):
@@ -25,7 +25,8 @@ class AuxiliaryHeads(nn.Module):
         width = model.config.width
         self.patch_size = model.config.patch_size
         self.place = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 + len(SHAPES)))  # near, y, x, radius, shape
-        self.outline = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, FINE**2))
+        self.fine = FINE * self.patch_size[-1]  # parts of a patch
+        self.outline = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.fine**2))
         self.seen: dict[str, Tensor] = {}
         for name, index in (("place", place_block), ("outline", outline_block)):
             model.blocks[index].register_forward_hook(lambda block, inputs, output, name=name: self.seen.__setitem__(name, output))
@@ -48,7 +49,7 @@ class AuxiliaryHeads(nn.Module):
             "aux_offset": mean_where(near, (said[..., 1:3] - offset).abs().mean(dim=-1)),
             "aux_radius": mean_where(near, (said[..., 3] - radius).abs()),
             "aux_shape": mean_where(near, F.cross_entropy(said[..., 4:].movedim(-1, 1), shape, reduction="none")),
-            "aux_outline": mean_where(near, F.binary_cross_entropy_with_logits(drawn, fine_cover(batch.cover), reduction="none").mean(dim=-1)),
+            "aux_outline": mean_where(near, F.binary_cross_entropy_with_logits(drawn, fine_cover(batch.cover, self.fine), reduction="none").mean(dim=-1)),
         }
 
 
@@ -61,6 +62,6 @@ def place_in_patches(track: Tensor, patch_size: tuple[int, int, int], grid: list
     return torch.stack([down, right], dim=-1), radius[:, :, None, None].expand_as(down)
 
 
-def fine_cover(cover: Tensor) -> Tensor:
-    """(B, T, FINE Y, FINE X) -> (B, T, Y, X, FINE * FINE)."""
-    return rearrange(cover, "b t (y fy) (x fx) -> b t y x (fy fx)", fy=FINE, fx=FINE)
+def fine_cover(cover: Tensor, fine: int) -> Tensor:
+    """(B, T, fine Y, fine X) -> (B, T, Y, X, fine * fine)."""
+    return rearrange(cover, "b t (y fy) (x fx) -> b t y x (fy fx)", fy=fine, fx=fine)

@@ -4,6 +4,8 @@ B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens
 """
 
 import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from ..errors import UserError
 from ..layers import parse_layers
 from ..tensors import read_tensors
 from .auxiliary import AuxiliaryHeads
-from .features import Bucket, prepare, read_shards, shards_of
+from .features import NUM_PER_SHARD, Bucket, compute, shards_of, wait
 from .loop import step_seed
 from .objective import EditFeatures, stacked
 from .recipe import parse_recipe
@@ -38,6 +40,7 @@ class DiTRecipe(VelocityRecipe):
     buckets: tuple  # (width, height, frames, clips, share of the steps) each; kinds and edits, lists of names, may follow
     layers: str = "first+last"
     num_feature_processes: int = 2
+    growth_share: float = 0.0  # of the steps, while which the clips that are drawn from grow from a few to all; the others are computed meanwhile
     num_alike: int = 1  # batches in a row that are of one size, so that as many processes take equally long
     channel_power: float = 0.0  # of a latent channel's effect on the decoded pixels, that the loss weighs it by
     copier_start: bool = False  # see initialise_copier
@@ -65,25 +68,38 @@ class DiTRecipe(VelocityRecipe):
 class FeatureBatches(Dataset):
     """dataset[step] is a batch of one size and one sequence length, so that nothing is padded."""
 
-    def __init__(self, buckets: list[tuple[Bucket, list[EditFeatures]]], batch_size: int, seed: int, num_alike: int = 1):
-        self.batch_size, self.seed, self.num_alike = batch_size, seed, num_alike
-        self.groups: list[list[EditFeatures]] = []
-        weights = []
-        for bucket, entries in buckets:
-            lengths: dict[int, list[EditFeatures]] = {}
-            for entry in entries:
-                lengths.setdefault(entry.states.shape[1], []).append(entry)
-            for _, group in sorted(lengths.items()):
-                self.groups.append(group)
-                weights.append(bucket.share * len(group) / len(entries))
-        self.weights = torch.tensor(weights)
+    def __init__(self, buckets: list[tuple[Bucket, Sequence[EditFeatures]]], batch_size: int, seed: int, num_alike: int = 1, num_growing: int = 0):
+        """Over the first `num_growing` batches the clips that they are drawn from grow to all, a shard's number at a time."""
+        self.buckets = buckets
+        self.batch_size, self.seed, self.num_alike, self.num_growing = batch_size, seed, num_alike, num_growing
+        self.seen = [0] * len(buckets)
+        self.of_length: list[dict[int, list[int]]] = [{} for _ in buckets]  # for each bucket, by length: the clips seen, in order
 
     def __getitem__(self, step: int) -> EditFeatures:
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         of_size = generator if self.num_alike == 1 else torch.Generator().manual_seed(step_seed(self.seed + 1, step // self.num_alike))
-        group = self.groups[torch.multinomial(self.weights, 1, generator=of_size)]
-        chosen = torch.randint(len(group), (self.batch_size,), generator=generator).tolist()
-        return stacked([group[i] for i in chosen])
+        shares, groups = zip(*self.groups(step // self.num_alike * self.num_alike))
+        entries, indices = groups[torch.multinomial(torch.tensor(shares), 1, generator=of_size)]
+        chosen = torch.randint(len(indices), (self.batch_size,), generator=generator).tolist()
+        return stacked([entries[indices[i]] for i in chosen])
+
+    def groups(self, step: int) -> Iterator[tuple[float, tuple[Sequence[EditFeatures], list[int]]]]:
+        """What a batch may be of: its share of the steps, a bucket's clips, and which of them are there by now and of one length."""
+        for place, (bucket, entries) in enumerate(self.buckets):
+            num = self.num_there(step, len(entries))
+            lengths = self.of_length[place]
+            for index in range(self.seen[place], num):
+                lengths.setdefault(entries[index].states.shape[1], []).append(index)
+            self.seen[place] = max(self.seen[place], num)
+            for _, indices in sorted(lengths.items()):
+                if there := indices[: bisect_left(indices, num)]:
+                    yield bucket.share * len(there) / num, (entries, there)
+
+    def num_there(self, step: int, num_clips: int) -> int:
+        """How many of a bucket's clips the step may draw from."""
+        if step >= self.num_growing:
+            return num_clips
+        return min(NUM_PER_SHARD * math.ceil((step + 1) / self.num_growing * num_clips / NUM_PER_SHARD), num_clips)
 
 
 class DiTTask(VelocityTask):
@@ -206,8 +222,8 @@ def check_auxiliary(recipe: DiTRecipe, num_blocks: int, where: object) -> None:
     if len(recipe.auxiliary_blocks) != 2 or not all(type(i) is int and 0 <= i < num_blocks for i in recipe.auxiliary_blocks):
         raise UserError("auxiliary_blocks names the block that is to know place and shape, and the one that is to know the outline",
                         where=where, got=str(list(recipe.auxiliary_blocks)), expected=f"two numbers from 0 to {num_blocks - 1}")
-    if recipe.compiled or recipe.recompute:
-        raise UserError("auxiliary heads read what leaves a block, once a step", where=where, fix="set compiled and recompute to false")
+    if recipe.recompute:
+        raise UserError("auxiliary heads read what leaves a block, once a step", where=where, fix="set recompute to false")
 
 
 def build(values: dict, where: object = None) -> DiTTask:
@@ -221,11 +237,11 @@ def build(values: dict, where: object = None) -> DiTTask:
     if recipe.start_share and not (recipe.start_from and not recipe.lora_rank and 0 < recipe.start_share < 1):
         raise UserError("start_share is a share of the weights that start_from names", where=where, got=str(recipe.start_share),
                         expected="0 to less than 1, with a start_from and without a LoRA")
-    buckets = []
-    for width, height, num_frames, num_clips, share, *chosen in recipe.buckets:
-        bucket = Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen))
-        shards = shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir,
-                           things=recipe.auxiliary_weight > 0)
-        prepare(shards, recipe.num_feature_processes)
-        buckets.append((bucket, read_shards(shards)))
-    return DiTTask(recipe, config, FeatureBatches(buckets, recipe.batch_size, recipe.seed, recipe.num_alike))
+    buckets = [Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen))
+               for width, height, num_frames, num_clips, share, *chosen in recipe.buckets]
+    clips = compute([shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir,
+                               things=recipe.auxiliary_weight > 0) for bucket in buckets], recipe.num_feature_processes)
+    num_growing = round(recipe.growth_share * recipe.num_steps)
+    if not num_growing:
+        wait(clips)
+    return DiTTask(recipe, config, FeatureBatches(list(zip(buckets, clips)), recipe.batch_size, recipe.seed, recipe.num_alike, num_growing))

@@ -5,8 +5,9 @@ C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm t
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -154,20 +155,55 @@ def write_shards(shards: Sequence[Shard]) -> None:
         write_tensors(shard.path, tensors, {"fingerprint": shard.fingerprint})
 
 
-def prepare(shards: list[Shard], num_processes: int) -> None:
-    """Computes the shards of a bucket that are missing, in processes of one thread each."""
-    same_clips: dict[int, list[Shard]] = {}
-    for shard in shards:
-        same_clips.setdefault(shard.number, []).append(shard)
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(write_shards, same_clips.values()), total=len(same_clips), desc="features", unit="shard"):
-            pass
+class Clips(Sequence[EditFeatures]):
+    """A bucket's clips, one entry each, while processes still compute the later ones: an entry is waited for where it is asked for."""
+
+    def __init__(self, shards: Sequence[Shard]):
+        self.num = shards[0].bucket.num_clips
+        self.parts: dict[int, list[Shard]] = {}  # all parts of the same clips, by number
+        for shard in shards:
+            self.parts.setdefault(shard.number, []).append(shard)
+        self.computed: dict[int, Future] = {}
+        self.entries: dict[int, list[EditFeatures]] = {}
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: int) -> EditFeatures:
+        number, place = divmod(range(self.num)[index], NUM_PER_SHARD)
+        if number not in self.entries:
+            self.computed[number].result()
+            self.entries[number] = read_shards(self.parts[number])
+        return self.entries[number][place]
 
 
-def read_shards(shards: list[Shard]) -> list[EditFeatures]:
-    """All parts of a bucket's clips -> one entry a clip, in their stored dtypes."""
+def compute(buckets: Sequence[Sequence[Shard]], num_processes: int) -> list[Clips]:
+    """Starts to compute the shards that are missing, in processes of one thread each, and goes on at once: all buckets' clips grow alike."""
+    clips = [Clips(shards) for shards in buckets]
+    pool = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"), initializer=give_way)
+    for of_bucket, number in sorted(((c, n) for c in clips for n in c.parts), key=lambda pair: (pair[1] + 1) / len(pair[0].parts)):
+        of_bucket.computed[number] = pool.submit(write_shards, of_bucket.parts[number])
+    pool.shutdown(wait=False)  # once all of them are done
+    return clips
+
+
+def give_way() -> None:
+    """This process is to leave the cores to a training that runs meanwhile."""
+    if hasattr(os, "nice"):
+        os.nice(10)
+
+
+def wait(clips: Sequence[Clips]) -> None:
+    """Until all are computed."""
+    shards = [future for of_bucket in clips for future in of_bucket.computed.values()]
+    for future in tqdm(as_completed(shards), total=len(shards), desc="features", unit="shard"):
+        future.result()
+
+
+def read_shards(shards: Sequence[Shard]) -> list[EditFeatures]:
+    """All parts of some clips -> one entry a clip, in their stored dtypes."""
     entries: dict[int, dict[str, Tensor]] = {}
-    for shard in tqdm(shards, desc="reading features", unit="shard"):
+    for shard in shards:
         with safe_open(shard.path, framework="pt") as file:
             for key in file.keys():
                 index, name = key.split(".")

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from mive_core.checkpoint import load_dit
 from mive_core.errors import UserError
 from mive_core.train.auxiliary import fine_cover, place_in_patches
-from mive_core.train.dit import check_auxiliary
-from mive_core.train.features import Bucket, prepare, shards_of, thing_of
+from mive_core.train.dit import FeatureBatches, check_auxiliary
+from mive_core.train.features import Bucket, compute, shards_of, thing_of, wait
 from mive_core.train.loop import run
 from mive_core.train.objective import mean_where
 from mive_core.train.synth import SHAPES, PairedEdits
@@ -32,7 +32,7 @@ def told(seed, has_thing=True):
 
 def supervised(folder, entries, **changes):
     task = make_task(folder, **({"auxiliary_weight": 1.0, "auxiliary_blocks": [0, 0], "num_steps": 60, "learning_rate": 1e-2} | changes))
-    task.dataset.groups, task.dataset.weights = [entries], torch.ones(1)
+    task.dataset = FeatureBatches([(Bucket((32, 32), 5, len(entries), 1.0), entries)], task.recipe.batch_size, task.recipe.seed)
     return task
 
 
@@ -76,7 +76,7 @@ def test_offsets_point_from_each_patch_to_the_thing():
 
 def test_fine_cover_keeps_rows_and_columns():
     cover = torch.arange(64.0).view(1, 1, 8, 8)
-    fine = fine_cover(cover)
+    fine = fine_cover(cover, 4)
     assert fine.shape == (1, 1, 2, 2, 16)
     assert torch.equal(fine[0, 0, 1, 0].view(4, 4), cover[0, 0, 4:, :4])
 
@@ -115,7 +115,7 @@ def test_without_a_thing_nothing_is_told_but_every_head_has_a_gradient(tmp_path)
 def test_things_are_a_part_of_the_features_that_needs_no_model(tmp_path):
     bucket = Bucket((32, 32), 5, 2, 1.0, ("seen in reference",), ("add", "replace"))
     shards = [s for s in shards_of(bucket, vae="none", vlm="none", config=CONFIG, seed=4, folder=str(tmp_path), things=True) if s.part == "things"]
-    prepare(shards, 1)
+    wait(compute([shards], 1))
     assert all(shard.is_written() for shard in shards) and "seen-in-reference_add_replace" in shards[0].path.name
     edits = PairedEdits(4, "train", (32, 32), 5, kinds=bucket.kinds, edits=bucket.edits)
     stored = load_file(shards[0].path)
@@ -123,7 +123,7 @@ def test_things_are_a_part_of_the_features_that_needs_no_model(tmp_path):
 
 
 @pytest.mark.parametrize("change, what", [({"auxiliary_blocks": (3,)}, "auxiliary_blocks"), ({"auxiliary_blocks": (3, 9)}, "from 0 to 8"),
-                                          ({"recompute": True}, "compiled and recompute")])
+                                          ({"recompute": True}, "set recompute")])
 def test_heads_that_cannot_be_put_on_are_refused(tmp_path, change, what):
     recipe = replace(make_task(tmp_path).recipe, auxiliary_weight=0.1, **change)
     with pytest.raises(UserError) as error:

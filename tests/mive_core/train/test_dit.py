@@ -336,3 +336,15 @@ def test_bf16_training_learns_the_same(tmp_path):
 def test_recipe_refuses_unknown_keys():
     with pytest.raises(UserError, match="leraning_rate"):
         parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "leraning_rate": 1.0})
+
+
+def test_clips_that_are_drawn_from_grow_to_all_and_a_step_is_the_same_whatever_was_asked_before():
+    entries = [features(5, seed) for seed in range(200)]
+    new = lambda: FeatureBatches([(Bucket((32, 32), 5, 200, 1.0), entries)], batch_size=16, seed=3, num_growing=10)
+    dataset = new()
+    assert [dataset.num_there(step, 200) for step in (0, 3, 4, 9, 10, 99)] == [64, 128, 128, 200, 200, 200]
+    of = lambda batch: {next(i for i, entry in enumerate(entries) if torch.equal(entry.target, target)) for target in batch.target}
+    assert max(of(dataset[0])) < 64 < max(of(dataset[12]))
+    late = new()
+    late[12]
+    assert torch.equal(late[0].target, dataset[0].target) and torch.equal(new()[4].target, dataset[4].target)

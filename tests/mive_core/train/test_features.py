@@ -8,7 +8,7 @@ import torch
 from mive_core.config import PRESETS
 from mive_core.tensors import write_tensors
 from mive_core.train.block_code import encoder_of
-from mive_core.train.features import Bucket, latents_of, prepare, read_shards, shards_of, states_of, write_shards
+from mive_core.train.features import Bucket, compute, latents_of, read_shards, shards_of, states_of, wait, write_shards
 from mive_core.train.synth import PairedEdits
 from mive_core.train.wan_vae import WholeClipVAE, read_whole_clip_vae
 from mive_core.vae import VAE
@@ -49,7 +49,7 @@ def test_shards_are_computed_once_and_again_when_the_model_changes(vae_file, vlm
     entries = read_shards(jobs)
     assert len(entries) == BUCKET.num_clips and entries[0].target.shape == (16, 2, 4, 4) and entries[0].states.shape[0] == 2
     written = {job.path: job.path.stat().st_mtime_ns for job in jobs}
-    prepare(jobs, 1)
+    wait(compute([jobs], 1))
     assert {job.path: job.path.stat().st_mtime_ns for job in jobs} == written
     other = vae_file.with_name("other.safetensors")
     state = WholeClipVAE(8).state_dict()
