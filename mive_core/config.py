@@ -47,6 +47,7 @@ class MiVEConfig:
     steps: int = 30
     shift: float = 5.0
     cfg: float = 1.0
+    guided_above: float = 0.0  # guidance acts only at times above this (a guidance interval, Kynkäänniemi et al. 2024)
 
     def __post_init__(self):
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
@@ -64,6 +65,10 @@ class MiVEConfig:
     def resolved_layers(self) -> tuple[int, ...]:
         """The chosen layers counted from 0 to L."""
         return tuple(k if k >= 0 else self.vlm_num_layers + 1 + k for k in self.layers)
+
+    def patch_grid(self, num_frames: int, rows: int, columns: int) -> tuple[int, int, int]:
+        """Sides of a latent video, in cells -> in patches, what is left over at an edge as a patch of its own."""
+        return tuple(-(-n // p) for n, p in zip((num_frames, rows, columns), self.patch_size))
 
     def with_layers(self, layers: tuple[int, ...]) -> "MiVEConfig":
         return replace(self, layers=layers)
@@ -100,5 +105,5 @@ PRESETS = {
     "1.3b": MiVEConfig(width=1536, num_heads=12, ffn_width=8960, num_blocks=30),
     "tiny": MiVEConfig(width=256, num_heads=4, ffn_width=1024, num_blocks=12, freq_dim=64, patch_size=(1, 1, 1),
                        vlm="Qwen3-VL-tiny", vlm_width=128, vlm_num_layers=4,
-                       max_video_tokens=512, max_instruction_tokens=48, steps=4, shift=3.0),
+                       max_video_tokens=512, max_instruction_tokens=48, steps=4, shift=3.0, guided_above=0.92),
 }

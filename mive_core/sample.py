@@ -96,8 +96,9 @@ class Pipeline:
         source = latents.source
 
         def velocity(x: Tensor, t: float) -> Tensor:
+            seen = tokens if t > self.config.guided_above else tokens[:1]
             t = torch.full((len(x),), t, device=x.device)
-            return guide(*(self.dit(x, source, latents.reference, c, t) for c in tokens), cfg=cfg)
+            return guide(*(self.dit(x, source, latents.reference, c, t) for c in seen), cfg=cfg)
 
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source)
         return euler(velocity, noise, times, progress)

@@ -105,7 +105,8 @@ def read_header(path: Path) -> TensorFile:
     with open(path, "rb") as file:
         start = file.read(512)
         header_size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-        if start[:2] in ARCHIVE_STARTS or start.lstrip()[:1] == b"<" or not 2 <= header_size <= MAX_HEADER_BYTES:
+        # a header's size may begin with any two bytes, those of an archive too
+        if start[8:9] != b"{" or not 2 <= header_size <= MAX_HEADER_BYTES:
             kind = "a zip archive or a pickle" if start[:2] in ARCHIVE_STARTS else "a web page" if start.lstrip()[:1] == b"<" else "no safetensors file"
             raise UserError(f"this is {kind}", where=path, got=f"{size} bytes", expected="a .safetensors file", fix="download it again")
         if header_size + 8 > size:

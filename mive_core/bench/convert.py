@@ -10,6 +10,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,7 +61,8 @@ def peak_rss() -> int:
 
 
 def wan_layout(config: MiVEConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Wan2.1-T2V's keys and shapes around the blocks that MiVE shares with it, in bf16."""
+    """Wan2.1-T2V's keys and shapes, its patches among them, around the blocks that MiVE shares with it, in bf16."""
+    config = replace(config, patch_size=MiVEConfig.patch_size)
     shapes = {key: shape for key, shape in shapes_of(config).items() if not key.startswith("context.")}
     doubled = shapes["patch_embedding.weight"]
     shapes["patch_embedding.weight"] = (doubled[0], doubled[1] // 2, *doubled[2:])

@@ -103,7 +103,7 @@ def measure_point(point: Point) -> dict:
         call()
     one = Workload(work.config, work.size, TEMPORAL_FACTOR * (point.window - 1) + 1, work.device, work.dtype) if num_windows > 1 else work
     # beside the sequence: about one velocity, and in windows the sum of them over the whole clip
-    latents = [LATENT_CHANNELS * 4 * math.prod(grid) * 4 for grid in (one.grid, work.grid)]
+    latents = [LATENT_CHANNELS * math.prod(part.cells) * 4 for part in (one, work)]
     predicted = activation_bytes(work.config, one.layout.num_tokens, 4) + latents[0] + (latents[1] if num_windows > 1 else 0)
     return {"frames": point.num_frames, "size": list(point.size), "tokens": work.layout.num_tokens, "windows": num_windows, "seconds": seconds,
             "processor_seconds": spent,
@@ -120,7 +120,7 @@ def _timed(call) -> tuple[float, float]:
 def forward(model, work: Workload, point: Point):
     """-> how many windows, and a call that makes one velocity (1, C, T, Y, X) of them."""
     (frames, rows, columns), layout = work.grid, work.layout
-    noisy, source = torch.randn(2, 1, LATENT_CHANNELS, frames, 2 * rows, 2 * columns).unbind()
+    noisy, source = torch.randn(2, 1, LATENT_CHANNELS, *work.cells).unbind()
     one = layout.num_condition if point.window is None else max((point.window + 1) * rows * columns // 19, 1)
     states, t = torch.randn(1, len(work.config.layers), one, work.config.vlm_width), torch.tensor([0.5])
     spans = [(0, frames)] if point.window is None else windows(frames, point.window, point.overlap)

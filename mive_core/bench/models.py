@@ -57,7 +57,12 @@ class Workload:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Target frames, patch rows and columns."""
-        return (self.num_frames - 1) // TEMPORAL_FACTOR + 1, self.size[1] // (2 * SPATIAL_FACTOR), self.size[0] // (2 * SPATIAL_FACTOR)
+        return self.config.patch_grid(*self.cells)
+
+    @property
+    def cells(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns."""
+        return (self.num_frames - 1) // TEMPORAL_FACTOR + 1, self.size[1] // SPATIAL_FACTOR, self.size[0] // SPATIAL_FACTOR
 
     @property
     def layout(self) -> Layout:

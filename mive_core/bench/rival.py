@@ -27,8 +27,7 @@ def forward_of(model: MiVEDiT, layout: Layout):
     """A call that runs the model once on random inputs of the layout, on its device and in its dtype."""
     config, like = model.config, model.patch_embedding.weight
     made = {"device": like.device, "dtype": like.dtype}
-    (frames, rows, columns), channels = layout.grid, config.latent_channels
-    noisy = torch.randn(1, channels, frames, 2 * rows, 2 * columns, **made)
+    noisy = torch.randn(1, config.latent_channels, *(n * p for n, p in zip(layout.grid, config.patch_size)), **made)
     states = torch.randn(1, len(config.layers), layout.num_condition, config.vlm_width, **made)
     return lambda: model(noisy, noisy, noisy[:, :, :1], model.embed_condition(states), torch.full((1,), 0.5, device=like.device))
 
@@ -42,7 +41,8 @@ def make_diffusers(config: MiVEConfig, num_tokens: int):
         freq_dim=config.freq_dim, ffn_dim=config.ffn_width, num_layers=config.num_blocks, eps=config.eps,
         rope_max_seq_len=max(1024, num_tokens)).eval()
     # the same number of tokens, one patch row of them: the arithmetic does not depend on the grid
-    noisy = torch.randn(1, config.latent_channels, 1, 2, 2 * num_tokens)
+    frames, rows, columns = config.patch_size
+    noisy = torch.randn(1, config.latent_channels, frames, rows, columns * num_tokens)
     text = torch.randn(1, NUM_TEXT_TOKENS, config.vlm_width)
     return lambda: model(noisy, torch.full((1,), 500.0), text, return_dict=False)
 

@@ -141,8 +141,7 @@ def measure_vlm(work: Workload) -> dict:
 def measure_vae(work: Workload) -> dict:
     """Encoding the source, and decoding whole and in tiles. Warmed up on one frame only: a large clip takes long."""
     vae = random_vae(work)
-    frames, rows, columns = work.grid
-    latents = torch.randn(1, LATENT_CHANNELS, frames, 2 * rows, 2 * columns, device=work.device)
+    latents = torch.randn(1, LATENT_CHANNELS, *work.cells, device=work.device)
     video = request_of(work).source.frames
     vae.decode(latents[:, :, :1])
     cold = {"warm": False, "profiled": work.device.type == "cpu"}  # a profile costs one call more, half a minute at 720p on a GPU
@@ -155,10 +154,9 @@ def measure_vae(work: Workload) -> dict:
 
 def vae_flops(work: Workload) -> dict[str, float]:
     """Operations of encoding and decoding, counted on the meta device by the shapes of all convolutions."""
-    network, (frames, rows, columns) = random_network(work), work.grid
-    counts = {}
+    network, counts = random_network(work), {}
     for name, call in (("encode", lambda: network.encode(torch.empty(1, 3, work.num_frames, *work.size[::-1], device="meta"))),
-                       ("decode", lambda: network.decode(torch.empty(1, LATENT_CHANNELS, frames, 2 * rows, 2 * columns, device="meta")))):
+                       ("decode", lambda: network.decode(torch.empty(1, LATENT_CHANNELS, *work.cells, device="meta")))):
         with FlopCounterMode(display=False) as counter:
             call()
         counts[name] = counter.get_total_flops()

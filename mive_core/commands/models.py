@@ -33,7 +33,7 @@ def run_edit(arguments: argparse.Namespace) -> None:
     request = load_entry(ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS),
                          arguments.size, arguments.frames).request
     num_frames, height, width = request.source.frames.shape[:3]
-    num_tokens = ((num_frames - 1) // 4 + 2) * (height // 16) * (width // 16)
+    num_tokens = ((num_frames - 1) // 4 + 2) * (height // 16) * (width // 16)  # in Wan's patches
     if num_tokens > MANY_TOKENS and arguments.size is None:
         warnings.warn(f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer")
     from ..evaluate import timed_edit

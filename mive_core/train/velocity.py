@@ -130,8 +130,7 @@ class VelocityTask(Task):
         return batch.states
 
     def work(self, batch: EditFeatures) -> Work:
-        size, *grid = batch.target.shape[0], *(-(-n // p) for n, p in zip(batch.target.shape[2:], self.config.patch_size))
-        layout = Layout(batch.states.shape[2], tuple(grid))
+        size, layout = len(batch.target), Layout(batch.states.shape[2], self.config.patch_grid(*batch.target.shape[2:]))
         learned, drafted = training_flops(self.config, layout, frozen=bool(self.recipe.lora_rank)), dit_flops(self.config, layout)
         return Work(size, size * layout.num_tokens, size * learned + self.num_drafted(size) * drafted)
 

@@ -9,27 +9,29 @@ import torch
 from ...mive_core.config import VLM_FEED_FORWARD, MiVEConfig
 from ...mive_core.flops import Layout, block_flops, edge_flops
 from ...mive_core.memory import vae_decode_bytes, vlm_bytes
-from ...mive_core.vae import LATENT_CHANNELS
+from ...mive_core.vae import LATENT_CHANNELS, SPATIAL_FACTOR, TEMPORAL_FACTOR
 
+VLM_TOKEN_CELLS = 16  # latent cells under one of the VLM's tokens, 32 x 32 pixels
 SIDE = 512  # of the matrices that the device's speed is measured with on a CPU
 GPU_SIDE = 8192
 
 
 def describe_cost(num_frames: int, height: int, width: int, steps: int, patcher=None) -> list[str]:
     """Lines of a report. Without a MODEL only the tokens are counted."""
-    grid = ((num_frames - 1) // 4 + 1, height // 16, width // 16)
     config = MiVEConfig() if patcher is None else patcher.model.config
-    layout = Layout(config.max_video_tokens + config.max_instruction_tokens + grid[1] * grid[2] // 4, grid)
+    cells = ((num_frames - 1) // TEMPORAL_FACTOR + 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+    grid, num_reference = config.patch_grid(*cells), cells[1] * cells[2] // VLM_TOKEN_CELLS
+    layout = Layout(config.max_video_tokens + config.max_instruction_tokens + num_reference, grid)
     lines = [f"tokens: {math.prod(grid)} target, {grid[1] * grid[2]} reference, at most about {layout.num_condition} condition"]
     if patcher is None:
         return lines
-    shape = [1, LATENT_CHANNELS, grid[0], 2 * grid[1], 2 * grid[2]]
+    shape = [1, LATENT_CHANNELS, *cells]
     weights, activations = patcher.model_size(), patcher.model.memory_required(shape, {"condition": [[1, layout.num_condition, config.width]]})
     flops = config.num_blocks * block_flops(config, layout.num_tokens) + edge_flops(config, layout, ours=True)
     seconds = flops / measure_speed(patcher.load_device, patcher.model.get_dtype_inference())
     free = comfy.model_management.get_free_memory(patcher.load_device)
     return [*lines, f"memory: {_size(weights)} of weights and at most {_size(activations)} for one step; {_size(free)} free on {patcher.load_device}",
-            describe_ends(config, num_frames, height, width, layout.num_condition, config.max_video_tokens + grid[1] * grid[2] // 4),
+            describe_ends(config, num_frames, height, width, layout.num_condition, config.max_video_tokens + num_reference),
             f"time: at best {seconds:.2g} s a step, {steps * seconds:.2g} s for {steps} steps; twice that where cfg is not 1"]
 
 

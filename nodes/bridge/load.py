@@ -3,6 +3,7 @@
 ComfyUI's detection is passed over: by its keys it would take the file for plain Wan.
 """
 
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management
@@ -49,4 +50,12 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
         model.to(offload_device)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_dit, (path, dtype, fp8_matmul))
+    if config.guided_above:
+        patcher.set_model_sampler_pre_cfg_function(partial(leave_unguided, config.guided_above))
     return patcher
+
+
+def leave_unguided(above: float, args: dict) -> list:
+    """Up to a time the positive prediction stands for the negative one too, so that no rule of guidance changes anything there."""
+    conds = args["conds_out"]
+    return conds if float(args["sigma"].max()) > above else [conds[0], conds[0], *conds[2:]]

@@ -17,11 +17,11 @@ from ...mive_core.config import MiVEConfig
 from ...mive_core.dit import MiVEDiT
 from ...mive_core.dit.blocks import Modulation
 from ...mive_core.errors import UserError
+from ...mive_core.flops import Layout
 from ...mive_core.memory import activation_bytes
 from .conditioning import GUIDES, states_of
 from .saved import with_config
 
-CELLS_PER_TOKEN = 4  # latent cells in a patch of 1 x 2 x 2
 SLACK = 1.25  # an attention kernel's workspace, a layer's weights on their way in, what the allocator leaves unused
 
 
@@ -98,10 +98,9 @@ class MiVEModel(comfy.model_base.BaseModel):
 
     def memory_required(self, input_shape, cond_shapes={}) -> float:
         """Bytes for target, reference and condition tokens, the whole of the sequence, and what the library's count leaves out."""
-        batch, _, frames, height, width = input_shape
         num_condition = max((shape[1] for shape in cond_shapes.get("condition", [])), default=0)
-        num_tokens = (frames + 1) * height * width // CELLS_PER_TOKEN + num_condition
-        return SLACK * activation_bytes(self.config, num_tokens, self.get_dtype_inference().itemsize, batch)
+        num_tokens = Layout(num_condition, self.config.patch_grid(*input_shape[2:])).num_tokens
+        return SLACK * activation_bytes(self.config, num_tokens, self.get_dtype_inference().itemsize, input_shape[0])
 
 
 class MiVESupport(comfy.supported_models_base.BASE):

@@ -118,6 +118,15 @@ def test_files_that_are_no_safetensors(tmp_path, content, message):
         load(path)
 
 
+@pytest.mark.parametrize("start", [b"PK", b"\x80\x02", b" <"])
+def test_a_header_whose_size_begins_like_another_kind_of_file_is_read(saved, start):
+    content = saved.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    wanted = struct.unpack("<H", start)[0] + 65_536 * (size // 65_536 + 1)
+    saved.write_bytes(struct.pack("<Q", wanted) + content[8 : 8 + size].ljust(wanted) + content[8 + size :])
+    assert saved.read_bytes()[:2] == start and load(saved).config == CONFIG
+
+
 def test_truncated_file_says_both_byte_counts(saved):
     whole = saved.read_bytes()
     saved.write_bytes(whole[: len(whole) // 2])

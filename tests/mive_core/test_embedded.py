@@ -12,7 +12,7 @@ from mive_core.thing import likeness
 from mive_core.train.synth import PairedEdits
 
 FOLDER = EMBEDDED["tiny"]
-MAX_BYTES = 24 * 2**20
+MAX_BYTES = 32e6
 NUM_CLIPS = 12
 
 

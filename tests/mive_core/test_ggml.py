@@ -19,7 +19,7 @@ from mive_core.ggml import SHAPE_KEY, TYPES
 from mive_core.quantize import quantize
 from mive_core.tensors import read_header, read_tensor
 
-CONFIG = replace(PRESETS["tiny"], num_blocks=1)
+CONFIG = replace(PRESETS["tiny"], num_blocks=1, patch_size=(1, 2, 2))  # Wan's
 NUMBERS = {name: number for number, (name, *_) in TYPES.items()}
 
 

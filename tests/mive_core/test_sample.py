@@ -131,3 +131,11 @@ def test_latents_that_leave_the_finite_numbers_are_an_error(pipeline):
     broken = replace(latents, source=latents.source * math.nan)
     with torch.inference_mode(), pytest.raises(UserError, match="no longer finite"):
         pipeline.denoise(broken, [pipeline.vlm.condition(request, pipeline.config)], schedule(2, 1.0), 1.0, seed=0)
+
+
+def test_guidance_acts_only_above_the_checkpoints_time(pipeline):
+    request = make_request()
+    frames = lambda above, cfg: replace(pipeline, config=replace(pipeline.config, guided_above=above)).edit(request, steps=3, cfg=cfg).frames
+    assert torch.equal(frames(1.0, 4.0), frames(1.0, 1.0))
+    everywhere, first_only = frames(0.0, 4.0), frames(0.9, 4.0)
+    assert not torch.equal(first_only, everywhere) and not torch.equal(first_only, frames(0.0, 1.0))

@@ -13,7 +13,7 @@ from mive_core.dit.context import split_width
 from mive_core.dit.model import sinusoid
 from mive_core.flow import flow_path
 
-CONFIG = PRESETS["tiny"]
+CONFIG = replace(PRESETS["tiny"], width=192, num_heads=3, patch_size=(1, 2, 2))
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_a_mean_over_nothing_is_nothing():
 
 
 def test_the_model_learns_what_it_is_told(tmp_path):
-    task, seen = supervised(tmp_path, [told(seed) for seed in range(2)]), []
+    task, seen = supervised(tmp_path, [told(seed) for seed in range(2)], num_steps=200), []
     run(task, watch=lambda step, losses: seen.append({name: float(value) for name, value in losses.items() if name.startswith("aux")}))
     assert set(seen[0]) == {"aux_near", "aux_offset", "aux_radius", "aux_shape", "aux_outline"}
     for name in ("aux_offset", "aux_radius", "aux_shape"):

@@ -18,7 +18,7 @@ from mive_core.train.edit import EditRecipe
 from mive_core.train.lora import TARGETS, add_lora
 from mive_core.train.objective import EditFeatures, velocity_losses
 
-CONFIG = replace(PRESETS["tiny"], num_blocks=3, ffn_width=768)
+CONFIG = replace(PRESETS["tiny"], num_blocks=3, width=192, num_heads=3, ffn_width=768, patch_size=(1, 2, 2))
 LAYOUT = Layout(40, (5, 12, 12))
 
 

@@ -307,7 +307,7 @@ def test_a_copier_start_is_a_velocity_towards_the_source():
 
 
 def test_a_copier_start_needs_the_width():
-    narrow = MiVEDiT(replace(CONFIG, width=96), operations=torch.nn, attention=torch_attention)
+    narrow = MiVEDiT(replace(CONFIG, width=96, num_heads=3, patch_size=(1, 2, 2)), operations=torch.nn, attention=torch_attention)
     with pytest.raises(UserError, match="at least 128"):
         initialise_copier(narrow)
 

@@ -233,4 +233,3 @@ def test_a_recipe_file_trains(cached, random_models, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     train(tmp_path / "r.yaml")
     assert len(load_file(tmp_path / "lora.safetensors")) == 12
-    assert PRESETS["tiny"].width == 192

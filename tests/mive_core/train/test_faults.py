@@ -166,7 +166,7 @@ def name_a_missing_checkpoint(folder, cached, random_models):
     (damage_layers, "made for other layers; got [2, 4]; expected [1, 4]"),
     (give_other_models, "made by another VAE or VLM than the first one"),
     (start_from_another_vlm, "made for other vlm_width; got 128; expected 256"),
-    (exchange_what_it_started_from, "the checkpoint there is of other shapes; got blocks.0.ffn.0.bias of (576,); expected (384,)"),
+    (exchange_what_it_started_from, "the checkpoint there is of other shapes; got blocks.0.ffn.0.bias of (1024,); expected (384,)"),
     (start_from_a_vae, "this looks like a Wan VAE"),
     (spell_wrongly, "unknown keys in the recipe; got lora_rang"),
     (name_a_missing_checkpoint, "no such file or folder"),

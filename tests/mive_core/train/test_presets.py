@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def test_every_recipe_is_read_and_what_it_sets_can_work_together(recipes):
-    assert {"paper_14b_8xh100", "lora_14b_1x24gb", "full_1p3b_1x80gb", "tiny_cpu", "tiny_dit_outlines"} <= recipes.keys()
+    assert {"paper_14b_8xh100", "lora_14b_1x24gb", "full_1p3b_1x80gb", "tiny_cpu", "tiny_dit_start", "tiny_dit"} <= recipes.keys()
     for name, recipe in recipes.items():
         if isinstance(recipe, VelocityRecipe):
             check(replace(recipe, device="cpu"), name)
@@ -43,7 +43,7 @@ def test_the_small_preset_runs_by_the_commands_that_it_names(tmp_path, monkeypat
     values = yaml.safe_load(text) | {"num_steps": 3, "num_warmup_steps": 1, "validate_every": 2, "validation_steps": 1, "log_every": 1}
     Path("short.yaml").write_text(yaml.safe_dump(values))
     train("short.yaml")
-    assert len(load_file("runs/tiny_cpu/lora.safetensors")) == 2 * 6 * 9
+    assert len(load_file("runs/tiny_cpu/lora.safetensors")) == 2 * 6 * 12
     lines = [json.loads(line) for line in Path("runs/tiny_cpu/run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2] and lines[-1]["tokens_per_second"] > 0
     assert len(Path("runs/tiny_cpu/run/validation.jsonl").read_text().splitlines()) == 2
