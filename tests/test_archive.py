@@ -17,7 +17,7 @@ MODULES = {"subprocess", "multiprocessing", "ctypes", "cffi", "runpy", "code", "
 NAMES = {"eval", "exec", "compile", "__import__", "__builtins__", "breakpoint", "globals"}
 PATHS = re.compile(r"os\.(system|popen|startfile|fork\w*|exec\w+|spawn\w+|posix_spawn\w*)|sys\.modules|torch\.(load|hub)(\..*)?|torch\.serialization\b.*")
 KEYWORDS = {"allow_pickle", "trust_remote_code"}
-MAX_BYTES = 20e6
+MAX_BYTES = 36e6
 
 
 def archived() -> list[Path]:

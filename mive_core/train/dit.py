@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -46,10 +45,8 @@ class DiTRecipe(VelocityRecipe):
     copier_start: bool = False  # see initialise_copier
     auxiliary_weight: float = 0.0  # of what the DiT is told about the edited thing beside the velocity, see auxiliary.py; 0: nothing
     auxiliary_blocks: tuple = (3, 7)  # that are to know its place and shape, and its outline
-    start_from: str = ""  # of the same shapes; it may have fewer blocks, see deepen, and narrower feed-forwards, see widen
-    start_share: float = 0.0  # of the weights that it starts from in those that it exports (WiSE-FT, Wortsman et al. 2022): what was forgotten comes back
+    start_from: str = ""  # of the same shapes; it may have fewer blocks, see deepen
     num_blocks: int = 0  # 0: the preset's
-    ffn_width: int = 0  # of the blocks' feed-forwards, 0: the preset's
     batch_size: int = 8
     learning_rate: float = 1.2e-3
     betas: tuple = (0.9, 0.98)
@@ -58,11 +55,6 @@ class DiTRecipe(VelocityRecipe):
     time_shift: float = 3.0
     edited_weight: float = 4.0
     export_dtype: str = "fp16"
-
-    @property
-    def free_fields(self) -> frozenset[str]:
-        """A finished run may be exported anew with another share."""
-        return super().free_fields | {"start_share"}
 
 
 class FeatureBatches(Dataset):
@@ -107,13 +99,10 @@ class DiTTask(VelocityTask):
 
     def __init__(self, recipe: DiTRecipe, config: MiVEConfig, dataset: Dataset):
         torch.manual_seed(recipe.seed)
-        self.start: dict[str, Tensor] = {}  # the weights that it starts from, where the export has a share of them
         model = MiVEDiT(config, operations=nn, attention=training_attention(recipe))
         if recipe.start_from:
             weights = {key: value.float() for key, value in read_tensors(Path(recipe.start_from)).items()}
-            weights = widen(deepen(weights, config.num_blocks), config.ffn_width)
-            model.load_state_dict(weights)
-            self.start = weights if recipe.start_share else {}
+            model.load_state_dict(deepen(weights, config.num_blocks))
         else:
             initialise(model)
             if recipe.copier_start:
@@ -133,10 +122,6 @@ class DiTTask(VelocityTask):
                 told = self.auxiliary.losses(batch.to(self.recipe.device))
             found |= {**told, "loss": found["loss"] + self.recipe.auxiliary_weight * sum(told.values())}
         return found
-
-    def exported(self, name: str, value: Tensor) -> Tensor:
-        """The learned weight, or a mean of it and the one that it started from."""
-        return torch.lerp(value, self.start[name].to(value), self.recipe.start_share) if self.start else value
 
 
 @torch.no_grad()
@@ -203,18 +188,6 @@ def deepen(weights: dict[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
     return deeper
 
 
-def widen(weights: dict[str, Tensor], ffn_width: int) -> dict[str, Tensor]:
-    """A DiT's state with wider feed-forwards: what is new in them reads at random, as strongly as what was there, and is not read, so nothing changes yet."""
-    wider = dict(weights)
-    for key, value in weights.items():
-        if key.endswith(".ffn.0.weight"):
-            added = max(ffn_width - len(value), 0)
-            wider[key] = torch.cat([value, value.std() * torch.randn(added, value.shape[1])])
-        elif key.endswith((".ffn.0.bias", ".ffn.2.weight")):
-            wider[key] = F.pad(value, (0, max(ffn_width - value.shape[-1], 0)))
-    return wider
-
-
 def check_auxiliary(recipe: DiTRecipe, num_blocks: int, where: object) -> None:
     """Raises UserError for auxiliary heads that cannot be put on."""
     if not recipe.auxiliary_weight:
@@ -231,12 +204,8 @@ def build(values: dict, where: object = None) -> DiTTask:
     recipe = parse_recipe(DiTRecipe, values, where)
     check(recipe, where)
     config = PRESETS[recipe.preset]
-    config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks,
-                     ffn_width=recipe.ffn_width or config.ffn_width)
+    config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
     check_auxiliary(recipe, config.num_blocks, where)
-    if recipe.start_share and not (recipe.start_from and not recipe.lora_rank and 0 < recipe.start_share < 1):
-        raise UserError("start_share is a share of the weights that start_from names", where=where, got=str(recipe.start_share),
-                        expected="0 to less than 1, with a start_from and without a LoRA")
     buckets = [Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen))
                for width, height, num_frames, num_clips, share, *chosen in recipe.buckets]
     clips = compute([shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir,

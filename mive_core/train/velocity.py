@@ -134,10 +134,6 @@ class VelocityTask(Task):
         learned, drafted = training_flops(self.config, layout, frozen=bool(self.recipe.lora_rank)), dit_flops(self.config, layout)
         return Work(size, size * layout.num_tokens, size * learned + self.num_drafted(size) * drafted)
 
-    def exported(self, name: str, value: Tensor) -> Tensor:
-        """What a finished checkpoint has of a weight."""
-        return value
-
     def export(self, path: Path) -> None:
         """A whole MiVE checkpoint, or a LoRA in peft's format."""
         if self.recipe.lora_rank:
@@ -149,7 +145,7 @@ class VelocityTask(Task):
         for name, value in self.model.state_dict().items():
             joined = whole(value)
             if is_first:
-                weights[name] = self.exported(name, joined.cpu())
+                weights[name] = joined.cpu()
         if is_first:
             save_dit(path, weights, self.config, DTYPES.get(self.recipe.export_dtype), self.recipe.about)
 

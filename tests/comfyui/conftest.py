@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -69,7 +69,7 @@ def write_models(models: Path) -> None:
     from comfy.ldm.wan.vae import WanVAE
 
     torch.manual_seed(7)
-    config = PRESETS["tiny"]
+    config = replace(PRESETS["tiny"], width=192, num_heads=3, ffn_width=576, num_blocks=9, patch_size=(1, 2, 2))  # patches as Wan has them; the embedded DiT has others
     dit = MiVEDiT(config, operations=torch.nn, attention=torch_attention)
     # non-zero everywhere, so that no path is silent
     state = {name: value + 0.02 * torch.randn_like(value) for name, value in dit.state_dict().items()}

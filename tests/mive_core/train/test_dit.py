@@ -15,6 +15,7 @@ from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
 from mive_core.flow import euler, flow_path, schedule
+from mive_core.sample import EMBEDDED
 from mive_core.train.dit import DiTRecipe, DiTTask, FeatureBatches, build, channel_weights, deepen, initialise, initialise_copier
 from mive_core.train.features import Bucket
 from mive_core.train.loop import run, step_seed
@@ -44,7 +45,7 @@ def batches():
 
 def make_task(folder, **changes):
     recipe = parse_recipe(DiTRecipe, VALUES | {"output_dir": str(folder / "run"), "export": str(folder / "dit.safetensors")} | changes)
-    return DiTTask(recipe, replace(CONFIG, ffn_width=recipe.ffn_width or CONFIG.ffn_width), batches())
+    return DiTTask(recipe, CONFIG, batches())
 
 
 def test_a_batch_is_of_one_size_and_one_length_and_a_function_of_the_step():
@@ -78,23 +79,6 @@ def test_a_deepened_dit_does_what_it_did_and_can_learn_more(tmp_path):
     torch.testing.assert_close(*outputs)
     outputs[1].square().mean().backward()
     assert all(block.ffn[2].weight.grad.abs().max() > 0 and block.self_attn.o.weight.grad.abs().max() > 0 for block in deep.blocks)
-
-
-def test_a_wider_feed_forward_starts_as_the_narrow_one_and_then_learns_everywhere(tmp_path):
-    run(make_task(tmp_path))
-    narrow = load_dit(tmp_path, attention=torch_attention)
-    task = make_task(tmp_path / "wide", start_from=str(tmp_path / "dit.safetensors"), ffn_width=2 * CONFIG.ffn_width, muon_rate=0.01)
-    assert task.config.ffn_width == 2 * CONFIG.ffn_width
-    batch, noise, t = batches()[0], torch.randn(2, 16, 2, 4, 4), torch.ones(2)
-    with torch.no_grad():
-        before, after = (model(noise, batch.source, batch.reference, model.embed_condition(batch.states), t) for model in (narrow, task.model))
-    assert torch.allclose(before, after, atol=1e-5)
-    inner, outer = task.model.blocks[0].ffn[0].weight, task.model.blocks[0].ffn[2].weight
-    added = outer[:, CONFIG.ffn_width :]
-    assert not added.any() and inner[CONFIG.ffn_width :].std().item() == pytest.approx(inner[: CONFIG.ffn_width].std().item(), rel=0.1)
-    run(task)
-    assert added.abs().min() > 0
-    assert load_dit(tmp_path / "wide", attention=torch_attention).config.ffn_width == 2 * CONFIG.ffn_width
 
 
 def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tmp_path):
@@ -267,27 +251,6 @@ def test_a_second_run_goes_on_from_the_first(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(DiTTask(recipe, CONFIG, batches()).model.state_dict().values(), state.values(), strict=True))
 
 
-def test_a_finished_run_is_exported_anew_with_a_share_of_what_it_started_from(tmp_path):
-    run(make_task(tmp_path / "first"))
-    start = tmp_path / "first" / "dit.safetensors"
-    second = tmp_path / "second"
-    run(make_task(second, start_from=str(start), num_steps=3))
-    learned = load_file(second / "dit.safetensors")
-    run(make_task(second, start_from=str(start), num_steps=3, start_share=0.25))
-    before, mixed = load_file(start), load_file(second / "dit.safetensors")
-    assert not torch.equal(learned["head.head.weight"], before["head.head.weight"])
-    for name, value in mixed.items():
-        expected = 0.25 * before[name].float() + 0.75 * learned[name].float()
-        assert torch.allclose(value.float(), expected, rtol=2e-3, atol=1e-4), name
-
-
-@pytest.mark.parametrize("share, start, rank", [(0.5, "", 0), (1.0, "dit.safetensors", 0), (-0.1, "dit.safetensors", 0), (0.5, "dit.safetensors", 4)])
-def test_a_share_of_no_start_is_refused(tmp_path, share, start, rank):
-    changes = {"start_share": share, "start_from": start, "lora_rank": rank}
-    with pytest.raises(UserError, match="start_share is a share of the weights"):
-        build(VALUES | {"output_dir": str(tmp_path), "export": str(tmp_path / "dit.safetensors")} | changes, "recipe.yaml")
-
-
 def test_a_copier_start_is_a_velocity_towards_the_source():
     torch.manual_seed(0)
     model = MiVEDiT(PRESETS["tiny"], operations=torch.nn, attention=torch_attention)
@@ -348,3 +311,16 @@ def test_clips_that_are_drawn_from_grow_to_all_and_a_step_is_the_same_whatever_w
     late = new()
     late[12]
     assert torch.equal(late[0].target, dataset[0].target) and torch.equal(new()[4].target, dataset[4].target)
+
+
+@pytest.mark.parametrize("growth_share", [0.0, 0.5])
+def test_a_recipe_trains_on_clips_that_it_draws_whether_before_or_meanwhile(tmp_path, growth_share):
+    tiny = EMBEDDED["tiny"]
+    values = VALUES | {"vae": str(tiny / "vae.safetensors"), "vlm": str(tiny / "vlm"), "features_dir": str(tmp_path / "features"), "num_steps": 4,
+                       "buckets": [[32, 32, 5, 3, 1.0]], "num_blocks": 1, "growth_share": growth_share, "num_feature_processes": 1,
+                       "output_dir": str(tmp_path / "run"), "export": str(tmp_path / "dit.safetensors")}
+    task = build(values, "recipe.yaml")
+    assert len(list((tmp_path / "features").glob("*.safetensors"))) == (0 if growth_share else 2)
+    run(task)
+    assert len(list((tmp_path / "features").glob("*.safetensors"))) == 2
+    assert load_dit(tmp_path, attention=torch_attention).config.num_blocks == 1
