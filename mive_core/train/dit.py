@@ -206,11 +206,12 @@ def build(values: dict, where: object = None) -> DiTTask:
     config = PRESETS[recipe.preset]
     config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
     check_auxiliary(recipe, config.num_blocks, where)
+    if recipe.growth_share and recipe.num_workers:
+        raise UserError("clips that grow are read where they are waited for", where=where, got=f"num_workers {recipe.num_workers}", fix="set num_workers to 0")
     buckets = [Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen))
                for width, height, num_frames, num_clips, share, *chosen in recipe.buckets]
     clips = compute([shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir,
                                things=recipe.auxiliary_weight > 0) for bucket in buckets], recipe.num_feature_processes)
     num_growing = round(recipe.growth_share * recipe.num_steps)
-    if not num_growing:
-        wait(clips)
-    return DiTTask(recipe, config, FeatureBatches(list(zip(buckets, clips)), recipe.batch_size, recipe.seed, recipe.num_alike, num_growing))
+    entries = clips if num_growing else wait(clips)
+    return DiTTask(recipe, config, FeatureBatches(list(zip(buckets, entries)), recipe.batch_size, recipe.seed, recipe.num_alike, num_growing))

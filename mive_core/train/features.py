@@ -193,11 +193,12 @@ def give_way() -> None:
         os.nice(10)
 
 
-def wait(clips: Sequence[Clips]) -> None:
-    """Until all are computed."""
+def wait(clips: Sequence[Clips]) -> list[list[EditFeatures]]:
+    """All entries of each bucket, once they are computed."""
     shards = [future for of_bucket in clips for future in of_bucket.computed.values()]
     for future in tqdm(as_completed(shards), total=len(shards), desc="features", unit="shard"):
         future.result()
+    return [list(of_bucket) for of_bucket in tqdm(clips, desc="reading features", unit="bucket")]
 
 
 def read_shards(shards: Sequence[Shard]) -> list[EditFeatures]:

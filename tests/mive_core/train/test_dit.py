@@ -313,6 +313,11 @@ def test_clips_that_are_drawn_from_grow_to_all_and_a_step_is_the_same_whatever_w
     assert torch.equal(late[0].target, dataset[0].target) and torch.equal(new()[4].target, dataset[4].target)
 
 
+def test_clips_that_grow_are_read_in_the_training_process(tmp_path):
+    with pytest.raises(UserError, match="set num_workers to 0"):
+        build(VALUES | {"growth_share": 0.5, "num_workers": 1, "output_dir": str(tmp_path), "export": str(tmp_path / "dit.safetensors")}, "recipe.yaml")
+
+
 @pytest.mark.parametrize("growth_share", [0.0, 0.5])
 def test_a_recipe_trains_on_clips_that_it_draws_whether_before_or_meanwhile(tmp_path, growth_share):
     tiny = EMBEDDED["tiny"]
