@@ -15,7 +15,7 @@ def test_every_part_runs_and_is_held_against_the_devices_own_speed():
     quick = set(PARTS) - {"compiled"}  # which takes a compiler half a minute; test_compile.py compiles once
     report = bench_card("tiny", blocks=2, parts=tuple(quick), **SMALL)
     assert quick <= set(report)
-    assert report["tokens"] == 3 * 4 * 6 + 3 * 4 * 6 // 19 and report["device"] == "cpu" and report["blocks"] == 2
+    assert report["tokens"] == 3 * 8 * 12 + 3 * 8 * 12 // 19 and report["device"] == "cpu" and report["blocks"] == 2
     for part in ("dit", "training_block"):
         figures = report[part]
         assert figures["seconds"] > 0 and figures["flops_per_second"] == figures["flops"] / figures["seconds"]
