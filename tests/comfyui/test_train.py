@@ -86,7 +86,7 @@ def test_a_lora_is_trained_and_both_loaders_take_it(pack, train):
     assert len(series) == 40 and sum(series[-10:]) < 0.5 * sum(series[:10])
     assert name == LORA and report.startswith("trained.safetensors: rank 4, 2 pairs, 40 steps\nloss ")
     assert curve.shape == (1, 420, 960, 3) and curve.min() < 0.2
-    assert same(lora, trained(pack)) and len(lora) == 2 * 6 * 9
+    assert same(lora, trained(pack)) and len(lora) == 2 * 6 * 12
     model, = pack.run("MiVELoadDiT", model="tiny/dit.safetensors")
     by_stock, = nodes.LoraLoaderModelOnly().load_lora_model_only(model, name, 1.0)
     by_wire, = LoraModelLoader.execute(model, lora, 1.0).args
