@@ -91,7 +91,7 @@ def test_a_lora_is_trained_and_both_loaders_take_it(pack, train):
     by_stock, = nodes.LoraLoaderModelOnly().load_lora_model_only(model, name, 1.0)
     by_wire, = LoraModelLoader.execute(model, lora, 1.0).args
     ours, fit = pack.run("MiVELoadLoRA", model=model, lora_name=name)
-    assert fit == "trained.safetensors: all 108 keys fit"
+    assert fit == "trained.safetensors: all 144 keys fit"
     velocities = []
     for patched in (model, by_stock, by_wire, ours):
         comfy.model_management.load_models_gpu([patched])

@@ -10,7 +10,7 @@ from mive_core.checkpoint import load_dit
 from mive_core.errors import UserError
 from mive_core.train.auxiliary import fine_cover, place_in_patches
 from mive_core.train.dit import FeatureBatches, check_auxiliary
-from mive_core.train.features import Bucket, compute, shards_of, thing_of, wait
+from mive_core.train.features import Bucket, compute, shards_of, thing_of
 from mive_core.train.loop import run
 from mive_core.train.objective import mean_where
 from mive_core.train.synth import SHAPES, PairedEdits
@@ -115,7 +115,8 @@ def test_without_a_thing_nothing_is_told_but_every_head_has_a_gradient(tmp_path)
 def test_things_are_a_part_of_the_features_that_needs_no_model(tmp_path):
     bucket = Bucket((32, 32), 5, 2, 1.0, ("seen in reference",), ("add", "replace"))
     shards = [s for s in shards_of(bucket, vae="none", vlm="none", config=CONFIG, seed=4, folder=str(tmp_path), things=True) if s.part == "things"]
-    wait(compute([shards], 1))
+    clips, = compute([shards], 1)
+    clips.computed[0].result()
     assert all(shard.is_written() for shard in shards) and "seen-in-reference_add_replace" in shards[0].path.name
     edits = PairedEdits(4, "train", (32, 32), 5, kinds=bucket.kinds, edits=bucket.edits)
     stored = load_file(shards[0].path)
