@@ -121,5 +121,5 @@ def test_the_trained_lora_is_in_the_edit(server, queue):
     without, with_it = decoded(server, prompt).values()
     assert (without - with_it).abs().mean() > 1e-3
     weights = load_file(server.base / "models" / "loras" / "mive_neon.safetensors")
-    assert len(weights) == 108 and {min(tensor.shape) for tensor in weights.values()} == {4}
+    assert len(weights) == 144 and {min(tensor.shape) for tensor in weights.values()} == {4}
     assert (frames[:, :, :96] - frames[:, :, -96:]).abs().mean() > 1e-3
