@@ -82,6 +82,7 @@ def write_models(models: Path) -> None:
     weights = {f"model.{name}": 0.2 * torch.randn_like(value) for name, value in new_model(folder).state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(random_lora(config.width), models / "loras" / LORA)
+    save_file(random_lora(PRESETS["tiny"].width), models / "loras" / "random_tiny.safetensors")  # for the embedded DiT
 
 
 def random_lora(width: int, rank: int = 4) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from mive_core.video import read_clip
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 SMALL = {"mive_14b_bf16.safetensors": "tiny/dit.safetensors", "wan_2.1_vae.safetensors": "tiny/vae.safetensors", "Qwen3-VL-8B-Instruct": "tiny/vlm",
-         "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors": "random.safetensors"}
+         "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors": "random_tiny.safetensors"}
 LARGE_SIDE, SMALL_SIZE = 192, {"width": 112, "height": 64, "length": 9}
 FEW_STEPS = 6
 ENDS = {  # what is saved: frames, height, width
