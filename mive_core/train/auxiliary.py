@@ -22,10 +22,10 @@ class AuxiliaryHeads(nn.Module):
 
     def __init__(self, model: MiVEDiT, place_block: int, outline_block: int):
         super().__init__()
-        width = model.config.width
-        self.patch_size = model.config.patch_size
+        self.config = model.config
+        width = self.config.width
         self.place = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 + len(SHAPES)))  # near, y, x, radius, shape
-        self.fine = FINE * self.patch_size[-1]  # parts of a patch
+        self.fine = FINE * self.config.patch_size[-1]  # parts of a patch
         self.outline = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.fine**2))
         self.seen: dict[str, Tensor] = {}
         for name, index in (("place", place_block), ("outline", outline_block)):
@@ -36,11 +36,11 @@ class AuxiliaryHeads(nn.Module):
 
         Every head has a gradient even where no clip of the batch has a thing.
         """
-        grid = [n // p for n, p in zip(batch.target.shape[2:], self.patch_size)]
+        grid = self.config.patch_grid(*batch.target.shape[2:])
         tokens = {name: value[:, -grid[0] * grid[1] * grid[2]:].float().unflatten(1, grid) for name, value in self.seen.items()}
         self.seen.clear()
         said, drawn = self.place(tokens["place"]), self.outline(tokens["outline"])
-        offset, radius = place_in_patches(batch.track, self.patch_size, grid)
+        offset, radius = place_in_patches(batch.track, self.config.patch_size, grid)
         has_thing = (batch.shape >= 0).float().view(-1, 1, 1, 1).expand(said.shape[:-1])
         near = has_thing * (offset.abs().amax(dim=-1) < 1.3 * radius + 0.5)
         shape = batch.shape.long().clamp(min=0).view(-1, 1, 1, 1).expand(near.shape)
@@ -53,7 +53,7 @@ class AuxiliaryHeads(nn.Module):
         }
 
 
-def place_in_patches(track: Tensor, patch_size: tuple[int, int, int], grid: list[int]) -> tuple[Tensor, Tensor]:
+def place_in_patches(track: Tensor, patch_size: tuple[int, int, int], grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """(B, T, 3) in latent cells -> from each patch's centre to the thing's, y and x (B, T, Y, X, 2), and its radius (B, T, Y, X)."""
     x, y, radius = (track / patch_size[-1]).unbind(-1)
     rows, columns = (torch.arange(n, device=track.device) + 0.5 for n in grid[1:])

@@ -71,12 +71,12 @@ class FeatureBatches(Dataset):
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         of_size = generator if self.num_alike == 1 else torch.Generator().manual_seed(step_seed(self.seed + 1, step // self.num_alike))
         shares, groups = zip(*self.groups(step // self.num_alike * self.num_alike))
-        entries, indices = groups[torch.multinomial(torch.tensor(shares), 1, generator=of_size)]
-        chosen = torch.randint(len(indices), (self.batch_size,), generator=generator).tolist()
+        entries, indices, count = groups[torch.multinomial(torch.tensor(shares), 1, generator=of_size)]
+        chosen = torch.randint(count, (self.batch_size,), generator=generator).tolist()
         return stacked([entries[indices[i]] for i in chosen])
 
-    def groups(self, step: int) -> Iterator[tuple[float, tuple[Sequence[EditFeatures], list[int]]]]:
-        """What a batch may be of: its share of the steps, a bucket's clips, and which of them are there by now and of one length."""
+    def groups(self, step: int) -> Iterator[tuple[float, tuple[Sequence[EditFeatures], list[int], int]]]:
+        """What a batch may be of: its share of the steps, a bucket's clips, which of them are of one length, and how many of those are there by now."""
         for place, (bucket, entries) in enumerate(self.buckets):
             num = self.num_there(step, len(entries))
             lengths = self.of_length[place]
@@ -84,8 +84,8 @@ class FeatureBatches(Dataset):
                 lengths.setdefault(entries[index].states.shape[1], []).append(index)
             self.seen[place] = max(self.seen[place], num)
             for _, indices in sorted(lengths.items()):
-                if there := indices[: bisect_left(indices, num)]:
-                    yield bucket.share * len(there) / num, (entries, there)
+                if count := bisect_left(indices, num):
+                    yield bucket.share * count / num, (entries, indices, count)
 
     def num_there(self, step: int, num_clips: int) -> int:
         """How many of a bucket's clips the step may draw from."""
