@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -32,14 +33,15 @@ def run_edit(arguments: argparse.Namespace) -> None:
         raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
     request = load_entry(ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS),
                          arguments.size, arguments.frames).request
-    num_frames, height, width = request.source.frames.shape[:3]
-    num_tokens = ((num_frames - 1) // 4 + 2) * (height // 16) * (width // 16)  # in Wan's patches
-    if num_tokens > MANY_TOKENS and arguments.size is None:
-        warnings.warn(f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer")
     from ..evaluate import timed_edit
     from ..sample import Pipeline
 
-    edited, _ = timed_edit(Pipeline.load(arguments.models, arguments.layers, **machine(arguments)), request, settings_of(arguments))
+    pipeline = Pipeline.load(arguments.models, arguments.layers, **machine(arguments))
+    num_frames, height, width = request.source.frames.shape[:3]
+    num_tokens = math.prod(pipeline.config.patch_grid((num_frames - 1) // 4 + 2, height // 8, width // 8))  # the reference's among them
+    if num_tokens > MANY_TOKENS and arguments.size is None:
+        warnings.warn(f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer")
+    edited, _ = timed_edit(pipeline, request, settings_of(arguments))
     sys.stdout.write(f"{write_video(output, edited)}\n")
 
 

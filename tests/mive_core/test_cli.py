@@ -11,6 +11,7 @@ from PIL import Image
 
 import mive_core
 from mive_core.cli import main
+from mive_core.config import PRESETS
 from mive_core.types import Clip
 from mive_core.video import read_clip, write_frames, write_video
 
@@ -245,6 +246,15 @@ def test_help_and_version(capsys):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == 0
+
+
+def test_many_tokens_are_a_warning_that_counts_the_models_own_patches(work, random_models, capsys, monkeypatch):
+    monkeypatch.setattr("mive_core.commands.models.MANY_TOKENS", 10)
+    assert main(edit(models=str(random_models))) == 0
+    rows, columns = (side // 8 // patch for side, patch in zip((32, 48), PRESETS["tiny"].patch_size[1:]))
+    assert f"5 frames of 48x32 are {3 * rows * columns} tokens" in capsys.readouterr().err
+    assert main(edit(models=str(random_models), size="48x32")) == 0
+    assert "may take long" not in capsys.readouterr().err
 
 
 def test_a_very_long_instruction_is_truncated_with_a_warning(work, random_models, capsys):
