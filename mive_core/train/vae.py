@@ -23,17 +23,24 @@ from .recipe import Recipe, parse_recipe
 from .wan_vae import AttentionBlock, Downsample, ResidualBlock, Upsample, WholeClipVAE, read_whole_clip_vae, skip_empty_branches
 
 PATH_CHANNELS = 7  # +RGB, -RGB, constant
+LOG_FLOOR = 1e-5  # under a clip's mean square error, 56 dB: what is near perfect asks for no more
 CONSTANT = 3.0  # what the constant channel carries; large against colours, so the heads' norms stay near linear
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAERecipe(Recipe):
     dim: int = 8  # width of the first level
-    num_clips: int = 1600  # in the pool, half of them natural
+    num_clips: int = 1600  # in the pool
+    natural_share: float = 0.5  # of the pool; the rest is drawn
     phases: tuple = ((0.2, 2, 9, 32), (0.6, 1, 9, 64), (1.0, 1, 17, 64))  # until (fraction), batch, frames, pixels
     muon_lr: float = 3e-3
     adamw_lr: float = 6e-4
     warmup: int = 100  # steps
+    l1_weight: float = 1.0
+    mse_weight: float = 2.0
+    edges_weight: float = 0.5
+    blocks_weight: float = 2.0
+    log_mse_weight: float = 0.0  # of ln(mse) of each clip, which is what its PSNR measures
     kl_weight: float = 5e-4
     max_growth: float = 1.25  # of a stream weight's norm over its initial one
     num_statistics_clips: int = 96  # clips that the latents' mean and deviation are measured on
@@ -49,7 +56,7 @@ class VAETask(Task):
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.dataset = ClipCrops(Path(recipe.output_dir), recipe.num_clips, recipe.num_steps,
-                                 tuple(Phase(*phase) for phase in recipe.phases), recipe.seed)
+                                 tuple(Phase(*phase) for phase in recipe.phases), recipe.seed, recipe.natural_share)
         self.vae = read_whole_clip_vae(recipe.start_from) if recipe.start_from else WholeClipVAE(recipe.dim)
         if recipe.num_basis_clips and not recipe.start_from:
             initialise_principal(self.vae, as_video(self.clips(recipe.num_basis_clips)))
@@ -85,10 +92,10 @@ class VAETask(Task):
             mean, log_variance = self.vae.encode(video)
         log_variance = log_variance.clamp(-20, 5)
         latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
-        parts = distortion(self.vae.decode(latents), video)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        loss = parts["l1"] + 2 * parts["mse"] + 0.5 * parts["edges"] + 2 * parts["blocks"] + self.recipe.kl_weight * kl
-        return {"loss": loss, "kl": kl, "psnr": -10 * (parts["mse"] / 4).log10()} | parts
+        parts = distortion(self.vae.decode(latents), video) | {"kl": kl}
+        loss = sum(getattr(self.recipe, f"{name}_weight") * part for name, part in parts.items())
+        return {"loss": loss, "psnr": -10 * (parts["mse"] / 4).log10()} | parts
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -121,11 +128,12 @@ def as_video(frames: Tensor) -> Tensor:
 
 
 def distortion(output: Tensor, video: Tensor) -> dict[str, Tensor]:
-    """Differences of pixels, of edges and of 8 x 8 means: (B, 3, F, H, W) twice -> scalars."""
+    """Differences of pixels, of edges and of 8 x 8 means, and ln(mse) clip by clip: (B, 3, F, H, W) twice -> scalars."""
     error = output - video
     edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3, 4)) / 3
     blocks = F.avg_pool2d(error.transpose(1, 2).flatten(0, 1), 8).abs().mean()
-    return {"l1": error.abs().mean(), "mse": error.square().mean(), "edges": edges, "blocks": blocks}
+    log_mse = (error.square().flatten(1).mean(1) + LOG_FLOOR).log().mean()
+    return {"l1": error.abs().mean(), "mse": error.square().mean(), "edges": edges, "blocks": blocks, "log_mse": log_mse}
 
 
 def fold_statistics(weights: dict[str, Tensor], mean: Tensor, std: Tensor) -> None:

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,8 +11,9 @@ from mive_core.train.clips import ClipCrops, Phase
 from mive_core.train.loop import run
 from mive_core.train.optim import Muon, orthogonalise
 from mive_core.train.principal import initialise_principal
+from mive_core.train.synth import random_clip
 from mive_core.train.textures import natural_clip
-from mive_core.train.vae import as_video, build, distortion, fold_statistics, initialise, stream_weights
+from mive_core.train.vae import LOG_FLOOR, as_video, build, distortion, fold_statistics, initialise, stream_weights
 from mive_core.train.wan_vae import WholeClipVAE, decode_clips, encode_clips, read_whole_clip_vae, skip_empty_branches
 from mive_core.vae import LATENTS_MEAN, LATENTS_STD, VAE
 
@@ -157,9 +159,22 @@ def test_crops_follow_the_curriculum_and_the_seed(tmp_path):
     assert crops[0].dtype == torch.uint8
 
 
+def test_a_share_of_the_pool_is_natural(tmp_path):
+    pool = ClipCrops(tmp_path, 4, 1, (Phase(1.0, 1, 5, 16),), seed=3, natural_share=0.25).pool
+    as_pixels = [np.round(draw(3 * 4 + index, (96, 96), 17) * 255) for index, draw in enumerate([random_clip] * 3 + [natural_clip])]
+    assert all((clip == pixels).all() for clip, pixels in zip(pool, as_pixels))
+
+
+def test_the_logarithm_of_the_error_is_taken_clip_by_clip():
+    clips = as_video(torch.randint(0, 256, (2, 5, 16, 16, 3), dtype=torch.uint8))
+    off = torch.tensor([0.1, 1.0]).view(2, 1, 1, 1, 1)
+    assert distortion(clips + off, clips)["log_mse"] == pytest.approx(math.log(0.1), abs=2e-3)
+    assert distortion(clips, clips)["log_mse"] == pytest.approx(math.log(LOG_FLOOR))
+
+
 def test_distortion_of_equal_clips_is_zero():
     clip = as_video(torch.randint(0, 256, (1, 5, 16, 16, 3), dtype=torch.uint8))
-    assert all(value == 0 for value in distortion(clip, clip).values())
+    assert all(value == 0 for name, value in distortion(clip, clip).items() if name != "log_mse")
     assert distortion(clip + 0.5, clip)["edges"] < 1e-6 < 0.49 < distortion(clip + 0.5, clip)["blocks"]
 
 
