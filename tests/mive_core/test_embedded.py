@@ -44,16 +44,19 @@ def test_latents_have_unit_variance(pipeline, pairs):
 
 def test_edits_pass_the_gate(pipeline, pairs):
     """Means over a few clips, so the bounds are below the card's figures."""
-    figures = {"ours": [], "copy": [], "ceiling": []}
+    figures, decoded = {"ours": [], "copy": [], "ceiling": []}, []
     for pair in pairs:
         edited = pipeline.edit(pair.request, seed=0).frames
         assert edited.shape == pair.target.shape and torch.isfinite(edited).all()
         figures["ours"].append(in_and_out(edited, pair.target, pair.mask))
         figures["copy"].append(in_and_out(pair.request.source.frames, pair.target, pair.mask))
-        figures["ceiling"].append(in_and_out(pipeline.vae.decode(pipeline.vae.encode(pair.target)), pair.target, pair.mask))
+        ceiling = pipeline.vae.decode(pipeline.vae.encode(pair.target))
+        figures["ceiling"].append(in_and_out(ceiling, pair.target, pair.mask))
+        decoded.append(psnr(ceiling, pair.target, torch.ones_like(pair.mask)))
     means = {name: {key: mean([row[key] for row in rows]) for key in ("psnr_edited", "psnr_kept")} for name, rows in figures.items()}
-    assert means["ours"]["psnr_edited"] >= means["copy"]["psnr_edited"] + 13.2, means
-    assert means["ours"]["psnr_kept"] >= means["ceiling"]["psnr_kept"] - 0.4, means
+    assert means["ours"]["psnr_edited"] >= means["copy"]["psnr_edited"] + 13.7, means
+    assert means["ours"]["psnr_kept"] >= means["ceiling"]["psnr_kept"] - 0.5, means
+    assert mean(decoded) >= 27.8, decoded
 
 
 def test_words_alone_tell_a_new_shape(pipeline):
@@ -65,7 +68,7 @@ def test_words_alone_tell_a_new_shape(pipeline):
         edited = pipeline.edit(pair.request, steps=4, seed=0).frames
         overlaps.append(likeness(edited, source, pair.target, pair.mask, pair.colour).shape)
         gains.append(in_and_out(edited, pair.target, pair.mask)["psnr_edited"] - in_and_out(source, pair.target, pair.mask)["psnr_edited"])
-    assert mean(overlaps) >= 0.89 and mean(gains) >= 12.7, (overlaps, gains)
+    assert mean(overlaps) >= 0.9 and mean(gains) >= 13.2, (overlaps, gains)
 
 
 def test_the_same_seed_gives_the_same_video_and_another_gives_another(pipeline):
