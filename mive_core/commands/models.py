@@ -35,10 +35,12 @@ def run_edit(arguments: argparse.Namespace) -> None:
                          arguments.size, arguments.frames).request
     from ..evaluate import timed_edit
     from ..sample import Pipeline
+    from ..vae import SPATIAL_FACTOR, TEMPORAL_FACTOR
 
     pipeline = Pipeline.load(arguments.models, arguments.layers, **machine(arguments))
     num_frames, height, width = request.source.frames.shape[:3]
-    num_tokens = math.prod(pipeline.config.patch_grid((num_frames - 1) // 4 + 2, height // 8, width // 8))  # the reference's among them
+    cells = (num_frames - 1) // TEMPORAL_FACTOR + 2, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR  # the reference's among them
+    num_tokens = math.prod(pipeline.config.patch_grid(*cells))
     if num_tokens > MANY_TOKENS and arguments.size is None:
         warnings.warn(f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer")
     edited, _ = timed_edit(pipeline, request, settings_of(arguments))
