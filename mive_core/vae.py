@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .files import check_input
-from .planes import convolve_in_planes
-from .tensors import read_tensors
+from .media.paths import check_input
+from .conv3d import convolve_in_planes
+from .formats.safetensors_file import read_tensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .config import MiVEConfig
 from .errors import UserError
 from .prompt import CHAT_TEMPLATE, build_inputs
-from .repack import IMAGE_SIZE, IMAGE_TOKEN, PIXELS, VIDEO_SIZE, VIDEO_TOKEN, name_of, read_repack
-from .tensors import read_header, resolve, shard_files
+from .formats.vlm_file import IMAGE_SIZE, IMAGE_TOKEN, PIXELS, VIDEO_SIZE, VIDEO_TOKEN, name_of, read_repack
+from .formats.safetensors_file import read_header, resolve, shard_files
 from .types import Condition, EditRequest, VLMInputs
 
 MODEL_TYPE = "qwen3_vl"

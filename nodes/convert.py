@@ -7,11 +7,11 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..mive_core.config import VLM_SIZES
-from ..mive_core.convert import init_from_wan
+from ..mive_core.formats.from_wan import init_from_wan
 from ..mive_core.errors import UserError
 from ..mive_core.layers import parse_layers
 from .bridge.paths import find, list_dits, place
-from .bridge.said import show
+from .bridge.messages import show
 
 EXPECTED = "a .safetensors file of Wan2.1-T2V in models/diffusion_models"
 

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..mive_core.diagnostics import describe_drift, draw_drift, measure_drift
-from ..mive_core.pixels import SIDE, check_frames, fit_clip, fit_mask
+from ..mive_core.evaluation.drift import describe_drift, draw_drift, measure_drift
+from ..mive_core.media.fit import SIDE, check_frames, fit_clip, fit_mask
 from ..mive_core.types import Clip
-from .bridge.cost import describe_cost
-from .bridge.said import logged, show
+from .bridge.estimate import describe_cost
+from .bridge.messages import logged, show
 from .latents import ANY_FPS
 
 TRIM, PAD = "trim", "pad"

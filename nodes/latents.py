@@ -6,11 +6,11 @@ import torch
 from comfy_api.latest import io
 
 from ..mive_core.errors import UserError
-from ..mive_core.pixels import fit_clip, fit_reference
+from ..mive_core.media.fit import fit_clip, fit_reference
 from ..mive_core.types import Clip
 from ..mive_core.vae import LATENT_CHANNELS, TEMPORAL_FACTOR
 from .bridge.conditioning import GUIDES, LAYERS
-from .bridge.said import logged
+from .bridge.messages import logged
 from .bridge.vae import encode
 
 ANY_FPS = 1.0  # the VAE does not ask

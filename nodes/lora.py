@@ -7,11 +7,11 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..mive_core.errors import UserError
-from ..mive_core.tensors import read_header
+from ..mive_core.formats.safetensors_file import read_header
 from .bridge.lora import apply_lora
 from .bridge.model import MiVEModel
 from .bridge.paths import find
-from .bridge.said import logger, show
+from .bridge.messages import logger, show
 
 EXPECTED = "a .safetensors file of a LoRA in models/loras"
 

@@ -7,7 +7,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 from ..mive_core.errors import UserError
 from ..mive_core.flow import schedule
-from ..mive_core.sample import check_cfg
+from ..mive_core.pipeline import check_cfg
 from .bridge.conditioning import GUIDES, states_of
 from .bridge.model import MiVEModel, check_shapes
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..mive_core.checkpoint import read_config
-from ..mive_core.curve import draw_losses, ends
+from ..mive_core.formats.checkpoint import read_config
+from ..mive_core.evaluation.loss_curve import draw_losses, ends
 from ..mive_core.errors import UserError
-from ..mive_core.pixels import check_request_frames, check_request_size
+from ..mive_core.media.fit import check_request_frames, check_request_size
 from .bridge.paths import find, list_dits, list_pairs, list_vaes, list_vlms, place
-from .bridge.said import show
+from .bridge.messages import show
 from .dit import EXPECTED as EXPECTED_DIT
 from .vlm import EXPECTED as EXPECTED_VLM
 
@@ -91,7 +91,7 @@ class MiVETrainLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, pairs: str, model: str, vlm: str, vae: str, lora_name: str, width: int, height: int, length: int, steps: int, batch_size: int,
                 learning_rate: float, rank: int, alpha: float, seed: int, gradient_checkpointing: bool, offload: bool, dtype: str, resume: str) -> io.NodeOutput:
-        from .bridge.job import Job  # the trainer, av and yaml come with the first training
+        from .bridge.training_job import Job  # the trainer, av and yaml come with the first training
 
         check_request_size((width, height))
         check_request_frames(length)

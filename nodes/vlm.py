@@ -9,11 +9,11 @@ from comfy_api.latest import io, ui
 from ..mive_core.config import MiVEConfig
 from ..mive_core.errors import UserError
 from ..mive_core.layers import parse_layers
-from ..mive_core.pixels import fit_clip, fit_reference
+from ..mive_core.media.fit import fit_clip, fit_reference
 from ..mive_core.types import Clip, EditRequest
 from .bridge.conditioning import to_conditioning
 from .bridge.paths import find, list_vlms
-from .bridge.said import logged, show
+from .bridge.messages import logged, show
 from .bridge.vlm import HostedVLM
 
 EXPECTED = "a folder of Qwen3-VL with a config.json, or one .safetensors file of it, in models/text_encoders or models/LLM"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mive_core.cli import quiet_libraries
-from mive_core.repack import VIDEO_TOKEN, config_of
+from mive_core.formats.vlm_file import VIDEO_TOKEN, config_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

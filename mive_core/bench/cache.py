@@ -8,13 +8,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..manifest import ManifestEntry
-from ..pixels import cover
+from ..data.manifest import ManifestEntry
+from ..media.fit import cover
 from ..train.cache import CacheSettings, Encoders, cache, read_pair
-from ..train.heldout import drawn_pairs
-from ..train.synth import PairedEdits
+from ..embedded.heldout import drawn_pairs
+from ..embedded.synthetic import PairedEdits
 from ..types import Clip
-from ..video import write_video
+from ..media.video import write_video
 from .models import Workload, random_vae, random_vlm
 from .stage import timed_once
 

@@ -18,9 +18,9 @@ from ..config import PRESETS
 from ..dit.blocks import Block, Modulation
 from ..dit.rope import rotary_table
 from ..errors import UserError
-from ..flops import block_flops
+from ..cost.flops import block_flops
 from .models import Workload, filled, random_dit, workload
-from .rival import forward_of, timed
+from .against_diffusers import forward_of, timed
 from .stage import PAPER_FORWARDS, add_shares, measure, measure_dit, measure_speed, measure_vae, measure_vlm
 
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import shapes_of
+from ..formats.checkpoint import shapes_of
 from ..config import PRESETS, MiVEConfig
-from ..convert import init_from_wan
+from ..formats.from_wan import init_from_wan
 from ..errors import UserError
-from ..tensors import stream_tensors
+from ..formats.safetensors_file import stream_tensors
 
 TEXT_WIDTH = 4096  # of Wan's umT5
 

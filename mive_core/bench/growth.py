@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from ..config import PRESETS
 from ..errors import UserError
-from ..files import written_beside
-from ..flops import dit_flops
-from ..memory import activation_bytes
+from ..media.paths import written_beside
+from ..cost.flops import dit_flops
+from ..cost.memory import activation_bytes
 from ..vae import LATENT_CHANNELS, TEMPORAL_FACTOR
-from .counted import Counted
+from .memory_counter import Counted
 from .load import resident
 from .models import Workload, random_dit, workload
-from .rival import timed
+from .against_diffusers import timed
 
 FRAMES = (17, 33, 65, 97, 129, 177, 241)
 SIZES = ((160, 96), (256, 144), (320, 192), (480, 272), (640, 352))

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from ..attention import torch_attention
-from ..checkpoint import load_dit, shapes_of
+from ..formats.checkpoint import load_dit, shapes_of
 from ..config import PRESETS, VLM_FEED_FORWARD, VLM_SIZES
 from ..errors import UserError
-from ..tensors import INDEX_SUFFIX
+from ..formats.safetensors_file import INDEX_SUFFIX
 from ..vlm import load_repack, model_of
 from .convert import write_random
 

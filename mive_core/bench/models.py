@@ -15,14 +15,14 @@ from ..attention import AttentionFn, attention_of
 from ..config import PRESETS, MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
-from ..float8 import Float8Linear, to_float8
-from ..flops import Layout
-from ..planes import convolve_in_planes
+from ..formats.float8 import Float8Linear, to_float8
+from ..cost.flops import Layout
+from ..conv3d import convolve_in_planes
 from ..prompt import build_inputs
-from ..quantize import FORMATS, MATRIX
-from ..repack import DEEPSTACK, MERGE, MROPE_SECTION, PIXELS, ROPE_THETA, VISION_HEADS
-from ..sample import EMBEDDED, Pipeline, check_compiler, check_device
-from ..tensors import read_header
+from ..formats.quantize import FORMATS, MATRIX
+from ..formats.vlm_file import DEEPSTACK, MERGE, MROPE_SECTION, PIXELS, ROPE_THETA, VISION_HEADS
+from ..pipeline import EMBEDDED, Pipeline, check_compiler, check_device
+from ..formats.safetensors_file import read_header
 from ..types import Clip, EditRequest, VLMInputs
 from ..vae import ORIGINAL_KEY, SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE
 from ..vlm import VLM, load_processor, model_of

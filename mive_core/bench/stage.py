@@ -12,12 +12,12 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..flops import dit_flops
+from ..cost.flops import dit_flops
 from ..flow import schedule
 from ..vae import LATENT_CHANNELS
-from .counted import Counted
+from .memory_counter import Counted
 from .models import ATTENTION_RANGE, Workload, inputs_of, random_dit, random_network, random_pipeline, random_vae, random_vlm, request_of, vlm_flops
-from .rival import forward_of, timed
+from .against_diffusers import forward_of, timed
 
 SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices that a device's speed is measured with
 COPIED = {"cuda": 2**30, "cpu": 2**26}  # bytes

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import UserError
-from .asked import dtype_of
+from .arguments import dtype_of
 
 
 def run_bench_dit(arguments: argparse.Namespace) -> None:
@@ -15,8 +15,8 @@ def run_bench_dit(arguments: argparse.Namespace) -> None:
             raise UserError("--tokens and --size are two benchmarks", fix="--tokens runs beside diffusers, --size on its own")
         run_bench_stage(arguments)
         return
-    from ..bench.rival import bench_dit, make_ours
-    from ..sample import check_compiler
+    from ..bench.against_diffusers import bench_dit, make_ours
+    from ..pipeline import check_compiler
 
     if (arguments.device, arguments.dtype) != ("cpu", "fp32"):
         raise UserError("beside diffusers the DiT runs in fp32 on a CPU", got=f"{arguments.dtype} on {arguments.device}", fix="--size measures it alone")
@@ -48,7 +48,7 @@ def run_bench_stage(arguments: argparse.Namespace) -> None:
 
 def run_bench_convert(arguments: argparse.Namespace) -> None:
     from ..bench.convert import bench_convert
-    from ..files import check_input
+    from ..media.paths import check_input
 
     folder = check_input(arguments.folder, "folder") if arguments.folder else None
     _report(arguments, lambda: bench_convert(arguments.preset, folder=folder, repeats=arguments.repeats))
@@ -56,7 +56,7 @@ def run_bench_convert(arguments: argparse.Namespace) -> None:
 
 def run_bench_load(arguments: argparse.Namespace) -> None:
     from ..bench.load import bench_load
-    from ..files import check_input
+    from ..media.paths import check_input
 
     folder = check_input(arguments.folder, "folder") if arguments.folder else None
     _report(arguments, lambda: bench_load(arguments.model, shards=arguments.shards, folder=folder, float8=arguments.fp8, blocks=arguments.blocks))
@@ -64,7 +64,7 @@ def run_bench_load(arguments: argparse.Namespace) -> None:
 
 def run_bench_growth(arguments: argparse.Namespace) -> None:
     from ..bench.growth import bench_growth, write_growth
-    from ..files import check_output
+    from ..media.paths import check_output
 
     plot = check_output(arguments.plot, "plot", (".png",)) if arguments.plot else None
 
@@ -89,7 +89,7 @@ def run_bench_card(arguments: argparse.Namespace) -> None:
 def run_bench_cache(arguments: argparse.Namespace) -> None:
     from ..bench.cache import bench_cache
     from ..bench.models import workload
-    from ..files import check_input
+    from ..media.paths import check_input
 
     folder = check_input(arguments.folder, "folder") if arguments.folder else None
     work = workload(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=dtype_of(arguments.dtype), repeats=arguments.repeats)
@@ -97,8 +97,8 @@ def run_bench_cache(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_train(arguments: argparse.Namespace) -> None:
-    from ..files import check_input
-    from ..train.dispatch import bench_train
+    from ..media.paths import check_input
+    from ..bench.training import bench_train
 
     config = check_input(arguments.config, "config")
     _report(arguments, lambda: bench_train(config, arguments.steps))
@@ -114,12 +114,12 @@ def run_bench_scale(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace, measure: Callable[[], dict]) -> None:
     """Figures to stdout, and to the file that was asked for, whose name is checked before the measuring."""
-    from ..files import check_output
+    from ..media.paths import check_output
 
     output = check_output(arguments.output, "output", (".json",)) if arguments.output else None
     figures = measure()
     if output:
-        from ..evaluate import write_json
+        from ..evaluation.evaluate import write_json
 
         write_json(output, figures | {"command": arguments.command_line})
     sys.stdout.write(json.dumps(figures, indent=2) + "\n")

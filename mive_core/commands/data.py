@@ -6,22 +6,22 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from .asked import dtype_of, report_done, spread
+from .arguments import dtype_of, report_done, spread
 
 MOST_NAMED = 20  # rows of a table of millions
 
 
 def run_data_synth(arguments: argparse.Namespace) -> None:
-    from ..manifest import export_pairs
-    from ..train.heldout import drawn_pairs
-    from ..train.synth import PairedEdits
+    from ..data.manifest import export_pairs
+    from ..embedded.heldout import drawn_pairs
+    from ..embedded.synthetic import PairedEdits
 
     edits = PairedEdits(arguments.seed, arguments.split, arguments.size, arguments.frames, kinds=tuple(arguments.kind) or None, edits=tuple(arguments.edit) or None)
     sys.stdout.write(f"{export_pairs(drawn_pairs(edits, arguments.num), arguments.output)}\n")
 
 
 def run_data_import(arguments: argparse.Namespace) -> None:
-    from ..data.published import import_set
+    from ..data.datasets import import_set
 
     count, left_out = import_set(arguments.layout, arguments.folder, arguments.output, tuple(arguments.edit))
     for row in left_out[:MOST_NAMED]:
@@ -35,8 +35,8 @@ def run_data_compose(arguments: argparse.Namespace) -> None:
     from functools import partial
 
     from ..data.compose import ComposeSettings, compose, read_sources
-    from ..data.person import Segmenter
-    from ..sample import check_device
+    from ..data.segment_person import Segmenter
+    from ..pipeline import check_device
 
     people, backgrounds = read_sources(arguments.people, "people"), read_sources(arguments.backgrounds, "backgrounds")
     check_device(arguments.device)
@@ -47,14 +47,14 @@ def run_data_compose(arguments: argparse.Namespace) -> None:
 
 
 def run_data_score(arguments: argparse.Namespace) -> None:
-    from ..pairs import read_pairs
+    from ..data.folder import read_pairs
 
     entries = read_pairs(arguments.manifest)
     from functools import partial
 
     from ..data.judge import Judge
     from ..data.score import score
-    from ..sample import check_device
+    from ..pipeline import check_device
 
     check_device(arguments.device)
     load = partial(Judge.load, arguments.model, dtype=dtype_of(arguments.dtype), device=arguments.device)
@@ -64,13 +64,13 @@ def run_data_score(arguments: argparse.Namespace) -> None:
 
 
 def run_data_cache(arguments: argparse.Namespace) -> None:
-    from ..files import check_output_folder
-    from ..pairs import read_pairs
+    from ..media.paths import check_output_folder
+    from ..data.folder import read_pairs
 
     output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest)
     from functools import partial
 
-    from ..sample import EMBEDDED
+    from ..pipeline import EMBEDDED
     from ..train.cache import CacheSettings, Encoders, cache
 
     settings = CacheSettings(tuple(arguments.bucket), arguments.states, arguments.negative)
@@ -82,21 +82,21 @@ def run_data_cache(arguments: argparse.Namespace) -> None:
 
 
 def run_data_looks(arguments: argparse.Namespace) -> None:
-    from ..train.heldout import footage_pairs, unseen_look_pairs
+    from ..embedded.heldout import footage_pairs, unseen_look_pairs
 
     _write_footage(arguments, unseen_look_pairs if arguments.unseen else footage_pairs)
 
 
 def run_data_recolour(arguments: argparse.Namespace) -> None:
-    from ..train.heldout import recolour_pairs
+    from ..embedded.heldout import recolour_pairs
 
     _write_footage(arguments, recolour_pairs)
 
 
 def _write_footage(arguments: argparse.Namespace, pairs_of: Callable) -> None:
-    from ..manifest import export_pairs
-    from ..pixels import fit_clip
-    from ..video import read_clip
+    from ..data.manifest import export_pairs
+    from ..media.fit import fit_clip
+    from ..media.video import read_clip
 
     clip = fit_clip(read_clip(arguments.source, what="source", num_frames=arguments.frames), arguments.size, arguments.frames)
     sys.stdout.write(f"{export_pairs(pairs_of(clip), arguments.output)}\n")

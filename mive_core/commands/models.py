@@ -3,12 +3,13 @@
 import argparse
 import json
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
 
 from ..errors import UserError
-from .asked import dtype_of, machine, report_done, settings_of, spread
+from .arguments import dtype_of, machine, report_done, settings_of, spread
 
 MANY_TOKENS = 20_000
 
@@ -23,9 +24,9 @@ def run_edit(arguments: argparse.Namespace) -> None:
     missing = [name for name in ("--source", "--reference", "--instruction") if name not in given]
     if missing:
         raise UserError(f"the following arguments are required: {', '.join(missing)}", fix="`mive edit --help` lists what it takes")
-    from ..files import check_input, check_output
-    from ..manifest import ManifestEntry, load_entry
-    from ..video import DEFAULT_FPS, VIDEO_SUFFIXES, write_video
+    from ..media.paths import check_input, check_output
+    from ..data.manifest import ManifestEntry, load_entry
+    from ..media.video import DEFAULT_FPS, VIDEO_SUFFIXES, write_video
 
     output = check_output(arguments.output, "output", VIDEO_SUFFIXES)
     source, reference = check_input(arguments.source, "source"), check_input(arguments.reference, "reference")
@@ -33,8 +34,8 @@ def run_edit(arguments: argparse.Namespace) -> None:
         raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
     request = load_entry(ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS),
                          arguments.size, arguments.frames).request
-    from ..evaluate import timed_edit
-    from ..sample import Pipeline
+    from ..evaluation.evaluate import timed_edit
+    from ..pipeline import Pipeline
     from ..vae import SPATIAL_FACTOR, TEMPORAL_FACTOR
 
     pipeline = Pipeline.load(arguments.models, arguments.layers, **machine(arguments))
@@ -48,14 +49,14 @@ def run_edit(arguments: argparse.Namespace) -> None:
 
 
 def _edit_many(arguments: argparse.Namespace) -> None:
-    from ..files import check_output_folder
-    from ..pairs import read_pairs
+    from ..media.paths import check_output_folder
+    from ..data.folder import read_pairs
 
     output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest, may_be_silent=True)
     from functools import partial
 
     from ..data.edits import JOURNAL, edit_all
-    from ..sample import Pipeline
+    from ..pipeline import Pipeline
 
     chosen = machine(arguments)
     load = partial(Pipeline.load, arguments.models, arguments.layers, **chosen)
@@ -65,14 +66,14 @@ def _edit_many(arguments: argparse.Namespace) -> None:
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    from ..files import check_output_folder
-    from ..manifest import ManifestPairs, read_manifest
+    from ..media.paths import check_output_folder
+    from ..data.manifest import ManifestPairs, read_manifest
 
     output = check_output_folder(arguments.output, "output")
     entries = read_manifest(arguments.manifest)
     pairs = ManifestPairs(entries, arguments.size, arguments.frames)
-    from ..evaluate import evaluate
-    from ..sample import Pipeline
+    from ..evaluation.evaluate import evaluate
+    from ..pipeline import Pipeline
 
     evaluate(Pipeline.load(arguments.models, arguments.layers, **machine(arguments)), pairs, output,
              settings_of(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
@@ -82,42 +83,49 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
-    from ..files import check_input
-    from ..train.dispatch import train
+    from ..embedded.tasks import TASKS
+    from ..media.paths import check_input
+    from ..train.distributed import num_processes
+    from ..train.tasks import train
 
-    train(check_input(arguments.config, "config"))
+    train(check_input(arguments.config, "config"), TASKS)
+    if num_processes() > 1:
+        # all is written; threads that exchanged tensors have been seen to abort an interpreter that was ending
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
-    from ..checkpoint import inspect
-    from ..files import check_input
+    from ..formats.checkpoint import inspect
+    from ..media.paths import check_input
 
     sys.stdout.write(json.dumps(inspect(check_input(arguments.path, "checkpoint")), indent=2) + "\n")
 
 
 def run_init_from_wan(arguments: argparse.Namespace) -> None:
-    from ..files import check_output
+    from ..media.paths import check_output
 
     destination = check_output(arguments.destination, "destination", (".safetensors",))
-    from ..checkpoint import inspect
-    from ..convert import init_from_wan
+    from ..formats.checkpoint import inspect
+    from ..formats.from_wan import init_from_wan
 
     init_from_wan(arguments.source, destination, layers=arguments.layers, vlm=arguments.vlm, dtype=dtype_of(arguments.dtype))
     sys.stdout.write(json.dumps(inspect(destination), indent=2) + "\n")
 
 
 def run_quantize(arguments: argparse.Namespace) -> None:
-    from ..files import check_input, check_output
+    from ..media.paths import check_input, check_output
 
     destination = check_output(arguments.destination, "destination", (".safetensors",))
-    from ..quantize import quantize
+    from ..formats.quantize import quantize
 
     report = quantize(check_input(arguments.source, "checkpoint"), destination, arguments.format)
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    from ..demo import run_demo as run
+    from .demo import run_demo as run
 
     report = run(arguments.output, arguments.models, settings_of(arguments), arguments.command_line)
     sys.stdout.write(f"{Path(arguments.output) / 'edited.mp4'}\n{Path(arguments.output) / 'sheet.png'}\n"

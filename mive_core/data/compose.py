@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import check_input, check_output_folder, numbered_name, sweep, written_folder
-from ..manifest import ManifestEntry, read_manifest, read_source, write_manifest
-from ..pixels import cover, fit_clip, trimmed
-from ..remote import is_url, local_copy
+from ..media.paths import check_input, check_output_folder, numbered_name, sweep, written_folder
+from .manifest import ManifestEntry, read_manifest, read_source, write_manifest
+from ..media.fit import cover, fit_clip, trimmed
+from ..media.remote import is_url, local_copy
 from ..types import Clip
-from ..video import VIDEO_SUFFIXES, read_clip, write_frames, write_video
+from ..media.video import VIDEO_SUFFIXES, read_clip, write_frames, write_video
 from .journal import Outcome, Task, mark_of, worked_through
-from .person import Segmenter
-from .spread import Spread
+from .segment_person import Segmenter
+from .executor import Spread
 
 JOURNAL, MANIFEST = "composed.jsonl", "pairs.jsonl"
 STORES = ("video", "frames")  # H.264 of high quality, or PNG: 20 times the bytes

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..evaluate import Editor, EvaluationSettings, timed_edit
-from ..files import check_output_folder, numbered_name, sweep
-from ..manifest import ManifestEntry, load_entry
+from ..evaluation.evaluate import Editor, EvaluationSettings, timed_edit
+from ..media.paths import check_output_folder, numbered_name, sweep
+from .manifest import ManifestEntry, load_entry
 from ..types import EditRequest
-from ..video import write_video
+from ..media.video import write_video
 from .journal import Outcome, Task, mark_of, worked_through
-from .spread import Spread
+from .executor import Spread
 
 JOURNAL = "edits.jsonl"
 

@@ -14,8 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..manifest import ManifestEntry
-from .spread import Spread, Worker, spread
+from .manifest import ManifestEntry
+from .executor import Spread, Worker, spread
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import check_output
-from ..manifest import ManifestEntry, load_entry, write_manifest
-from ..rows import SUFFIXES
+from ..media.paths import check_output
+from .manifest import ManifestEntry, load_entry, write_manifest
+from .tables import SUFFIXES
 from ..types import PairedEdit
 from .journal import Outcome, Task, mark_of, worked_through
 from .judge import FPS, MAX_VIDEO_TOKENS, PROMPT, Judge
-from .spread import Spread
+from .executor import Spread
 
 LEAST, MOST = 9.3, 4000
 

@@ -1,1 +1,1 @@
-"""Training: dispatch.train(recipe) reads a recipe and runs its task through the loop."""
+"""The trainer: tasks.train(recipe) reads a recipe and runs its task through the loop."""

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..checkpoint import shapes_of
+from ..formats.checkpoint import shapes_of
 from ..config import PRESETS, MiVEConfig
 from ..errors import UserError
-from ..flops import Layout, dit_flops, training_flops
-from ..memory import weight_bytes
-from .meter import PEAK_TFLOPS
-from .velocity import DTYPES, VelocityRecipe
+from ..cost.flops import Layout, dit_flops, training_flops
+from ..cost.memory import weight_bytes
+from .throughput import PEAK_TFLOPS
+from .flow_matching import DTYPES, VelocityRecipe
 
 # Bytes of one block's activations while it runs backward, for each of (N D) and (N F): counted, see tests. What is kept of each block
 # comes on top, its input of N D numbers. By bytes of a number, and whether weights have gradients.

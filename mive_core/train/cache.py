@@ -17,15 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint import read_config
+from ..formats.checkpoint import read_config
 from ..config import MiVEConfig
 from ..data.journal import mark_of
-from ..data.spread import UNUSABLE, Spread, ahead, spread
+from ..data.executor import UNUSABLE, Spread, ahead, spread
 from ..errors import UserError
-from ..files import check_output_folder, sweep, written_beside
-from ..manifest import ManifestEntry, load_entry, read_source
-from ..sample import check_device, check_vlm
-from ..tensors import read_header, resolve, shard_files, write_tensors
+from ..media.paths import check_output_folder, sweep, written_beside
+from ..data.manifest import ManifestEntry, load_entry, read_source
+from ..pipeline import check_device, check_vlm
+from ..formats.safetensors_file import read_header, resolve, shard_files, write_tensors
 from ..types import Clip, PairedEdit
 from ..vae import VAE
 from ..vlm import VLM, WEIGHTS

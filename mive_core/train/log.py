@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import written_beside
+from ..media.paths import written_beside
 from .recipe import Recipe
 
 FILES = {"train": "log.jsonl", "validation": "validation.jsonl"}

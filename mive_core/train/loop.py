@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from . import state
+from . import checkpoints
 from .log import Log
-from .meter import Meter, Work, peak_flops
-from .ranks import Ranks, whole
+from .throughput import Meter, Work, peak_flops
+from .distributed import Ranks, whole
 from .recipe import Recipe, defaults_of, fingerprint
 
 
@@ -80,7 +80,7 @@ def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks(), watch
         torch.set_num_threads(recipe.num_threads)
     averages = _copies(task)
     plan = plan_of(recipe, ranks)
-    first = state.restore(folder, task.modules, averages, task.optimizers, plan, _defaults(recipe), recipe.free_fields)
+    first = checkpoints.restore(folder, task.modules, averages, task.optimizers, plan, _defaults(recipe), recipe.free_fields)
     ranks.wait()  # until all have read, before one writes
     rates = [(group, float(group["lr"])) for optimizer in task.optimizers.values() for group in optimizer.param_groups]
     last = recipe.num_steps if stop_at is None else min(stop_at, recipe.num_steps)
@@ -108,7 +108,7 @@ def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks(), watch
             stopped = _stopped(watch, step, losses)
             due = validation is not None and validation.due(step)
             if stopped or due or step == recipe.num_steps - 1 or ranks.agree(time.monotonic() - saved_at > recipe.checkpoint_every_s):
-                state.save(folder, step, task.modules, averages, task.optimizers, plan, recipe.num_checkpoints, ranks)
+                checkpoints.save(folder, step, task.modules, averages, task.optimizers, plan, recipe.num_checkpoints, ranks)
                 saved_at = time.monotonic()
             if stopped:
                 raise stopped
@@ -133,7 +133,7 @@ def export_newest(task: Task, path: Path) -> int:
     """Exports the newest checkpoint of an unfinished run; returns the number of steps it has done."""
     averages = _copies(task)
     recipe = task.recipe
-    num_steps = state.restore(Path(recipe.output_dir), task.modules, averages, task.optimizers, plan_of(recipe, Ranks()), _defaults(recipe), recipe.free_fields)
+    num_steps = checkpoints.restore(Path(recipe.output_dir), task.modules, averages, task.optimizers, plan_of(recipe, Ranks()), _defaults(recipe), recipe.free_fields)
     _exchange(task, averages)
     task.export(path)
     return num_steps

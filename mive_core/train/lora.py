@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..dit import MiVEDiT
 from ..errors import UserError
-from ..float8 import Float8Linear
-from ..tensors import write_tensors
+from ..formats.float8 import Float8Linear
+from ..formats.safetensors_file import write_tensors
 
 TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.0", "ffn.2")
 PREFIX = "diffusion_model."  # under which ComfyUI looks for the keys of a LoRA in peft's format

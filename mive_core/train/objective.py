@@ -25,7 +25,7 @@ class EditFeatures:
     states: Tensor  # (K, S, D_vlm)
     mask: Tensor  # (T, Y, X) 1 where the edit acts
     negative: Tensor | None = None  # (K, S', D_vlm) of an empty instruction
-    track: Tensor | None = None  # (T, 3) x, y and radius of the edited thing, in latent cells; see auxiliary.py
+    track: Tensor | None = None  # (T, 3) x, y and radius of the edited thing, in latent cells; see embedded/auxiliary_heads.py
     shape: Tensor | None = None  # () its index in SHAPES after the edit, -1 where there is no single thing
     cover: Tensor | None = None  # (T, 2Y, 2X) in 0..1, how much of it shows in the target
 

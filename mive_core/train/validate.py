@@ -12,24 +12,24 @@ import torch
 from PIL import Image
 
 from ..config import MiVEConfig
-from ..curve import draw_losses, read_losses
+from ..evaluation.loss_curve import draw_losses, read_losses
 from ..errors import UserError
-from ..evaluate import EvaluationSettings, evaluate, summary
-from ..files import check_input, written_beside
+from ..evaluation.evaluate import EvaluationSettings, evaluate, summary
+from ..media.paths import check_input, written_beside
 from ..flow import schedule
-from ..manifest import ManifestEntry, read_manifest
-from ..sample import EMBEDDED, Pipeline
-from ..tensors import resolve
+from ..data.manifest import ManifestEntry, read_manifest
+from ..pipeline import EMBEDDED, Pipeline
+from ..formats.safetensors_file import resolve
 from ..types import Clip, Condition, EditLatents, EditRequest, PairedEdit
 from ..vae import VAE
 from . import blocks
 from .cache import CacheEntry, CacheSettings, read_index, read_pair
-from .edit import CachedBatches, check_cache
+from .edit_task import CachedBatches, check_cache
 from .log import FILES
 from .loop import Task
 from .objective import EditFeatures, stacked, velocity_losses
-from .ranks import Ranks
-from .velocity import VelocityRecipe, VelocityTask
+from .distributed import Ranks
+from .flow_matching import VelocityRecipe, VelocityTask
 
 FOLDER = "validation"  # in output_dir: a folder a step
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the loss is measured
@@ -88,7 +88,7 @@ class Share(Sequence):
 
 @dataclass(frozen=True)
 class TrainedEditor:
-    """Edits with the DiT as it is at this step; an Editor of evaluate.py."""
+    """Edits with the DiT as it is at this step; an Editor of evaluation/evaluate.py."""
 
     pipeline: Pipeline
     recipe: VelocityRecipe

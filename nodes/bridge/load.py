@@ -11,11 +11,11 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from ...mive_core.checkpoint import check_whole
+from ...mive_core.formats.checkpoint import check_whole
 from ...mive_core.config import METADATA_KEY
 from .lora import HostedDynamicPatcher, HostedPatcher
 from .model import MiVESupport
-from .saved import config_of
+from .metadata import config_of
 
 
 def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: bool = False, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:

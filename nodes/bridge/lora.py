@@ -14,9 +14,9 @@ import comfy.model_patcher
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Size, Tensor
 
-from ...mive_core.checkpoint import WAN_TO_DIFFUSERS, rename
+from ...mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
 from ...mive_core.errors import UserError
-from .said import logger
+from .messages import logger
 
 ROOT = "diffusion_model."  # of the DiT's weights in ComfyUI
 # before a layer's name: ComfyUI's and diffusion-pipe's, whole checkpoints', diffusers', PEFT's, DiffSynth's (none)

@@ -17,10 +17,10 @@ from ...mive_core.config import MiVEConfig
 from ...mive_core.dit import MiVEDiT
 from ...mive_core.dit.blocks import Modulation
 from ...mive_core.errors import UserError
-from ...mive_core.flops import Layout
-from ...mive_core.memory import activation_bytes
+from ...mive_core.cost.flops import Layout
+from ...mive_core.cost.memory import activation_bytes
 from .conditioning import GUIDES, states_of
-from .saved import with_config
+from .metadata import with_config
 
 SLACK = 1.25  # an attention kernel's workspace, a layer's weights on their way in, what the allocator leaves unused
 

@@ -13,8 +13,8 @@ from pathlib import Path, PurePath
 import folder_paths
 
 from ...mive_core.errors import UserError
-from ...mive_core.sample import EMBEDDED
-from ...mive_core.tensors import VAE_FAMILY, VLM_FAMILY, read_header
+from ...mive_core.pipeline import EMBEDDED
+from ...mive_core.formats.safetensors_file import VAE_FAMILY, VLM_FAMILY, read_header
 
 ASSETS = EMBEDDED["tiny"].parent  # embedded entries read `tiny/...`
 SAMPLES = {"bigbuckbunny_33f.mp4": "mive_sample.mp4", "neon.png": "mive_sample_neon.png", "pairs": "mive_sample_pairs"}  # what the workflows read: its name among the inputs

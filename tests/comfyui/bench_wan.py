@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from mive_core.bench.rival import bench_dit, forward_of
+from mive_core.bench.against_diffusers import bench_dit, forward_of
 from mive_core.config import MiVEConfig
 from mive_core.dit import MiVEDiT
-from mive_core.flops import NUM_TEXT_TOKENS, Layout
+from mive_core.cost.flops import NUM_TEXT_TOKENS, Layout
 
 
 def make_ours(config: MiVEConfig, layout: Layout):

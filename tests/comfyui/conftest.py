@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from mive_core.attention import torch_attention
-from mive_core.checkpoint import save_dit
+from mive_core.formats.checkpoint import save_dit
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
-from mive_core.sample import Pipeline
-from mive_core.train.tiny_vlm import write_tiny_folder
+from mive_core.pipeline import Pipeline
+from mive_core.embedded.vlm_folder import write_tiny_folder
 from mive_core.types import Clip, EditRequest
 from mive_core.vlm import new_model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mive_core.memory import vae_decode_bytes
+from mive_core.cost.memory import vae_decode_bytes
 
 DIT, VLM = "random.safetensors", "Qwen3-VL-random"
 

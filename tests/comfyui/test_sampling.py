@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mive_core.quantize import quantize
+from mive_core.formats.quantize import quantize
 from mive_core.types import Clip, EditRequest
 
 DIT, LORA, STEPS, TOLERANCE = "random.safetensors", "random.safetensors", 4, 1e-5

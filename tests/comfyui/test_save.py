@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mive_core.quantize import quantize
+from mive_core.formats.quantize import quantize
 
 DIT, LORA = "random.safetensors", "random.safetensors"
 

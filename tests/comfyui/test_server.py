@@ -12,7 +12,7 @@ from conversion import to_prompt
 from safetensors.torch import load_file
 from serving import Refused
 
-from mive_core.video import read_clip
+from mive_core.media.video import read_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / "workflows" / "mive_quickstart.json"

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mive_core.train.heldout import drawn_pairs
-from mive_core.train.synth import PairedEdits
+from mive_core.embedded.heldout import drawn_pairs
+from mive_core.embedded.synthetic import PairedEdits
 from mive_core.types import Clip
-from mive_core.video import write_video
+from mive_core.media.video import write_video
 
 NODE, PAIRS, LORA = "MiVETrainLoRA", "drawn", "trained.safetensors"
 STEPS = 6
@@ -106,9 +106,9 @@ def test_a_lora_is_trained_and_both_loaders_take_it(pack, train):
 
 def test_the_librarys_trainer_gives_the_same_lora(pack, folder, train, tmp_path):
     """With the library's own encoders: the two VAEs agree to 1e-5, and a cache holds bf16."""
-    from mive_core.pairs import read_pairs
+    from mive_core.data.folder import read_pairs
     from mive_core.train.cache import CacheSettings, Encoders, cache
-    from mive_core.train.edit import EditRecipe, EditTask
+    from mive_core.train.edit_task import EditRecipe, EditTask
     from mive_core.train.loop import run
 
     train(gradient_checkpointing=False)
@@ -129,7 +129,7 @@ def cancel_at(pack, monkeypatch):
     """Presses Cancel while the given item of the given phase is at work."""
     import comfy.model_management
 
-    job = pack.submodule("nodes.bridge.job")
+    job = pack.submodule("nodes.bridge.training_job")
 
     def arm(what: str, number: int) -> None:
         advance = job.Progress.advance
@@ -178,7 +178,7 @@ def test_out_of_memory_reaches_comfyui_and_the_rerun_is_clean(pack, train, monke
     import comfy.model_management
 
     train(lora_name="trained_whole.safetensors")
-    module, owner, name = (("nodes.bridge.vlm", "HostedVLM", "condition") if phase == "reading" else ("mive_core.train.edit", "EditTask", "loss"))
+    module, owner, name = (("nodes.bridge.vlm", "HostedVLM", "condition") if phase == "reading" else ("mive_core.train.edit_task", "EditTask", "loss"))
     whole, calls = getattr(getattr(pack.submodule(module), owner), name), []
 
     def failing(*args):
@@ -211,7 +211,7 @@ def test_nothing_stays_and_nothing_else_is_disturbed(pack, loaded, train, cancel
     """Other models are unloaded first; afterwards neither DiT nor VLM of the training is alive, cancelled or not; random numbers go on as before."""
     import comfy.model_management
 
-    job, training = pack.submodule("nodes.bridge.job"), pack.submodule("nodes.bridge.training")
+    job, training = pack.submodule("nodes.bridge.training_job"), pack.submodule("nodes.bridge.training")
     alive, unloaded = [], []
     task, reader = job.EditTask, training.HostedVLM.load
 
@@ -248,7 +248,7 @@ def test_the_bar_and_the_face_follow(pack, train, monkeypatch):
 
     shown, said = [], []
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, total=None, preview=None: shown.append((value, self.total)))
-    monkeypatch.setattr(pack.submodule("nodes.bridge.job"), "show", lambda node, text: said.append(text))
+    monkeypatch.setattr(pack.submodule("nodes.bridge.training_job"), "show", lambda node, text: said.append(text))
     train()
     assert shown == [(1, 2), (2, 2), *((step, STEPS) for step in range(1, STEPS + 1))]
     assert said[0].startswith("reading pair 1 of 2") and said[-1].startswith(f"step {STEPS} of {STEPS}: loss ")

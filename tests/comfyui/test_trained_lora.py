@@ -2,12 +2,12 @@
 
 import torch
 
-from mive_core.manifest import export_pairs, read_manifest
+from mive_core.data.manifest import export_pairs, read_manifest
 from mive_core.train.cache import Encoders, cache
-from mive_core.train.edit import EditRecipe, EditTask
-from mive_core.train.heldout import drawn_pairs
+from mive_core.train.edit_task import EditRecipe, EditTask
+from mive_core.embedded.heldout import drawn_pairs
 from mive_core.train.loop import run
-from mive_core.train.synth import PairedEdits
+from mive_core.embedded.synthetic import PairedEdits
 
 NAME = "trained.safetensors"
 

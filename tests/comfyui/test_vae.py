@@ -6,7 +6,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from mive_core.train.wan_vae import WholeClipVAE
+from mive_core.embedded.vae_network import WholeClipVAE
 
 # In a process of its own: ComfyUI reads the command line and takes over torch's settings.
 COMPARE = """

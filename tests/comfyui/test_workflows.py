@@ -8,7 +8,7 @@ import torch
 from conversion import to_prompt
 from safetensors.torch import load_file
 
-from mive_core.video import read_clip
+from mive_core.media.video import read_clip
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 SMALL = {"mive_14b_bf16.safetensors": "tiny/dit.safetensors", "wan_2.1_vae.safetensors": "tiny/vae.safetensors", "Qwen3-VL-8B-Instruct": "tiny/vlm",

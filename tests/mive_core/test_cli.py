@@ -13,7 +13,7 @@ import mive_core
 from mive_core.cli import main
 from mive_core.config import PRESETS
 from mive_core.types import Clip
-from mive_core.video import read_clip, write_frames, write_video
+from mive_core.media.video import read_clip, write_frames, write_video
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_an_interrupt_leaves_nothing(work, random_models, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mive_core.video._encode", interrupt)
+    monkeypatch.setattr("mive_core.media.video._encode", interrupt)
     before = listing(work)
     assert main(edit(models=str(random_models), frames="5")) == 130
     assert capsys.readouterr().err == "mive: error: interrupted\n"
@@ -330,6 +330,7 @@ def test_benchmarks_that_cannot_be_are_refused(options, says, work, capsys):
 
 def test_words_said_twice_are_said_alike():
     """The command line repeats two lists so that its help needs no torch."""
-    from mive_core import cli, config, float8
+    from mive_core import cli, config
+    from mive_core.formats import float8
 
     assert cli.FLOAT8_MODES == float8.MODES and set(cli.PRESET_NAMES) == config.PRESETS.keys()

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from mive_core.errors import UserError
-from mive_core.train.wan_vae import WholeClipVAE, decode_clips, encode_clips
+from mive_core.embedded.vae_network import WholeClipVAE, decode_clips, encode_clips
 from mive_core.vae import LATENTS_MEAN, LATENTS_STD, VAE
 
 

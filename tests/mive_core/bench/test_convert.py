@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mive_core.bench.convert import bench_convert, wan_layout
-from mive_core.checkpoint import WAN_TO_DIFFUSERS, rename
+from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
 

@@ -11,11 +11,11 @@ import torch
 
 from mive_core.cli import main
 from mive_core.data.compose import over
-from mive_core.data.person import Segmenter
+from mive_core.data.segment_person import Segmenter
 from mive_core.errors import UserError
-from mive_core.manifest import load_entry, read_manifest
+from mive_core.data.manifest import load_entry, read_manifest
 from mive_core.types import Clip
-from mive_core.video import write_frames, write_video
+from mive_core.media.video import write_frames, write_video
 
 
 def noise(seed: int, num_frames: int = 5) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from mive_core.cli import main
 from mive_core.types import Clip
-from mive_core.video import read_clip, write_image, write_video
+from mive_core.media.video import read_clip, write_image, write_video
 
 
 @pytest.fixture

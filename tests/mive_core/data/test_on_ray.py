@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from mive_core.cli import main
-from mive_core.manifest import export_pairs
-from mive_core.train.heldout import drawn_pairs
-from mive_core.train.synth import PairedEdits
-from mive_core.video import read_clip
+from mive_core.data.manifest import export_pairs
+from mive_core.embedded.heldout import drawn_pairs
+from mive_core.embedded.synthetic import PairedEdits
+from mive_core.media.video import read_clip
 
 RAY = ["--ray", "local", "--workers", "2"]
 

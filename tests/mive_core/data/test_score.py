@@ -10,9 +10,9 @@ import torch
 from mive_core.cli import main
 from mive_core.data.judge import Judge, Spelling
 from mive_core.data.score import chosen
-from mive_core.manifest import export_pairs, load_entry, read_manifest
-from mive_core.train.heldout import drawn_pairs
-from mive_core.train.synth import PairedEdits
+from mive_core.data.manifest import export_pairs, load_entry, read_manifest
+from mive_core.embedded.heldout import drawn_pairs
+from mive_core.embedded.synthetic import PairedEdits
 
 
 @pytest.fixture(scope="module")

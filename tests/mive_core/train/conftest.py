@@ -8,7 +8,7 @@ import pytest
 from mive_core.train.recipe import Recipe, parse_recipe, read_recipe
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-CLASSES = {"vae": "VAERecipe", "vlm": "VLMRecipe", "dit": "DiTRecipe", "edit": "EditRecipe"}
+CLASSES = {"vae": ("embedded.vae_task", "VAERecipe"), "vlm": ("embedded.vlm_task", "VLMRecipe"), "dit": ("embedded.dit_task", "DiTRecipe"), "edit": ("train.edit_task", "EditRecipe")}
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +17,7 @@ def recipes() -> dict[str, Recipe]:
     found = {}
     for path in sorted(CONFIGS.glob("*.yaml")):
         values = read_recipe(path)
-        cls = getattr(import_module(f"mive_core.train.{values['task']}"), CLASSES[values["task"]])
+        module, name = CLASSES[values["task"]]
+        cls = getattr(import_module(f"mive_core.{module}"), name)
         found[path.stem] = parse_recipe(cls, values, path)
     return found

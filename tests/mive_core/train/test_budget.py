@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from mive_core.attention import torch_attention
-from mive_core.bench.counted import Counted
+from mive_core.bench.memory_counter import Counted
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
-from mive_core.flops import Layout
+from mive_core.cost.flops import Layout
 from mive_core.train import blocks
 from mive_core.train.budget import CARDS, RESERVED, block_size, layout_of, lora_size, memory_of, scale
-from mive_core.train.edit import EditRecipe
+from mive_core.train.edit_task import EditRecipe
 from mive_core.train.lora import TARGETS, add_lora
 from mive_core.train.objective import EditFeatures, velocity_losses
 

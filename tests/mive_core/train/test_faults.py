@@ -18,15 +18,15 @@ import yaml
 from safetensors.torch import load_file
 
 from mive_core.attention import torch_attention
-from mive_core.checkpoint import save_dit
+from mive_core.formats.checkpoint import save_dit
 from mive_core.cli import main
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
-from mive_core.manifest import export_pairs, read_manifest
+from mive_core.data.manifest import export_pairs, read_manifest
 from mive_core.train.cache import Encoders, cache
-from mive_core.train.dispatch import train
-from mive_core.train.heldout import drawn_pairs
-from mive_core.train.synth import PairedEdits
+from mive_core.train.tasks import train
+from mive_core.embedded.heldout import drawn_pairs
+from mive_core.embedded.synthetic import PairedEdits
 
 STEPS = 16
 
@@ -56,7 +56,7 @@ def started(path: Path, num_processes: int = 1, **options) -> list[subprocess.Po
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if num_processes > 1:
         environment["WORLD_SIZE"] = str(num_processes)
-    return [subprocess.Popen([sys.executable, "-m", "mive_core.train", str(path)], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+    return [subprocess.Popen([sys.executable, "-m", "mive_core", "train", str(path)], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                              stderr=subprocess.PIPE, text=True, **options) for rank in range(num_processes)]
 
 

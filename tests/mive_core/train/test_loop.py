@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mive_core.errors import UserError
-from mive_core.train.dispatch import train
+from mive_core.embedded.tasks import TASKS
+from mive_core.train.tasks import train
 from mive_core.train.loop import Task, _step, export_newest, run, step_seed
 from mive_core.train.recipe import Recipe, parse_recipe
 
@@ -220,9 +221,9 @@ def test_a_wrong_recipe_is_refused(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        train(path)
+        train(path, TASKS)
 
 
 def test_a_missing_recipe_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such recipe"):
-        train(tmp_path / "none.yaml")
+        train(tmp_path / "none.yaml", TASKS)

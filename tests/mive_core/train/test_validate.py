@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mive_core.curve import SIZE
+from mive_core.evaluation.loss_curve import SIZE
 from mive_core.errors import UserError
-from mive_core.manifest import export_pairs, read_manifest
-from mive_core.sample import Pipeline
+from mive_core.data.manifest import export_pairs, read_manifest
+from mive_core.pipeline import Pipeline
 from mive_core.train.cache import CacheSettings, Encoders, cache
-from mive_core.train.edit import EditRecipe, EditTask
-from mive_core.train.heldout import drawn_pairs
+from mive_core.train.edit_task import EditRecipe, EditTask
+from mive_core.embedded.heldout import drawn_pairs
 from mive_core.train.loop import run
-from mive_core.train.ranks import Ranks
+from mive_core.train.distributed import Ranks
 from mive_core.train.recipe import parse_recipe
-from mive_core.train.synth import PairedEdits
+from mive_core.embedded.synthetic import PairedEdits
 from mive_core.train.validate import Share, Validation
 
 

@@ -1,0 +1,1 @@
+"""Operations and memory of the models, counted from shapes alone."""

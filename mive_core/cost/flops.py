@@ -1,0 +1,64 @@
+"""Floating-point operations of the DiT, and of Wan's with its cross-attention, from shapes alone; a multiply-add counts as two."""
+
+import math
+from dataclasses import dataclass
+
+from ..config import MiVEConfig
+
+NUM_TEXT_TOKENS = 512  # what Wan's cross-attention reads
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a number of tokens is spent; both models get num_tokens in self-attention."""
+
+    num_condition: int
+    grid: tuple[int, int, int]  # target frames, patch rows, patch columns
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_condition + (self.grid[0] + 1) * self.grid[1] * self.grid[2]
+
+
+def layout_for(num_tokens: int) -> Layout:
+    """About num_tokens, a twentieth of them condition tokens as at 720p x 81."""
+    num_frames = 7
+    side = round(math.sqrt(0.95 * num_tokens / (num_frames + 1)))
+    num_visual = (num_frames + 1) * side * side
+    return Layout(max(num_tokens - num_visual, 1), (num_frames, side, side))
+
+
+def block_flops(config: MiVEConfig, num_tokens: int) -> float:
+    """Multiply-adds counted twice, of one of our blocks at batch 1."""
+    width = config.width
+    return 2 * num_tokens * (4 * width**2 + 2 * width * config.ffn_width) + 4 * num_tokens**2 * width
+
+
+def cross_attention_flops(config: MiVEConfig, num_tokens: int) -> float:
+    """What Wan's block does on top: queries and output over the video, keys and values over the text."""
+    width = config.width
+    return 4 * num_tokens * width**2 + 4 * NUM_TEXT_TOKENS * width**2 + 4 * num_tokens * NUM_TEXT_TOKENS * width
+
+
+def edge_flops(config: MiVEConfig, layout: Layout, ours: bool) -> float:
+    """Patch embedding, head and the projection of what conditions."""
+    width, channels = config.width, config.latent_channels
+    per_patch = math.prod(config.patch_size)
+    rows = layout.grid[1] * layout.grid[2]
+    if not ours:
+        num_visual = layout.num_tokens
+        return 4 * num_visual * per_patch * channels * width + 2 * NUM_TEXT_TOKENS * (config.vlm_width * width + width**2)
+    embedded, target = (layout.grid[0] + 1) * rows, layout.grid[0] * rows
+    context = 2 * layout.num_condition * (config.vlm_width * width + width**2)
+    return 2 * per_patch * channels * width * (2 * embedded + target) + context
+
+
+def dit_flops(config: MiVEConfig, layout: Layout) -> float:
+    """One forward of our DiT at batch 1."""
+    return config.num_blocks * block_flops(config, layout.num_tokens) + edge_flops(config, layout, ours=True)
+
+
+def training_flops(config: MiVEConfig, layout: Layout, *, frozen: bool = False) -> float:
+    """Forward and backward at batch 1, each once; `frozen`: no gradients of the weights, as where a LoRA is trained, itself not counted."""
+    forward, attention = dit_flops(config, layout), config.num_blocks * 4 * layout.num_tokens**2 * config.width
+    return 2 * (forward - attention) + 3 * attention if frozen else 3 * forward

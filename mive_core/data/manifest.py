@@ -1,0 +1,204 @@
+"""Manifests of paired edits: one JSON object a line or a row of Parquet, paths relative to the manifest, or URLs.
+
+A path names a video file, a folder of frames or (reference, mask) one image. `target` and `mask` may be left out, and beside
+a target the `reference` too: it then is the target's first frame, as in the paper's training.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+
+from ..errors import UserError
+from ..media.paths import check_input, check_output_folder, numbered_name, written_folder
+from ..media.fit import fit_clip, fit_mask, fit_reference, trimmed
+from ..media.remote import check_url, is_url, local_copy
+from .tables import Row, read_rows, write_rows
+from ..types import Clip, EditRequest, PairedEdit
+from ..media.video import DEFAULT_FPS, read_clip, read_image, write_frames
+
+PATH_KEYS = ("source", "reference", "target", "mask")
+TEXT_KEYS = ("instruction", "name", "kind", "edit", "colour")
+REQUIRED_KEYS = ("source", "instruction")
+TRIMMED = 4  # a clip loses fewer frames than that on its way to 4n+1
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """One line of a manifest; its paths are usable as they stand, and text is a URL."""
+
+    source: Path | str
+    reference: Path | str | None  # None: the target's first frame
+    instruction: str
+    target: Path | str | None = None
+    mask: Path | str | None = None  # a folder of images or a video, white where the edit is; an image stands for every frame
+    name: str = ""
+    kind: str = ""  # groups clips in reports
+    edit: str = ""
+    colour: str = ""  # #rrggbb of the one thing that is edited, after the edit, or before it is removed; reports then tell of its place and shape
+    fps: float = DEFAULT_FPS  # of folders of frames
+
+    @property
+    def title(self) -> str:
+        """How a message names the entry."""
+        return self.name or str(self.source)
+
+
+def read_manifest(place: str | os.PathLike, required: Sequence[str] = REQUIRED_KEYS, may_be_silent: bool = True) -> list[ManifestEntry]:
+    """Raises UserError with the line, column and key for anything missing, unknown or outside the manifest's folder.
+
+    What media behind URLs hold is found out when they are read. With `required` less than its default, lines are no pairs: only
+    those keys are asked for. Without `may_be_silent` an empty instruction is an error.
+    """
+    rows = read_rows(place, "manifest")
+    entries = [_entry(row, place, required) for row in rows]
+    for row, entry in zip(rows, entries):
+        if not may_be_silent and not entry.instruction.strip():
+            raise UserError("the instruction is empty", where=row.at("instruction"), fix="say what the edit is, or leave the line out")
+    return entries
+
+
+def write_manifest(path: str | os.PathLike, entries: Iterable[ManifestEntry]) -> Path:
+    """Complete or not at all, .jsonl or .parquet; media stay where they are. Raises UserError where one is not under the manifest's folder."""
+    folder, rows = Path(path).absolute().parent, []
+    for entry in entries:
+        values = {key: value for key, value in asdict(entry).items() if value not in ("", None)}
+        rows.append({key: _relative(value, folder, path) if key in PATH_KEYS else value for key, value in values.items()})
+    return write_rows(path, rows)
+
+
+def read_source(entry: ManifestEntry, num_frames: int | None = None) -> Clip:
+    """The source as it is, at most `num_frames` of it."""
+    return read_clip(local_copy(entry.source, "source"), what="source", fps=entry.fps, num_frames=num_frames)
+
+
+def load_entry(entry: ManifestEntry, size: tuple[int, int] | None = None, num_frames: int | None = None, source: Clip | None = None) -> PairedEdit:
+    """Reads and fits what the entry names; size (width, height) and num_frames as in `fit_clip`; the source, where it has been read."""
+    clip = source or read_source(entry, num_frames)
+    source, source_size = fit_clip(clip, size, num_frames, f"source {str(entry.source)!r}"), (clip.frames.shape[2], clip.frames.shape[1])
+    count, height, width = source.frames.shape[:3]
+    size = (width, height)
+    target = mask = None
+    if entry.target is not None:
+        clip = read_clip(local_copy(entry.target, "target"), what="target", fps=entry.fps, num_frames=num_frames or count + TRIMMED)
+        target = fit_clip(_same_length(clip, entry.target, "target", count), size, count, f"target {str(entry.target)!r}").frames
+    if entry.reference is None:
+        reference = target[0].clone()
+    else:
+        image = read_image(local_copy(entry.reference, "reference"), what="reference")
+        reference = fit_reference(image, size, f"reference {str(entry.reference)!r}", source_size)
+    if entry.mask is not None:
+        clip = read_clip(local_copy(entry.mask, "mask"), what="mask", fps=entry.fps, num_frames=num_frames or count + TRIMMED)
+        still = len(clip.frames) == 1
+        mask = fit_mask((clip if still else _same_length(clip, entry.mask, "mask", count)).frames[:count], size)
+        mask = mask.expand(count, -1, -1) if still else mask
+    colour = tuple(byte / 255 for byte in bytes.fromhex(entry.colour[1:])) if entry.colour else None
+    return PairedEdit(EditRequest(source, reference, entry.instruction), target, mask, entry.name, colour)
+
+
+@dataclass(frozen=True)
+class ManifestPairs(Sequence[PairedEdit]):
+    """The paired edits of a manifest, read from disk one at a time as they are asked for."""
+
+    entries: Sequence[ManifestEntry]
+    size: tuple[int, int] | None = None
+    num_frames: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> PairedEdit:
+        return load_entry(self.entries[index], self.size, self.num_frames)
+
+
+def export_pairs(pairs: Iterable[tuple[PairedEdit, Mapping[str, str]]], folder: str | os.PathLike) -> Path:
+    """Writes paired edits as folders of PNG frames with a pairs.jsonl beside them -> the manifest's path.
+
+    What is read back equals what was written, at 8 bits. The mapping holds a pair's `kind` and `edit`, where known.
+    Pairs of the folder that are not written again stay. Raises UserError where the folder cannot be written.
+    """
+    folder = check_output_folder(folder, "output")
+    with written_folder(folder) as partial:
+        lines = [_write_pair(pair, labels, partial, index) for index, (pair, labels) in enumerate(pairs)]
+        write_rows(partial / "pairs.jsonl", lines)
+    return folder / "pairs.jsonl"
+
+
+def _write_pair(pair: PairedEdit, labels: Mapping[str, str], folder: Path, index: int) -> dict:
+    stem = numbered_name(index, pair.name, 3)
+    request = pair.request
+    write_frames(folder / stem / "source", request.source.frames)
+    write_frames(folder / stem / "reference", request.reference[None])
+    line = {"name": pair.name or stem, **labels, "source": f"{stem}/source", "reference": f"{stem}/reference/00000.png",
+            "instruction": request.instruction, "fps": request.source.fps}
+    if pair.colour is not None:
+        line["colour"] = "#" + bytes(round(255 * value) for value in pair.colour).hex()
+    for key, frames in (("target", pair.target), ("mask", pair.mask)):
+        if frames is not None:
+            write_frames(folder / stem / key, frames)
+            line[key] = f"{stem}/{key}"
+    return line
+
+
+def _same_length(clip: Clip, path: Path | str, what: str, count: int) -> Clip:
+    """The clip, where it has as many frames as the source once both are trimmed to 4n+1."""
+    if trimmed(len(clip.frames)) != count:
+        raise UserError(f"the {what} is {'shorter' if len(clip.frames) < count else 'longer'} than the source", where=f"{what} {str(path)!r}",
+                        got=f"{len(clip.frames)} frames", expected=f"{count}")
+    return clip
+
+
+def _entry(row: Row, manifest: str | os.PathLike, required: Sequence[str]) -> ManifestEntry:
+    values, known = row.values, (*PATH_KEYS, *TEXT_KEYS, "fps")
+    for key in values:
+        if key not in known:
+            raise UserError(f"unknown key {key!r}", where=row.at(key), expected=", ".join(known))
+    for key in required:
+        if values.get(key) is None:
+            raise UserError(f"the key {key!r} is missing", where=row.at(key))
+    if "instruction" in required and values.get("reference") is None and values.get("target") is None:
+        raise UserError("the key 'reference' is missing", where=row.where, fix="a line with a target may leave it out")
+    fields = {key: value for key, value in values.items() if value is not None}
+    for key in fields.keys() - {"fps"}:
+        if not isinstance(fields[key], str):
+            raise UserError(f"the key {key!r} is not text", where=row.at(key), got=json.dumps(fields[key], default=str)[:80])
+    if not re.fullmatch("(#[0-9a-fA-F]{6})?", fields.get("colour", "")):
+        raise UserError("the key 'colour' is not a colour", where=row.at("colour"), got=fields["colour"][:80], expected="#rrggbb")
+    fps = fields.get("fps", DEFAULT_FPS)
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1000:
+        raise UserError("the key 'fps' is not a frame rate", where=row.at("fps"), got=json.dumps(fps, default=str)[:80], expected="more than 0, less than 1000")
+    for key in fields.keys() & set(PATH_KEYS):
+        fields[key] = _place(fields[key], manifest, f"{row.at(key)}: the key {key!r}")
+    return ManifestEntry(**{"reference": None, "instruction": "", **fields})
+
+
+def _place(text: str, manifest: str | os.PathLike, where: str) -> Path | str:
+    """A URL, or a path relative to the manifest and under its folder, links followed. Raises UserError."""
+    if is_url(text):
+        return check_url(text, where)
+    if re.match(r"[A-Za-z]:", text) or "\\" in text or text.startswith("/"):
+        raise UserError("not a path relative to the manifest", where=where, got=repr(text), fix="write folder/file with /")
+    if is_url(manifest):
+        if not text or "\0" in text or ".." in PurePosixPath(text).parts:
+            raise UserError("leads outside the manifest's folder", where=where, got=repr(text), fix="put the file under the manifest's folder")
+        return check_url(f"{manifest.rpartition('/')[0]}/{text}", where)
+    try:
+        path = check_input(Path(manifest).parent / text, "path")
+    except UserError as error:
+        raise UserError(str(error), where=where) from None
+    if not path.resolve().is_relative_to(Path(manifest).parent.resolve()):
+        raise UserError("leads outside the manifest's folder", where=where, got=repr(text), fix="put the file under the manifest's folder")
+    return path
+
+
+def _relative(place: Path | str, folder: Path, manifest: str | os.PathLike) -> str:
+    """How a manifest in that folder names the place. Raises UserError where it cannot."""
+    if is_url(place):
+        return place
+    absolute = Path(os.path.abspath(place))
+    if not absolute.is_relative_to(folder):
+        raise UserError("the manifest must stand in a folder that its media are under", where=f"output {str(manifest)!r}", got=str(place),
+                        fix=f"write it to {str(Path(os.path.commonpath([absolute, folder])) / Path(manifest).name)!r}, say")
+    return absolute.relative_to(folder).as_posix()

@@ -1,0 +1,1 @@
+"""How the embedded tiny models were made. Only the demo, the tests and the benchmarks use it."""

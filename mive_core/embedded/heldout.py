@@ -1,0 +1,94 @@
+"""Pairs to measure on: drawn clips of the held-out split, and looks and recolourings of real footage whose outcome is known."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..types import Clip, EditRequest, PairedEdit
+from .synthetic import PHRASINGS, PairedEdits, apply_look
+from .synthetic.looks import LUMA
+from .synthetic.phrasing import LOOK_NOUNS, NUM_HELD_OUT
+
+FOOTAGE_LOOKS = ("night", "sepia", "grayscale", "warm", "cool", "invert", "faded", "pink")
+# what green becomes: for each channel out, which one it is read from
+GREEN_BECOMES = {"red": (1, 2, 2), "blue": (2, 2, 1), "purple": (1, 2, 1)}
+LEAST_GREEN = 0.05  # of the pixels
+
+
+def _luma(frames: Tensor) -> Tensor:
+    return (frames * torch.tensor(LUMA)).sum(dim=-1, keepdim=True)
+
+
+def _split_tone(frames: Tensor, shadows: tuple[float, float, float], lights: tuple[float, float, float]) -> Tensor:
+    """Dark parts take one tint and bright parts another, half of their own colour stays."""
+    luma = _luma(frames)
+    tint = (1 - luma) * torch.tensor(shadows) + luma * torch.tensor(lights)
+    return 0.5 * frames + 0.5 * luma + 0.6 * (tint - _luma(tint))
+
+
+def _curve(frames: Tensor, slope: tuple[float, float, float]) -> Tensor:
+    """An S-curve for each channel, from 0 to 1."""
+    slope = torch.tensor(slope)
+    return 0.5 + 0.5 * torch.tanh(slope * (frames - 0.5)) / torch.tanh(slope / 2)
+
+
+# Looks of colour grading that training never draws and that its formula cannot make: curves and tints that depend on brightness.
+UNSEEN_LOOKS = {
+    "teal and orange": lambda frames: _split_tone(frames, (0.0, 0.45, 0.55), (1.0, 0.6, 0.25)),
+    "bleach bypass": lambda frames: _curve(0.35 * frames + 0.65 * _luma(frames), (5.0, 5.0, 5.0)),
+    "cross processed": lambda frames: torch.stack([*_curve(frames, (6.0, 4.0, 1.0)).unbind(-1)[:2], 0.25 + 0.5 * frames[..., 2]], dim=-1),
+    "duotone": lambda frames: torch.tensor((0.15, 0.05, 0.4)) + _luma(frames) * torch.tensor((0.85, 0.75, 0.1)),
+    "solarised": lambda frames: 0.5 - 0.5 * torch.cos(1.5 * math.pi * frames),
+    "infrared": lambda frames: torch.stack([frames[..., 1].sqrt(), frames[..., 0], frames[..., 2].square()], dim=-1),
+    "aged film": lambda frames: 0.2 + 0.6 * _split_tone(frames, (0.3, 0.1, 0.35), (1.0, 0.9, 0.5)),
+    "two tones of gray": lambda frames: _curve(_luma(frames).expand_as(frames), (12.0, 12.0, 12.0)),
+}
+
+
+def drawn_pairs(edits: PairedEdits, num_pairs: int) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
+    """The first pairs of a synthetic set, each with its kind and edit."""
+    for index in range(num_pairs):
+        sample = edits.sample(index)
+        yield sample.pair, {"kind": sample.labels.kind, "edit": sample.labels.edit}
+
+
+def footage_pairs(clip: Clip, looks: tuple[str, ...] = FOOTAGE_LOOKS) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
+    """One pair a look, with a phrasing that training never uses. There is no mask: the whole frame is edited."""
+    phrasings = PHRASINGS["look"][-NUM_HELD_OUT:]
+    for index, look in enumerate(looks):
+        target = apply_look(look, clip.frames)
+        instruction = phrasings[index % len(phrasings)].format(what=LOOK_NOUNS[look][0])
+        yield (PairedEdit(EditRequest(clip, target[0], instruction), target, None, f"footage-{look}"),
+               {"kind": "footage", "edit": look})
+
+
+def unseen_look_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
+    """One pair a look of UNSEEN_LOOKS; the instruction only points at the reference, in a phrasing that training never uses."""
+    phrasings = PHRASINGS["match"][-NUM_HELD_OUT:]
+    for index, (name, look) in enumerate(UNSEEN_LOOKS.items()):
+        target = look(clip.frames).clamp(0, 1)
+        yield (PairedEdit(EditRequest(clip, target[0], phrasings[index % len(phrasings)]), target, None, f"unseen-{name.replace(' ', '-')}"),
+               {"kind": "footage", "edit": name})
+
+
+def recolour_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
+    """One pair a new colour of what is green in the clip; the mask is found by a colour threshold.
+
+    Raises UserError where less than LEAST_GREEN of the pixels are green.
+    """
+    mask = is_green(clip.frames)
+    if mask.float().mean() < LEAST_GREEN:
+        raise UserError("there is too little green in the clip to recolour", got=f"{mask.float().mean():.1%} of the pixels", expected=f"{LEAST_GREEN:.0%} or more")
+    for colour, channels in GREEN_BECOMES.items():
+        target = torch.where(mask[..., None], clip.frames[..., list(channels)], clip.frames)
+        yield (PairedEdit(EditRequest(clip, target[0], f"make the green grass {colour}"), target, mask, f"green-to-{colour}"),
+               {"kind": "footage", "edit": "recolour"})
+
+
+def is_green(frames: Tensor) -> Tensor:
+    """(..., 3) in 0..1 -> (...) bool: clearly more green than blue, no less than red, and no gray."""
+    red, green, blue = frames.unbind(-1)
+    return (green > 1.12 * blue) & (green > 0.97 * red) & (frames.amax(-1) - frames.amin(-1) > 0.08)

@@ -1,0 +1,197 @@
+"""From a plan to two scenes that differ by the edit alone."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .background import Backdrop, Camera
+from .labels import COLOURS, NONE, PLACES, RGB, SHAPES, EditLabels
+from .looks import LOOKS_FN, Look, draw_look
+from .edit_plan import Plan
+from .scene import Body, Motion
+from .shapes import REACH, ROUND, Texture, draw_texture
+from .random_scenes import draw_backdrop, draw_motion, draw_places, tint
+
+ENTRY_TIME = 1.1  # of what comes in late, in clips of up to one time unit
+CONTRAST = 0.4  # least distance of a colour from its background, in RGB
+PICTURE_TINTS = {"grass": ((0.02, 0.12, 0.02), (0.45, 0.85, 0.25)), "bricks": ((0.18, 0.03, 0.02), (0.95, 0.50, 0.38))}
+PLAIN = Texture("plain", (0.0, 1.0), 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Source: backdrop, others and `before`. Target: new_backdrop, others and `after`, then the look."""
+
+    backdrop: Backdrop
+    others: tuple[Body, ...]  # from the back to the front
+    depth: int  # how many of the others lie behind the edited body
+    before: Body | None
+    after: Body | None
+    new_backdrop: Backdrop
+    look: Look | None = None
+    where: str = NONE  # the place that the instruction names for an added body
+
+
+def draw_cast(rng: np.random.Generator, plan: Plan, size: tuple[int, int], duration: float) -> Cast:
+    """One attempt at the plan's scenes, in time units; whether the edit can be seen is checked once rendered."""
+    labels = plan.labels
+    if labels.edit == "look":
+        return _cast_look(rng, plan, size)
+    if labels.edit == "background":
+        others = _extras(rng, plan, size, draw_places(rng, size, int(rng.integers(2, 5))))
+        new = _new_backdrop(rng, plan)
+        old = _backdrop_for(rng, [b.rgb for b in others])
+        return Cast(old, others, len(others), None, None, new)
+    body, twin, where = _edited(rng, plan, size, ENTRY_TIME * min(duration, 1.0))
+    num_extras = int(rng.integers(0, 2)) if twin else int(rng.integers(1, 4))
+    taken = [b.motion.start for b in (body, twin) if b is not None and not plan.late]
+    extras = _extras(rng, plan, size, draw_places(rng, size, num_extras, taken))
+    others = (*extras, twin) if twin else extras
+    others = tuple(others[int(i)] for i in rng.permutation(len(others)))
+    depth = len(others) if rng.uniform() < 0.6 else int(rng.integers(len(others) + 1))
+    after = None if labels.edit == "remove" else _outcome(rng, plan, body)
+    before = None if labels.edit == "add" else body
+    backdrop = _backdrop_for(rng, [b.rgb for b in (before, after) if b is not None], [b.rgb for b in extras])
+    return Cast(backdrop, others, depth, before, after, backdrop, where=where)
+
+
+def _cast_look(rng: np.random.Generator, plan: Plan, size: tuple[int, int]) -> Cast:
+    backdrop = draw_backdrop(rng, "picture" if rng.uniform() < 0.75 else None)
+    smallest = 0 if backdrop.camera else 2
+    others = _extras(rng, plan, size, draw_places(rng, size, int(rng.integers(smallest, 4))))
+    look = draw_look(rng) if plan.labels.look == "match" else LOOKS_FN[plan.labels.look]
+    return Cast(backdrop, others, len(others), None, None, backdrop, look)
+
+
+def _extras(rng: np.random.Generator, plan: Plan, size: tuple[int, int], places: list[tuple[float, float]]) -> tuple[Body, ...]:
+    """Bodies that stay as they are; none is taken for the edited one, nor hidden by a new background."""
+    labels, bodies, used = plan.labels, [], {(plan.labels.shape, plan.labels.colour), (plan.labels.new_shape, plan.labels.new_colour)}
+    barred = {labels.new_colour, plan.second_colour} if labels.edit == "background" else set()
+    if rng.uniform() < 0.7:
+        barred = barred | {labels.colour, labels.new_colour}
+    for place in places:
+        while True:
+            shape, colour = str(rng.choice(SHAPES[1:])), str(rng.choice(COLOURS[1:]))
+            if (shape, colour) not in used and colour not in barred:
+                break
+        used.add((shape, colour))
+        motion = draw_motion(rng, size, place, rng.uniform(0.25, 0.46) * min(size))
+        bodies.append(Body(shape, colour, tint(rng, colour), draw_texture(rng), motion))
+    return tuple(bodies)
+
+
+def _edited(rng: np.random.Generator, plan: Plan, size: tuple[int, int], entry_time: float) -> tuple[Body, Body | None, str]:
+    """The body that the edit is about, its twin where there are two alike, and where an added one is put."""
+    labels, side = plan.labels, min(size)
+    shape, colour = (labels.new_shape, labels.new_colour) if labels.edit == "add" else (labels.shape, labels.colour)
+    motion = draw_motion(rng, size, (0.0, 0.0), rng.uniform(0.32, 0.55) * side)
+    body = Body(shape, colour, tint(rng, colour), draw_texture(rng), _told(motion, labels))
+    if labels.edit == "add" and not plan.reference_tells:
+        still = Motion((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 0.0, 1.0, 0.0, 0.0, 0.21 * side, 0.0)
+        body = Body(shape, colour, RGB[colour], PLAIN, still)  # nothing about it is left to chance
+    if labels.kind == "two alike":
+        return *_twins(rng, plan, size, body, entry_time), NONE
+    if plan.late:
+        return _enter(rng, body, plan.side, size, entry_time, exact=labels.edit == "add"), None, NONE
+    if labels.edit != "add":
+        return _at(body, draw_places(rng, size, 1)[0]), None, NONE
+    index = int(rng.integers(1, len(PLACES)))
+    column, row = (index - 1) % 3, (index - 1) // 3
+    return _at(body, ((0.22 + 0.28 * column) * size[0], (0.22 + 0.28 * row) * size[1])), None, PLACES[index]
+
+
+def _told(motion: Motion, labels: EditLabels) -> Motion:
+    """The motion without what the source does not show and the target would: of an added body any, of a round one its turn."""
+    if labels.edit == "add":
+        return replace(motion, velocity=(0.0, 0.0), wobble=(0.0, 0.0), spin=0.0, pulse=0.0)
+    if labels.edit == "replace" and labels.shape in ROUND:
+        return replace(motion, angle=0.0, spin=0.0)
+    return motion
+
+
+def _twins(rng: np.random.Generator, plan: Plan, size: tuple[int, int], body: Body, entry_time: float) -> tuple[Body, Body]:
+    """Two alike, apart along an axis or different in size; they drift together, so that neither loses its name."""
+    pick, side = plan.labels.pick, min(size)
+    axis = 0 if pick in ("left", "right") else 1 if pick in ("upper", "lower") else int(rng.integers(2))
+    first, second = np.empty(2), np.empty(2)
+    first[axis], second[axis] = rng.uniform(0.24, 0.3) * size[axis], rng.uniform(0.7, 0.76) * size[axis]
+    first[1 - axis], second[1 - axis] = rng.uniform(0.3, 0.7, 2) * size[1 - axis]
+    if pick in ("right", "lower") or (pick in ("larger", "smaller") and rng.uniform() < 0.5):
+        first, second = second, first
+    radii = {"larger": (0.26, 0.14), "smaller": (0.14, 0.26)}.get(pick, (0.2, 0.2))
+    velocity = tuple(float(v) for v in rng.uniform(-0.08, 0.08, 2) * side)
+    pair = []
+    for place, radius in zip((first, second), radii):
+        motion = replace(body.motion, velocity=velocity, wobble=(0.02 * side, 0.03 * side), radius=radius * side, pulse=0.0)
+        twin = _at(replace(body, motion=motion), (float(place[0]), float(place[1])))
+        pair.append(_push_out(twin, _nearest_side(place, size), size, entry_time) if plan.late else twin)
+    return pair[0], pair[1]
+
+
+def _at(body: Body, place: tuple[float, float]) -> Body:
+    return replace(body, motion=replace(body.motion, start=place))
+
+
+def _enter(rng: np.random.Generator, body: Body, side: str, size: tuple[int, int], entry_time: float, exact: bool) -> Body:
+    """Let the body come in from a side, to rest (or drift on) well inside."""
+    axis, length = (0, size[0]) if side in ("left", "right") else (1, size[1])
+    inside = body.motion.radius + (0.12 if exact else rng.uniform(0.04, 0.2)) * min(size)
+    place = [0.5 * n if exact else float(rng.uniform(0.25, 0.75)) * n for n in size]
+    place[axis] = float(inside if side in ("left", "top") else length - inside)
+    slow = tuple(0.4 * v for v in body.motion.velocity)
+    return _push_out(_at(replace(body, motion=replace(body.motion, velocity=slow)), tuple(place)), side, size, entry_time)
+
+
+def _push_out(body: Body, side: str, size: tuple[int, int], entry_time: float) -> Body:
+    """Start the body just outside of the frame on that side."""
+    axis, length = (0, size[0]) if side in ("left", "right") else (1, size[1])
+    beyond = REACH * body.motion.radius + 2.0
+    at = body.motion.start[axis]
+    offset = [0.0, 0.0]
+    offset[axis] = float(-at - beyond if side in ("left", "top") else length - at + beyond)
+    return replace(body, motion=replace(body.motion, entry=tuple(offset), entry_time=entry_time))
+
+
+def _nearest_side(place: np.ndarray, size: tuple[int, int]) -> str:
+    gaps = {"left": place[0], "right": size[0] - place[0], "top": place[1], "bottom": size[1] - place[1]}
+    return min(gaps, key=gaps.get)
+
+
+def _outcome(rng: np.random.Generator, plan: Plan, body: Body) -> Body:
+    """The body after the edit; what the instruction does not say stays as it was. A new shape that only words tell is upright and plain."""
+    labels = plan.labels
+    if labels.edit == "add":
+        return body
+    kept = labels.new_colour == labels.colour
+    rgb = body.rgb if kept else tint(rng, labels.new_colour) if plan.reference_tells else RGB[labels.new_colour]
+    if labels.edit == "replace" and not plan.reference_tells:
+        body = replace(body, texture=PLAIN, motion=replace(body.motion, angle=0.0, spin=0.0))
+    return replace(body, shape=labels.new_shape, colour=labels.new_colour, rgb=rgb)
+
+
+def _new_backdrop(rng: np.random.Generator, plan: Plan) -> Backdrop:
+    """It stands still: the source moves by another one, and the reference is a single frame."""
+    style = plan.labels.background
+    if style in ("bricks", "grass", "gravel", "stars"):
+        first, second = PICTURE_TINTS.get(style, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+        return Backdrop(style, first, second, camera=Camera((0.5, 0.5), (0.0, 0.0), 0.3, 0.0))
+    first, second = RGB[plan.labels.new_colour], RGB[plan.second_colour]
+    sideways = style == "stripes" and rng.uniform() < 0.5
+    return Backdrop(style, first, second, (1.0, 0.0) if sideways else (0.0, 1.0), period=0.5)
+
+
+def _backdrop_for(rng: np.random.Generator, main: list[tuple[float, float, float]], rest: list[tuple[float, float, float]] = ()) -> Backdrop:
+    """A background from which the colours stand out, the main ones above all: the best of several draws."""
+    best, best_score = None, -1.0
+    for _ in range(12):
+        backdrop = draw_backdrop(rng)
+        score = min(_standing_out(backdrop, main), 0.1 + _standing_out(backdrop, rest))
+        if score > best_score:
+            best, best_score = backdrop, score
+        if score >= CONTRAST:
+            break
+    return best
+
+
+def _standing_out(backdrop: Backdrop, colours: list[tuple[float, float, float]]) -> float:
+    return min((float(np.linalg.norm(np.array(c) - tone)) for c in colours for tone in backdrop.tones()), default=1.0)

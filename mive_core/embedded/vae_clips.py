@@ -1,0 +1,73 @@
+"""The VAE's training clips: a pool drawn once, then random crops, flips and exchanged colours of it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .synthetic import random_clip
+from .natural_clips import natural_clip
+
+POOL_SHAPE = (17, 96, 96, 3)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the curriculum."""
+
+    until: float  # fraction of the run at which it ends
+    batch_size: int
+    num_frames: int
+    size: int  # pixels, of a square crop
+
+
+class ClipCrops(Dataset):
+    """dataset[step] is (B, F, H, W, 3) uint8, its shape given by the phase of the step.
+
+    A share of the pool is natural pictures, the rest drawn scenes, evenly mixed. It is stored under `folder`, once.
+    """
+
+    def __init__(self, folder: Path, num_clips: int, num_steps: int, phases: tuple[Phase, ...], seed: int, natural_share: float = 0.5):
+        self.path = folder / f"pool_{num_clips}_{seed}_{natural_share}.npy"
+        self.num_clips, self.num_steps, self.phases, self.seed, self.natural_share = num_clips, num_steps, phases, seed, natural_share
+
+    def phase(self, step: int) -> Phase:
+        return next(phase for phase in self.phases if step < phase.until * self.num_steps or phase is self.phases[-1])
+
+    @cached_property
+    def pool(self) -> np.ndarray:
+        """(num_clips, 17, 96, 96, 3) uint8, read from the disk as it is needed."""
+        if not self.path.is_file():
+            self._draw_pool()
+        return np.load(self.path, mmap_mode="r")
+
+    def __getitem__(self, step: int) -> Tensor:
+        rng = np.random.default_rng([self.seed, step])
+        phase = self.phase(step)
+        return torch.from_numpy(np.stack([self._crop(rng, phase) for _ in range(phase.batch_size)]))
+
+    def _crop(self, rng: np.random.Generator, phase: Phase) -> np.ndarray:
+        num_frames, height, width, _ = POOL_SHAPE
+        t, y, x = (rng.integers(n + 1) for n in (num_frames - phase.num_frames, height - phase.size, width - phase.size))
+        crop = self.pool[rng.integers(self.num_clips), t:t + phase.num_frames, y:y + phase.size, x:x + phase.size]
+        crop = crop[:: rng.choice([-1, 1]), :, :: rng.choice([-1, 1])]
+        if rng.uniform() < 0.3:
+            crop = crop[..., rng.permutation(3)]
+        return np.ascontiguousarray(crop.swapaxes(1, 2) if rng.uniform() < 0.3 else crop)
+
+    def _draw_pool(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial.npy")
+        pool = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(self.num_clips, *POOL_SHAPE))
+        num_frames, height, width, _ = POOL_SHAPE
+        for index in tqdm(range(self.num_clips), desc="draw clips", mininterval=5.0):
+            is_natural = int((index + 1) * self.natural_share) > int(index * self.natural_share)
+            draw = natural_clip if is_natural else random_clip
+            pool[index] = np.round(draw(self.seed * self.num_clips + index, (width, height), num_frames) * 255).astype(np.uint8)
+        pool.flush()
+        partial.rename(self.path)

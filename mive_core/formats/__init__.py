@@ -1,0 +1,1 @@
+"""Model files: read, checked, written and converted (safetensors, GGUF, Wan, fp8)."""

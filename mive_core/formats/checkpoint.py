@@ -1,0 +1,140 @@
+"""Checkpoints of the DiT: files that carry the whole contract, read strictly.
+
+Foreign key names are data: one table per family, read in both directions.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import AttentionFn, torch_attention
+from ..config import MiVEConfig
+from ..dit import MiVEDiT
+from ..errors import UserError
+from .float8 import MODES, Float8Linear
+from .safetensors_file import INDEX_SUFFIX, family_of, is_scale, read_headers, read_scaled, read_tensor, resolve, scale_of, write_tensors
+
+# Wan's and our spelling of the shared layers -> diffusers' WanTransformer3DModel
+WAN_TO_DIFFUSERS = {
+    "time_embedding.0.": "condition_embedder.time_embedder.linear_1.",
+    "time_embedding.2.": "condition_embedder.time_embedder.linear_2.",
+    "time_projection.1.": "condition_embedder.time_proj.",
+    "head.modulation": "scale_shift_table",
+    "head.head.": "proj_out.",
+    ".self_attn.q.": ".attn1.to_q.",
+    ".self_attn.k.": ".attn1.to_k.",
+    ".self_attn.v.": ".attn1.to_v.",
+    ".self_attn.o.": ".attn1.to_out.0.",
+    ".self_attn.norm_q.": ".attn1.norm_q.",
+    ".self_attn.norm_k.": ".attn1.norm_k.",
+    ".ffn.0.": ".ffn.net.0.proj.",
+    ".ffn.2.": ".ffn.net.2.",
+    ".modulation": ".scale_shift_table",
+}
+
+def rename(keys: dict[str, Tensor], table: dict[str, str], backwards: bool = False) -> dict[str, Tensor]:
+    """Keys of one family -> the other's, by the longest entry of the table that fits; others keep their names."""
+    pairs = [(b, a) if backwards else (a, b) for a, b in table.items()]
+    renamed = {}
+    for key, value in keys.items():
+        old, new = max((pair for pair in pairs if pair[0] in key), key=lambda pair: len(pair[0]), default=("", ""))
+        renamed[key.replace(old, new, 1) if old else key] = value
+    return renamed
+
+
+def save_dit(path: str | Path, state: dict[str, Tensor], config: MiVEConfig, dtype: torch.dtype | None = None,
+             metadata: dict[str, str] | None = None) -> None:
+    """A MiVE DiT's weights -> one safetensors file whose metadata carries the whole config."""
+    tensors = {k: v if dtype is None else v.to(dtype) for k, v in state.items()}
+    write_tensors(Path(path), tensors, {**(metadata or {}), **config.to_metadata()})
+
+
+def read_config(path: Path) -> MiVEConfig:
+    """The config of a MiVE checkpoint. Raises UserError that names what the file is, where it is something else."""
+    headers = read_headers(path)
+    metadata = {k: v for header in headers for k, v in header.metadata.items()}
+    keys = [key for header in headers for key in header.shapes]
+    family = family_of(keys)
+    if family != "a MiVE DiT":
+        missing = [k for k in ("context.fuse.weight", "context.projections.0.weight") if k not in keys]
+        raise UserError(f"this looks like {family}", where=path, got=f"no {', '.join(missing)}", expected="a MiVE DiT",
+                        fix="a MiVE DiT is what `mive train` writes")
+    return MiVEConfig.from_metadata(metadata, where=path)
+
+
+def load_dit(path: str | Path, *, operations=torch.nn, attention: AttentionFn, dtype: torch.dtype = torch.float32,
+             device: torch.device | str = "cpu", float8: str = "scaled_back") -> MiVEDiT:
+    """A MiVE checkpoint (file, folder or sharded index) -> the model, in eval mode. Every key must fit, and no other be there.
+
+    One tensor at a time goes to its place: beside the model none is held. `float8`, one of float8.MODES, says what becomes of
+    8-bit matrices: scaled back to `dtype` they save disk alone, kept or multiplied they save memory too.
+    """
+    if float8 not in MODES:
+        raise UserError("unknown handling of 8 bits", where="float8", got=repr(float8), expected=", ".join(MODES))
+    path = resolve(path, "dit.safetensors")
+    config = read_config(path)
+    files = {key: file for file in read_headers(path) for key in file.shapes}
+    check_whole(path, {key: file.shapes[key] for key, file in files.items()}, config)
+    with torch.device("meta"):
+        model = MiVEDiT(config, operations=operations, attention=attention, dtype=dtype)
+    state = {}
+    for key, file in files.items():
+        layer = key.removesuffix(".weight")
+        scale = scale_of(file, key)
+        if scale is not None and float8 != "scaled_back" and file.shapes[scale] in ((), (1,)) and isinstance(model.get_submodule(layer), nn.Linear):
+            weight, factor = read_tensor(file, key).to(device), read_tensor(file, scale).float().view(()).to(device)
+            model.set_submodule(layer, Float8Linear(weight, factor, model.get_submodule(layer).bias, float8 == "multiplied"))
+            state |= {key: weight, f"{layer}.weight_scale": factor}
+        elif not is_scale(key):
+            state[key] = read_scaled(file, key, dtype).to(device)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def check_whole(path: Path, shapes: dict[str, tuple], config: MiVEConfig) -> None:
+    """Raises UserError unless the file's keys and shapes are those of the config's DiT; those of 8-bit storage are passed over."""
+    check_fit(path, {k: v for k, v in shapes.items() if not is_scale(k)}, shapes_of(config))
+
+
+def shapes_of(config: MiVEConfig) -> dict[str, tuple[int, ...]]:
+    """The keys of the config's DiT and their shapes; no memory is taken."""
+    with torch.device("meta"):
+        model = MiVEDiT(config, operations=torch.nn, attention=torch_attention)
+    return {k: tuple(v.shape) for k, v in model.state_dict().items()}
+
+
+def check_fit(path: Path, got: dict[str, tuple], expected: dict[str, tuple]) -> None:
+    """Raises UserError unless both have the same keys and shapes."""
+    missing, unexpected = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
+    if missing or unexpected:
+        raise UserError("the keys do not fit the config in the file's metadata", where=path,
+                        got=f"{len(missing)} missing ({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})",
+                        expected=f"{len(expected)} keys")
+    wrong = next((k for k in expected if got[k] != expected[k]), None)
+    if wrong is not None:
+        raise UserError(f"{wrong} does not fit the config in the file's metadata", where=path, got=got[wrong], expected=expected[wrong])
+
+
+def inspect(path: str | Path) -> dict:
+    """What a file, or each file of a folder, is: family, config, layers, VLM, parameters, dtypes, bytes."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError("no such file or folder", where=path)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".gguf") or p.name.endswith(INDEX_SUFFIX))
+        if not found:
+            raise UserError("the folder has no .safetensors or .gguf file", where=path)
+        return {str(p.relative_to(path)): inspect(p) for p in found}
+    headers = read_headers(path)
+    shapes = {k: v for h in headers for k, v in h.shapes.items()}
+    metadata = {k: v for h in headers for k, v in h.metadata.items()}
+    dtypes = sorted({d for h in headers for d in h.dtypes.values()})
+    report = {"family": family_of(shapes).split(" ", 1)[1], "tensors": len(shapes), "dtype": dtypes,
+              "parameters": sum(torch.Size(s).numel() for s in shapes.values()), "bytes": sum(h.path.stat().st_size for h in headers)}
+    if report["family"] == "MiVE DiT":
+        config = MiVEConfig.from_metadata(metadata, where=path)
+        report |= {"config": json.loads(config.to_metadata()["mive.config"]), "layers": list(config.layers), "vlm": config.vlm}
+    extra = {k: v for k, v in metadata.items() if k not in ("mive.config", "format")}
+    return report | ({"metadata": extra} if extra else {})

@@ -1,0 +1,255 @@
+"""Safetensors files from the outside: what they hold, whether they are whole, how they are written.
+
+A file is named for what it is before any of its tensors is read; pickles are never opened.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from . import gguf_file
+from ..config import METADATA_KEY
+from ..errors import UserError
+from ..media.paths import check_input, written_beside
+
+INDEX_SUFFIX = ".safetensors.index.json"
+PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+ARCHIVE_STARTS = (b"PK", b"\x80\x02")
+CHUNK = 2**24  # bytes that are sent at a time where the system cannot do it alone
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+SCALES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight, ComfyUI's present and former spelling
+SCALE_NOTES = (".comfy_quant", ".input_scale", ".scale_input", "scaled_fp8")  # for 8-bit products; the weights do not need them
+
+VLM_FAMILY, VAE_FAMILY, WAN_FAMILY = "a Qwen3-VL model", "a Wan VAE", "a Wan T2V checkpoint"
+# a family's name and a key that only its files have, most specific first
+FAMILIES = (
+    ("a MiVE DiT", r"^context\.projections\.0\.weight$"),
+    ("a LoRA", r"lora_(A|B|up|down|a|b)\b|\.lora_"),
+    ("a Wan I2V checkpoint", r"img_emb\.proj|image_embedder\."),
+    (WAN_FAMILY, r"(^|\.)blocks\.0\.(cross_attn|attn2)\."),
+    (VAE_FAMILY, r"^(decoder\.middle\.0\.residual\.0\.gamma|decoder\.mid_block\.resnets\.0\.norm1\.gamma|decoder\.head\.0\.gamma)$"),
+    (VLM_FAMILY, r"(visual\.deepstack_merger_list|visual\.merger)"),
+    ("a language model", r"(^|\.)layers\.0\.self_attn\.q_proj\.weight$"),
+)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The outside of a safetensors file: names, shapes and dtypes, with no tensor read."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    metadata: dict[str, str]
+    places: dict[str, tuple[int, int]]  # of the tensors' bytes in the file: first, and one after the last
+
+    @property
+    def family(self) -> str:
+        """What kind of model the keys belong to, in words."""
+        return family_of(self.shapes)
+
+
+@dataclass(frozen=True)
+class FileBytes:
+    """A tensor where it lies in a file, to be sent on as it is."""
+
+    path: Path
+    first: int
+    last: int  # one after the last byte
+
+
+def family_of(keys: Iterable[str]) -> str:
+    """What kind of model has such keys, in words."""
+    keys = list(keys)
+    for name, pattern in FAMILIES:
+        if any(re.search(pattern, key) for key in keys):
+            return name
+    return "an unknown model"
+
+
+def resolve(path: str | Path, default_name: str) -> Path:
+    """A file, or a folder with `default_name` (or its sharded index) in it -> the file. Raises UserError where there is none."""
+    path = check_input(path, default_name)
+    if path.is_dir():
+        for name in (default_name, default_name.removesuffix(".safetensors") + INDEX_SUFFIX):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"the folder has no {default_name}", where=path, got=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder")
+    return path
+
+
+def read_header(path: Path) -> TensorFile:
+    """Checks a safetensors or GGUF file from the outside. Raises UserError for pickles, pages, archives and truncated files."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise UserError("pickle files are never opened, because opening one runs its code", where=path,
+                        expected="a .safetensors file", fix="convert it with its own tool")
+    if path.suffix.lower() == gguf_file.SUFFIX:
+        return TensorFile(path, *gguf_file.read_outside(path))
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(512)
+        header_size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+        # a header's size may begin with any two bytes, those of an archive too
+        if start[8:9] != b"{" or not 2 <= header_size <= MAX_HEADER_BYTES:
+            kind = "a zip archive or a pickle" if start[:2] in ARCHIVE_STARTS else "a web page" if start.lstrip()[:1] == b"<" else "no safetensors file"
+            raise UserError(f"this is {kind}", where=path, got=f"{size} bytes", expected="a .safetensors file", fix="download it again")
+        if header_size + 8 > size:
+            raise UserError("the file is truncated", where=path, got=f"{size} bytes", expected=f"at least {header_size + 8} bytes", fix="download it again")
+        file.seek(8)
+        try:
+            header = json.loads(file.read(header_size))
+        except ValueError as error:
+            raise UserError("the safetensors header cannot be read", where=path, got=str(error), fix="download it again") from error
+    metadata = header.pop("__metadata__", {})
+    expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if expected != size:
+        raise UserError("the file is truncated" if size < expected else "the file is longer than its header says", where=path,
+                        got=f"{size} bytes", expected=f"{expected} bytes", fix="download it again")
+    places = {k: tuple(8 + header_size + offset for offset in v["data_offsets"]) for k, v in header.items()}
+    if METADATA_KEY in header and header.pop(METADATA_KEY)["dtype"] == "U8":  # as hosts store it that keep metadata to themselves
+        first, last = places.pop(METADATA_KEY)
+        metadata = {**metadata, METADATA_KEY: np.fromfile(path, np.uint8, last - first, offset=first).tobytes().decode("utf-8", "replace")}
+    return TensorFile(path, {k: tuple(v["shape"]) for k, v in header.items()}, {k: v["dtype"] for k, v in header.items()}, metadata, places)
+
+
+def shard_files(path: Path) -> list[Path]:
+    """A file, or a sharded index -> the files that hold the tensors. Raises UserError naming a missing shard."""
+    if not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    index = json.loads(path.read_text())
+    shards = [path.parent / name for name in sorted(set(index["weight_map"].values()))]
+    for shard in shards:
+        if shard.parent.resolve() != path.parent.resolve():
+            raise UserError("a shard lies outside the model's folder", where=path, got=shard.name)
+        if not shard.is_file():
+            raise UserError("a shard is missing", where=path, got=f"no {shard.name}", expected=f"{len(shards)} shards", fix="download it again")
+    return shards
+
+
+def read_headers(path: Path) -> list[TensorFile]:
+    """The outside of a file, or of every shard of a sharded index."""
+    return [read_header(shard) for shard in shard_files(path)]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file or a sharded index, in the file's dtypes."""
+    tensors = {}
+    for shard in read_headers(path):
+        try:
+            with safe_open(shard.path, framework="pt") as file:
+                tensors.update({key: file.get_tensor(key) for key in shard.shapes})
+        except SafetensorError as error:
+            raise UserError("the file cannot be read", where=shard.path, got=str(error), fix="download it again") from error
+    return tensors
+
+
+def read_tensor(file: TensorFile, key: str) -> Tensor:
+    """One tensor, in the file's dtype; what GGUF has quantised becomes float32. Its bytes alone are read; nothing of the file stays
+    mapped. Raises UserError for unknown dtypes."""
+    label = file.dtypes[key]
+    dtype, quantised = DTYPES.get(label), label in gguf_file.QUANTISED and file.path.suffix.lower() == gguf_file.SUFFIX
+    if dtype is None and not quantised:
+        raise UserError("this dtype cannot be read", where=file.path, got=f"{key} as {file.dtypes[key]}", expected=", ".join(DTYPES))
+    first, last = file.places[key]
+    data = np.fromfile(file.path, np.uint8, last - first, offset=first)
+    return gguf_file.decode(data, label, file.shapes[key], file.path) if quantised else torch.from_numpy(data).view(dtype).view(file.shapes[key])
+
+
+def bytes_of(file: TensorFile, key: str) -> FileBytes:
+    """Where a tensor lies."""
+    return FileBytes(file.path, *file.places[key])
+
+
+def scale_of(file: TensorFile, key: str) -> str | None:
+    """The key of an 8-bit weight's scale; None for other weights, and where the file has none for it."""
+    layer = key.removesuffix(".weight")
+    return next((layer + end for end in SCALES if layer + end in file.shapes), None) if file.dtypes[key] in FLOAT8 else None
+
+
+def read_scaled(file: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
+    """One weight in `dtype`; an 8-bit one times its scale, where the file has one for it (for the whole, or one a row)."""
+    weight, scale = read_tensor(file, key).to(dtype), scale_of(file, key)
+    if scale is None:
+        return weight
+    factor = read_tensor(file, scale).to(dtype)
+    return weight.mul_(factor if factor.numel() == 1 else factor.view(-1, 1))
+
+
+def is_scale(key: str) -> bool:
+    """Whether a key belongs to 8-bit storage instead of to the model."""
+    return key.endswith((*SCALES, *SCALE_NOTES))
+
+
+def stream_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], produce: Callable[[str], Tensor | FileBytes],
+                   metadata: dict[str, str]) -> None:
+    """One safetensors file, whole or not at all, holding one tensor at a time in memory: produce(key) gives each in turn.
+
+    What is produced as FileBytes goes from file to file. layout: the dtype and the shape of each. Raises UserError where the
+    system refuses the write, or there is no room for it.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
+    header, end = {"__metadata__": metadata}, 0
+    for key, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < end:
+        raise UserError("there is no room for the file", where=path, got=f"{free / 1e9:.1f} GB free", expected=f"{end / 1e9:.1f} GB")
+    with written_beside(path) as partial, open(partial, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key, (dtype, shape) in tqdm(layout.items(), desc=path.name, unit="tensor"):
+            tensor = produce(key)
+            if isinstance(tensor, FileBytes):
+                if tensor.last - tensor.first != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{key}: {tensor.last - tensor.first} bytes where {dtype} of {tuple(shape)} was announced")
+                send(tensor, file)
+                continue
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"{key}: {tuple(tensor.shape)} where {tuple(shape)} was announced")
+            file.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def send(place: FileBytes, file: BinaryIO) -> None:
+    """Appends bytes of another file, by the system where it can. Raises UserError where that file ends early."""
+    file.flush()
+    first = place.first
+    with open(place.path, "rb") as source:
+        while first < place.last:
+            try:
+                sent = os.copy_file_range(source.fileno(), file.fileno(), place.last - first, first)
+            except (AttributeError, OSError):  # another system, or files on two kinds of disk
+                source.seek(first)
+                sent = file.write(source.read(min(place.last - first, CHUNK)))
+                file.flush()
+            if not sent:
+                raise UserError("the file is truncated", where=place.path, got=f"{first} bytes", expected=f"{place.last} bytes", fix="download it again")
+            first += sent
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """One safetensors file, whole or not at all. Raises UserError where the system refuses the write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as partial:
+        try:
+            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error

@@ -1,0 +1,81 @@
+"""A Qwen3-VL in one file, as ComfyUI's users have it: no config beside it, perhaps 8-bit weights with their scales.
+
+Its shapes say which size it is; what shapes cannot say is the same in all published sizes (2B to 32B).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import VLM_SIZES
+from ..errors import UserError
+from .safetensors_file import VLM_FAMILY, is_scale, read_header, read_scaled
+
+# published with every Qwen3-VL
+IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 151655, 151656, 151652, 151653
+MROPE_SECTION = [24, 20, 20]
+ROPE_THETA = 5_000_000.0
+VISION_HEADS, MERGE = 16, 2
+DEEPSTACK = {24: [5, 11, 17], 27: [8, 16, 24]}  # by depth of the vision tower
+PIXELS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": MERGE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+IMAGE_SIZE = {"shortest_edge": 65_536, "longest_edge": 16_777_216}  # pixels
+VIDEO_SIZE = {"shortest_edge": 4_096, "longest_edge": 25_165_824}
+
+NAMES = {128: "tiny", **{width: size.upper() for size, (width, _) in VLM_SIZES.items()}}  # by width; tiny is the embedded one
+
+
+def config_of(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
+    """Shapes, by keys without the leading `model.` -> the values of a Qwen3VLConfig. Raises UserError where the file is no whole Qwen3-VL."""
+    try:
+        vocabulary, width = shapes["language_model.embed_tokens.weight"]
+        head = shapes["language_model.layers.0.self_attn.q_norm.weight"][0]
+        text = {
+            "vocab_size": vocabulary, "hidden_size": width, "head_dim": head, "num_hidden_layers": _depth(shapes, "language_model.layers."),
+            "intermediate_size": shapes["language_model.layers.0.mlp.gate_proj.weight"][0],
+            "num_attention_heads": shapes["language_model.layers.0.self_attn.q_proj.weight"][0] // head,
+            "num_key_value_heads": shapes["language_model.layers.0.self_attn.k_proj.weight"][0] // head,
+        }
+        inner, _, frames, patch, _ = shapes["visual.patch_embed.proj.weight"]
+        depth = _depth(shapes, "visual.blocks.")
+        vision = {
+            "depth": depth, "hidden_size": inner, "patch_size": patch, "temporal_patch_size": frames, "out_hidden_size": width,
+            "intermediate_size": shapes["visual.blocks.0.mlp.linear_fc1.weight"][0], "num_position_embeddings": shapes["visual.pos_embed.weight"][0],
+        }
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError("this is no whole Qwen3-VL", where=path, got=f"no {error.args[0]}", expected="language model and vision tower in one file") from error
+    if depth not in DEEPSTACK or 2 * sum(MROPE_SECTION) != head or (frames, patch) != (PIXELS["temporal_patch_size"], PIXELS["patch_size"]):
+        raise UserError("this is no published Qwen3-VL", where=path, got=f"{depth} vision layers, heads of {head}, patches of {patch}",
+                        expected=f"{' or '.join(map(str, DEEPSTACK))} vision layers, heads of {2 * sum(MROPE_SECTION)}, patches of {PIXELS['patch_size']}",
+                        fix="load it as a Hugging Face folder, with its config.json")
+    common = {"rope_theta": ROPE_THETA, "rms_norm_eps": 1e-6, "max_position_embeddings": 262_144,
+              "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": MROPE_SECTION}}
+    return {"text_config": {**text, **common},
+            "vision_config": {**vision, "num_heads": VISION_HEADS, "spatial_merge_size": MERGE, "deepstack_visual_indexes": DEEPSTACK[depth]},
+            "image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+
+
+def read_repack(path: Path, dtype: torch.dtype) -> tuple[dict, dict[str, Tensor]]:
+    """One .safetensors file -> the values of a Qwen3VLConfig and the body's weights in `dtype`, 8-bit ones times their scales.
+
+    The language head is left out. Raises UserError for anything but a whole Qwen3-VL in 8, 16 or 32-bit floats.
+    """
+    header = read_header(path)
+    if header.family != VLM_FAMILY:
+        raise UserError(f"this looks like {header.family}", where=path, expected=VLM_FAMILY)
+    body = {key: key.removeprefix("model.") for key in header.shapes if not is_scale(key) and not key.startswith("lm_head.")}
+    config = config_of(path, {name: header.shapes[key] for key, name in body.items()})
+    return config, {name: read_scaled(header, key, dtype) for key, name in body.items()}
+
+
+def name_of(width: int, path: Path) -> str:
+    """Qwen3-VL-8B and the like, or the file's or folder's name for a width that is not known."""
+    size = NAMES.get(width)
+    return f"Qwen3-VL-{size}" if size else path.stem
+
+
+def _depth(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
+    numbers = [int(key.removeprefix(prefix).split(".")[0]) for key in shapes if key.startswith(prefix)]
+    if not numbers:
+        raise KeyError(f"{prefix}0")
+    return 1 + max(numbers)

@@ -1,0 +1,153 @@
+"""Pixels at the user's boundary: RGB, finite, in 0..1, of sizes the model takes.
+
+F frames, H x W pixels. The model takes 4n+1 frames and sides that are multiples of 16
+(the VAE's factors 4 and 8, and the DiT's patch of 2).
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import UserError
+from ..types import Clip
+
+SIDE = 16
+MIN_SIDE, MAX_SIDE = 16, 16384
+
+
+def as_rgb(pixels: Tensor, where: str) -> Tensor:
+    """(..., C) with C 1, 3 or 4 -> (..., 3): gray expanded, transparency composited over black with a warning."""
+    channels = pixels.shape[-1]
+    if channels == 3:
+        return pixels
+    if channels == 1:
+        return pixels.expand(*pixels.shape[:-1], 3).contiguous()
+    if channels != 4:
+        raise UserError("unknown pixel layout", where=where, got=f"{channels} channels", expected="1, 3 or 4")
+    color, alpha = pixels[..., :3], pixels[..., 3:]
+    if (alpha < 1).any():
+        warnings.warn(f"{where}: transparent pixels are composited over black", stacklevel=3)
+    return color * alpha
+
+
+def check_frames(frames: Tensor, where: str) -> Tensor:
+    """(F, H, W, C) -> (F, H, W, 3) float32 in 0..1. What lies outside 0..1 is clamped, with a warning.
+
+    Raises UserError for 0 frames, another number of axes, and NaN or infinity (with the frame's index).
+    """
+    if frames.ndim != 4:
+        raise UserError("not a clip", where=where, got=f"shape {tuple(frames.shape)}", expected="(frames, height, width, channels)")
+    if not len(frames):
+        raise UserError("the clip holds 0 frames", where=where, expected="1 or more")
+    check_size(frames.shape[2], frames.shape[1], where)
+    frames = as_rgb(frames.float(), where)
+    low, high = frames.amin(dim=(1, 2, 3)), frames.amax(dim=(1, 2, 3))  # NaN and infinity come through
+    broken = ~(low.isfinite() & high.isfinite())
+    if broken.any():
+        raise UserError("NaN or infinite pixels", where=where, got=f"frame {broken.nonzero()[0].item()}", expected="finite values in 0..1")
+    if low.min() < 0 or high.max() > 1:
+        warnings.warn(f"{where}: pixels from {low.min():.3g} to {high.max():.3g} are clamped to 0..1", stacklevel=3)
+        frames = frames.clamp(0, 1)
+    return frames
+
+
+def check_size(width: int, height: int, where: str) -> None:
+    if not (MIN_SIDE <= width <= MAX_SIDE and MIN_SIDE <= height <= MAX_SIDE):
+        raise UserError("the picture's size is out of bounds", where=where, got=f"{width}x{height}",
+                        expected=f"sides of {MIN_SIDE} to {MAX_SIDE} px")
+
+
+def check_request_size(size: tuple[int, int]) -> None:
+    """(width, height) asked for by name. Raises UserError unless both are multiples of 16 within bounds."""
+    width, height = size
+    fit = (_nearest(width), _nearest(height))
+    if fit != (width, height):
+        raise UserError("the model takes sides that are multiples of 16", where="size", got=f"{width}x{height}",
+                        expected=f"{fit[0]}x{fit[1]}, the nearest that fits")
+
+
+def check_request_frames(num_frames: int) -> None:
+    """A number of frames asked for by name. Raises UserError unless it is 4n+1."""
+    if num_frames < 1 or num_frames % 4 != 1:
+        lower = max(1, (num_frames - 1) // 4 * 4 + 1)
+        raise UserError("the model takes 4n+1 frames", where="frames", got=num_frames,
+                        expected=f"{lower} or {lower + 4}, the nearest that fit")
+
+
+def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | None = None, where: str = "source") -> Clip:
+    """Clip -> Clip of 4n+1 frames with sides that are multiples of 16; checks its pixels too.
+
+    Frames: the first `num_frames`; without it the clip loses 0 to 3 frames at its end, with a warning.
+    Size: (width, height); without it each side goes to the nearest multiple of 16, with a warning.
+    The picture is scaled to cover the size and cropped at the centre.
+    Raises UserError where `num_frames` or `size` does not fit, or the clip is shorter than asked.
+    """
+    frames = clip.frames
+    if num_frames is not None:
+        check_request_frames(num_frames)
+        if 0 < len(frames) < num_frames:
+            raise UserError("the clip is shorter than asked", where=where, got=f"{len(frames)} frames",
+                            expected=f"{num_frames}", fix=f"ask for {trimmed(len(frames))} or fewer")
+        frames = frames[:num_frames]
+    elif len(frames) and len(frames) != trimmed(len(frames)):
+        warnings.warn(f"{where}: the model takes 4n+1 frames; {len(frames)} are trimmed to {trimmed(len(frames))}", stacklevel=2)
+        frames = frames[:trimmed(len(frames))]
+    frames = check_frames(frames, where)
+    if size is not None:
+        check_request_size(size)
+    else:
+        width, height = frames.shape[2], frames.shape[1]
+        size = (_nearest(width), _nearest(height))
+        if size != (width, height):
+            warnings.warn(f"{where}: the model takes sides that are multiples of 16; {width}x{height} is scaled and "
+                          f"cropped to {size[0]}x{size[1]}", stacklevel=2)
+    return Clip(cover(frames, size), clip.fps)
+
+
+def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "reference", source_size: tuple[int, int] | None = None) -> Tensor:
+    """(H, W, C) -> (height, width, 3) in 0..1 for size (width, height); the same policy as the source's.
+
+    Warns where cropping takes a tenth more of the picture than of the source, which was `source_size`, the same by default, before
+    it was fitted: the two would no longer lie over each other.
+    Raises UserError for a batch of images, bad pixels and sides out of bounds.
+    """
+    if reference.ndim == 4:
+        if len(reference) != 1:
+            raise UserError("one reference is needed", where=where, got=f"{len(reference)} images")
+        reference = reference[0]
+    image = check_frames(reference[None], where)
+    (width, height), shape = source_size or size, image.shape
+    ratio = width / height * shape[1] / shape[2]
+    if min(ratio, 1 / ratio) < 0.9:
+        warnings.warn(f"{where}: {shape[2]}x{shape[1]} is cropped at the centre to the shape of {size[0]}x{size[1]}; "
+                      "it should be the source's first frame, edited", stacklevel=2)
+    return cover(image, size)[0]
+
+
+def fit_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """(F, H, W, 3) in 0..1 -> (F, height, width) bool, cut at one half."""
+    return cover(mask, size).mean(dim=-1) > 0.5
+
+
+def cover(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """(F, H, W, 3) -> (F, height, width, 3): scaled to cover size (width, height), cropped at the centre."""
+    width, height = size
+    if frames.shape[1:3] == (height, width):
+        return frames
+    scale = max(width / frames.shape[2], height / frames.shape[1])
+    scaled = (max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale)))
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    pictures = [functional.interpolate(frame.movedim(-1, 0)[None], scaled, mode="bicubic", antialias=True)[0, :, top:top + height, left:left + width]
+                for frame in frames]  # one at a time: the enlarged clip is never held whole
+    return torch.stack(pictures).movedim(1, -1).clamp(0, 1).contiguous()
+
+
+def trimmed(num_frames: int) -> int:
+    """The most frames of the form 4n+1."""
+    return (num_frames - 1) // 4 * 4 + 1
+
+
+def _nearest(side: int) -> int:
+    return min(MAX_SIDE, max(SIDE, int(side / SIDE + 0.5) * SIDE))

@@ -1,0 +1,150 @@
+"""Paths at the user's boundary: refused early with the reason, written beside and renamed."""
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def check_input(path: str | os.PathLike, what: str) -> Path:
+    """The path of something that exists and may be read. Raises UserError, which names `what`."""
+    where = f"{what} {os.fspath(path)!r}"
+    _check_spelling(path, where)
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError("no such file or folder", where=where, fix=_hint(path)) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be opened ({error})", where=where) from None
+    if not os.access(path, os.R_OK):
+        raise UserError("may not be read", where=where, fix="check its permissions")
+    return Path(path)
+
+
+def check_output(path: str | os.PathLike, what: str, suffixes: Collection[str]) -> Path:
+    """The path of a file that can be written: known suffix, existing folder. Raises UserError."""
+    where = f"{what} {os.fspath(path)!r}"
+    _check_spelling(path, where)
+    path = Path(path)
+    if os.name != "nt" and "\\" in str(path):
+        raise UserError("a backslash does not separate folders on this system", where=where, fix="write it with /")
+    if path.suffix.lower() not in suffixes:
+        raise UserError("unsupported file type", where=where, got=repr(path.suffix), expected=" or ".join(sorted(suffixes)))
+    try:
+        if path.is_dir():
+            raise UserError("is a folder", where=where, expected="the path of a file")
+        if not path.parent.is_dir():
+            raise UserError("its folder does not exist", where=where, fix=f"create {str(path.parent)!r} first")
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror})", where=where) from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError("its folder may not be written to", where=where, fix="check the folder's permissions")
+    return path
+
+
+def check_output_folder(path: str | os.PathLike, what: str) -> Path:
+    """The path of a folder that exists or can be made. Raises UserError."""
+    where = f"{what} {os.fspath(path)!r}"
+    _check_spelling(path, where)
+    path = Path(path)
+    if os.name != "nt" and "\\" in str(path):
+        raise UserError("a backslash does not separate folders on this system", where=where, fix="write it with /")
+    try:
+        ancestor = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as error:
+        raise UserError(f"cannot be written ({error.strerror})", where=where) from None
+    if not ancestor.is_dir():
+        raise UserError(f"{str(ancestor)!r} is a file", where=where, expected="a folder")
+    if not os.access(ancestor, os.W_OK):
+        raise UserError(f"{str(ancestor)!r} may not be written to", where=where, fix="check its permissions")
+    return path
+
+
+def numbered_name(number: int, name: str, digits: int) -> str:
+    """A file name without suffix: the number, then what of the name any file system takes, at most 80 characters."""
+    return "-".join([f"{number:0{digits}d}", *re.findall(r"[A-Za-z0-9]+", name)])[:80].rstrip("-")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, in the same folder, which takes the name of `path` at the end.
+
+    On any failure the partial file is removed and what stood at `path` stays as it was.
+    Raises UserError where the system refuses the write.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"could not be written ({error.strerror or error})", where=path, fix="check space and permissions") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, whose entries move into `path` at the end, each by a rename.
+
+    Entries of the same name are replaced, others stay. On any failure nothing of it remains.
+    """
+    path = path.absolute()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        path.mkdir(exist_ok=True)
+        for entry in sorted(partial.iterdir()):
+            destination = path / entry.name
+            if destination.is_dir() and not destination.is_symlink():
+                shutil.rmtree(destination)
+            os.replace(entry, destination)
+    except OSError as error:
+        raise UserError(f"could not be written ({error.strerror or error})", where=path, fix="check space and permissions") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what `written_beside` and `written_folder` of killed processes have left in it."""
+    for path in folder.glob(".*.partial*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a rename last through a power cut, where folders can be opened."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _check_spelling(path: str | os.PathLike, where: str) -> None:
+    text = os.fspath(path)
+    if not text:
+        raise UserError("the path is empty", where=where)
+    if "\0" in text:
+        raise UserError("the path holds a NUL character", where=where)
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UserError("the path holds a lone surrogate", where=where) from None
+
+
+def _hint(path: str | os.PathLike) -> str:
+    text = os.fspath(path)
+    if os.name != "nt" and "\\" in text:
+        return "this looks like a Windows path; on this system folders are separated by /"
+    parent = Path(text).parent
+    if not os.path.isdir(parent):
+        return f"the folder {str(parent)!r} does not exist either"
+    return "check the spelling"

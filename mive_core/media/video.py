@@ -1,0 +1,222 @@
+"""Video files, folders of frames and images <-> pixels in 0..1.
+
+F frames, H x W pixels.
+"""
+
+import os
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..errors import UserError
+from .paths import check_input, check_output, written_beside
+from .fit import as_rgb, check_frames, check_size
+from ..types import Clip
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
+DEFAULT_FPS = 24.0  # of a folder of frames, or of a file that does not say
+MAX_CLIP_BYTES = 16 * 2**30
+UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what PIL raises
+
+
+def read_clip(path: str | os.PathLike, *, what: str = "video", fps: float = DEFAULT_FPS, num_frames: int | None = None) -> Clip:
+    """A video file, a folder of frames in natural order, or one image -> Clip of (F, H, W, 3) in 0..1.
+
+    `fps` is what a folder or an image plays at; a file's own rate wins. At most `num_frames` are read.
+    Raises UserError for anything that is not a readable video, under the name `what`.
+    """
+    path = check_input(path, what)
+    if path.is_dir():
+        return Clip(_read_folder(path, what, num_frames), fps)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return Clip(read_image(path, what=what)[None], fps)
+    return _read_file(path, what, fps, num_frames)
+
+
+def read_image(path: str | os.PathLike, *, what: str = "image") -> Tensor:
+    """One image file -> (H, W, 3) float32 in 0..1, upright as its EXIF says.
+
+    Gray is expanded; transparency is composited over black, with a warning. Raises UserError.
+    """
+    path = check_input(path, what)
+    where = f"{what} {str(path)!r}"
+    if path.is_dir():
+        raise UserError("is a folder", where=where, expected="one image file")
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError("holds more than one image", where=where, got=f"{image.n_frames} images", expected="one")
+            check_size(image.width, image.height, where)
+            pixels = _image_pixels(ImageOps.exif_transpose(image))
+    except UserError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise UserError("is not an image that can be read", where=where, got=_looks_like(path),
+                        expected="PNG, JPEG or WebP") from None
+    except UNREADABLE_IMAGE as error:
+        raise UserError(f"the image is damaged or too large ({error})", where=where, got=_looks_like(path),
+                        fix="save it again") from None
+    return as_rgb(torch.from_numpy(pixels), where)
+
+
+def write_video(path: str | os.PathLike, clip: Clip) -> Path:
+    """Clip -> H.264 file (.mp4, .mov or .mkv; yuv420p, crf 12, BT.709), complete or not at all.
+
+    Raises UserError for odd sizes, non-finite pixels and paths that cannot be written.
+    """
+    path = check_output(path, "output", VIDEO_SUFFIXES)
+    frames = check_frames(clip.frames, f"output {str(path)!r}")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise UserError("H.264 in yuv420p needs even sizes", where=path, got=f"{width}x{height}")
+    with written_beside(path) as partial:
+        _encode(partial, frames, _rate(clip.fps, path), path)
+    return path
+
+
+def write_frames(folder: Path, frames: Tensor) -> None:
+    """(F, H, W, 3) in 0..1, or (F, H, W) bool -> folder/00000.png ...; lossless at 8 bits. `folder` is made."""
+    folder.mkdir(parents=True)
+    if frames.dtype != torch.bool:
+        frames = check_frames(frames, f"output {str(folder)!r}")
+    for index, frame in enumerate(frames):
+        write_image(folder / f"{index:05d}.png", frame)
+
+
+def write_image(path: Path, image: Tensor) -> None:
+    """(H, W, 3) in 0..1, or (H, W) bool -> PNG; lossless at 8 bits."""
+    Image.fromarray(_eight_bit(image)).save(path)
+
+
+def _image_pixels(image: Image.Image) -> np.ndarray:
+    """PIL image -> (H, W, C) float32 in 0..1, C 1, 3 or 4."""
+    if image.mode.startswith("I"):  # 16 bits in one channel
+        return np.asarray(image).astype(np.float32)[..., None] / 65535
+    if image.mode == "F":
+        return np.array(image)[..., None]
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    return np.asarray(image.convert("RGBA" if transparent else "RGB"), dtype=np.float32) / 255
+
+
+def _read_folder(folder: Path, what: str, num_frames: int | None) -> Tensor:
+    where = f"{what} {str(folder)!r}"
+    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")),
+                   key=_natural)
+    if not paths:
+        raise UserError("the folder holds no frames", where=where, got=f"{len(list(folder.iterdir()))} other entries",
+                        expected=" or ".join(IMAGE_SUFFIXES))
+    frames = []
+    for path in paths[:num_frames]:
+        frames.append(read_image(path, what=f"{what}'s frame"))
+        if frames[-1].shape != frames[0].shape:
+            raise UserError("the frames differ in size", where=f"{what} {str(path)!r}", got=_size(frames[-1]),
+                            expected=f"{_size(frames[0])}, as {paths[0].name} has")
+        _check_memory(len(frames), frames[0].shape[0], frames[0].shape[1], where)
+    return torch.stack(frames)
+
+
+def _read_file(path: Path, what: str, fps: float, num_frames: int | None) -> Clip:
+    where = f"{what} {str(path)!r}"
+    frames, num_packets = [], 0
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError("the file has no video stream", where=where)
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            declared, rate = stream.frames, float(stream.average_rate or fps)
+            for packet in container.demux(stream):
+                num_packets += packet.size > 0
+                for frame in packet.decode():
+                    check_size(frame.width, frame.height, where)
+                    _check_memory(len(frames) + 1, frame.height, frame.width, where)
+                    frames.append(_frame_pixels(frame))
+                if num_frames is not None and len(frames) >= num_frames:
+                    break
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"is not a video that can be read ({_reason(error)})", where=where,
+                        got=f"{_looks_like(path)}, {len(frames)} frames decoded", expected="a whole video file") from None
+    if not frames:
+        raise UserError("the video holds 0 frames", where=where, got=_looks_like(path), expected="1 or more")
+    if num_packets < declared and num_frames is None:  # packets, as an edit list may hide frames of a whole file
+        raise UserError("the file is truncated", where=where, got=f"{num_packets} frames in {_looks_like(path)}",
+                        expected=f"{declared} frames", fix="copy it again, or ask for fewer frames")
+    if any(pixels.shape != frames[0].shape for pixels in frames):
+        raise UserError("the picture changes its size inside the video", where=where)
+    pixels = torch.from_numpy(np.stack(frames[:num_frames])).float().div_(255)
+    return Clip(as_rgb(pixels, where), rate)
+
+
+def _frame_pixels(frame: av.VideoFrame) -> np.ndarray:
+    """(H, W, 3 or 4) uint8, turned upright."""
+    alpha = any(component.is_alpha for component in frame.format.components)
+    pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24")
+    return np.rot90(pixels, round(frame.rotation / 90) % 4)
+
+
+def _encode(partial: Path, frames: Tensor, rate: Fraction, path: Path) -> None:
+    height, width = frames.shape[1:3]
+    try:
+        with av.open(str(partial), "w") as container:
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "medium"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            context = stream.codec_context
+            context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
+            context.color_range = 1  # 16..235
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(_eight_bit(frame), format="rgb24")
+                container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
+            container.mux(stream.encode())
+    except av.FFmpegError as error:
+        raise UserError(f"could not be encoded ({_reason(error)})", where=path, fix="check space and permissions") from error
+
+
+def _rate(fps: float, path: Path) -> Fraction:
+    if not 0 < fps < 1000:
+        raise UserError("the frame rate makes no video", where=path, got=fps, expected="more than 0, less than 1000")
+    return Fraction(fps).limit_denominator(1001)
+
+
+def _eight_bit(frame: Tensor) -> np.ndarray:
+    return (frame.float() * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _check_memory(num_frames: int, height: int, width: int, where: str) -> None:
+    limit = MAX_CLIP_BYTES // (height * width * 12)
+    if num_frames > limit:
+        raise UserError("the clip is too long to be held in memory", where=where,
+                        got=f"more than {limit} frames of {width}x{height}", fix="give the number of frames, or a smaller video")
+
+
+def _natural(path: Path) -> list[tuple[int, int | str]]:
+    """frame2 before frame10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", path.name.lower())]
+
+
+def _looks_like(path: Path) -> str:
+    """What the first bytes say, with the length: for the message on a file that cannot be read."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    length = f"{path.stat().st_size} bytes"
+    if head.lstrip()[:1] == b"<":
+        return f"an HTML or XML page of {length}"
+    if head[:4] == b"PK\x03\x04":
+        return f"a zip archive of {length}"
+    if head[4:8] == b"ftyp":
+        return f"an MP4 file of {length}"
+    return length
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"

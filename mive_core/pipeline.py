@@ -1,0 +1,141 @@
+"""The whole method in one place: pixels -> condition tokens -> latents -> pixels.
+
+F pixel frames (4n+1) of H x W; B batch, C latent channels, T x Y x X latent grid.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._triton import has_triton
+
+from .attention import attention_of
+from .formats.checkpoint import load_dit, read_config, resolve
+from .config import MiVEConfig
+from .dit import MiVEDiT
+from .errors import UserError
+from .flow import euler, guide, schedule
+from .layers import parse_layers
+from .types import Clip, Condition, EditLatents, EditRequest
+from .vae import VAE
+from .vlm import VLM
+
+EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
+MAX_CFG = 100.0
+COMPILERS = ("g++", "clang++", "cl")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Three frozen models and the contract between them."""
+
+    vlm: VLM
+    vae: VAE
+    dit: MiVEDiT
+    config: MiVEConfig
+
+    @classmethod
+    def load(cls, models: str | Path = "tiny", layers: str | None = None, *, dtype: torch.dtype = torch.float32,
+             device: torch.device | str = "cpu", attention: str = "auto", compiled: bool = False,
+             float8: str = "scaled_back") -> "Pipeline":
+        """`tiny`, or a folder with dit.safetensors, vae.safetensors and vlm/. Raises UserError where the three do not fit.
+
+        `layers` reads other VLM layers than the DiT was trained with, as many as it has inputs for; `attention` is one of
+        attention.BACKENDS; `compiled` hands the DiT's blocks to torch.compile, which takes effect at the first step; `float8`, one of
+        float8.MODES, says what becomes of a DiT's 8-bit matrices.
+        """
+        check_device(device)
+        if compiled:
+            check_compiler(device)
+        function = attention_of(attention)
+        folder = EMBEDDED.get(str(models), Path(models))
+        if not folder.is_dir():
+            raise UserError("no such folder of models", where=models, expected=f"{' or '.join(EMBEDDED)}, or a folder with dit.safetensors, vae.safetensors and vlm/")
+        config = read_config(resolve(folder, "dit.safetensors"))
+        if layers is not None:
+            config = choose_layers(config, layers)
+        vlm = VLM.load(folder / "vlm", dtype=dtype, device=device)
+        check_vlm(vlm, config, folder)
+        vae = VAE.load(resolve(folder, "vae.safetensors"), dtype=dtype, device=device)
+        dit = load_dit(folder, attention=function, dtype=dtype, device=device, float8=float8)
+        return cls(vlm, vae, dit.compile_blocks() if compiled else dit, config)
+
+    @torch.inference_mode()
+    def edit(self, request: EditRequest, *, steps: int | None = None, cfg: float | None = None, shift: float | None = None,
+             seed: int = 0, progress: Callable[[Iterable], Iterable] = iter) -> Clip:
+        """EditRequest of F = 4n+1 frames, sizes multiples of 16 -> the edited Clip of the same shape and rate.
+
+        None stands for the checkpoint's own setting; `progress` wraps the steps.
+        """
+        steps, cfg, shift = (given if given is not None else own for given, own in
+                             ((steps, self.config.steps), (cfg, self.config.cfg), (shift, self.config.shift)))
+        times = schedule(steps, shift)
+        check_cfg(cfg)
+        conditions = [self.vlm.condition(request, self.config)]
+        if cfg != 1.0:
+            conditions.append(self.vlm.condition(replace(request, instruction=""), self.config))
+        latents = self.denoise(self.encode(request), conditions, times, cfg, seed, progress)
+        return Clip(self.vae.decode(latents), request.source.fps)
+
+    def encode(self, request: EditRequest) -> EditLatents:
+        """Pixels -> (1, C, T, Y, X) of the source and (1, C, 1, Y, X) of the reference."""
+        source, reference = request.source.frames, request.reference
+        if source.shape[1:] != reference.shape:
+            raise UserError("the reference and the source differ in size", got=f"{reference.shape[1]}x{reference.shape[0]}",
+                            expected=f"{source.shape[2]}x{source.shape[1]}")
+        return EditLatents(self.vae.encode(source), self.vae.encode(reference[None]))
+
+    def denoise(self, latents: EditLatents, conditions: list[Condition], times: Tensor, cfg: float, seed: int,
+                progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
+        """Positive condition, and the negative one where cfg is not 1 -> (1, C, T, Y, X). The noise is drawn on the CPU."""
+        tokens = [self.dit.embed_condition(condition.states) for condition in conditions]
+        source = latents.source
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            seen = tokens if t > self.config.guided_above else tokens[:1]
+            t = torch.full((len(x),), t, device=x.device)
+            return guide(*(self.dit(x, source, latents.reference, c, t) for c in seen), cfg=cfg)
+
+        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source)
+        return euler(velocity, noise, times, progress)
+
+
+def choose_layers(config: MiVEConfig, spec: str) -> MiVEConfig:
+    """The config with other layers, as many as before. Raises UserError where the count does not fit the checkpoint."""
+    layers = parse_layers(spec, config.vlm_num_layers)
+    if len(layers) != len(config.layers):
+        raise UserError("the DiT was not made for that many layers", where=f"layers {spec!r}", got=f"{len(layers)} ({', '.join(map(str, layers))})",
+                        expected=f"{len(config.layers)} ({', '.join(map(str, config.layers))})")
+    return config.with_layers(layers)
+
+
+def check_vlm(vlm: VLM, config: MiVEConfig, where: object) -> None:
+    """Raises UserError unless the VLM is of the width and depth that the DiT was trained to read."""
+    if (vlm.width, vlm.num_layers) != (config.vlm_width, config.vlm_num_layers):
+        raise UserError("the DiT was made for another VLM", where=where, got=f"{vlm.name} of width {vlm.width}, {vlm.num_layers} layers",
+                        expected=f"{config.vlm} of width {config.vlm_width}, {config.vlm_num_layers} layers")
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises UserError where the device is not there."""
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device", where="device", got=str(device), fix="take cpu, or a torch that was built for the card")
+
+
+def check_compiler(device: torch.device | str) -> None:
+    """Raises UserError where torch.compile has nothing to compile with: a C++ compiler for a CPU, Triton for a GPU."""
+    if torch.device(device).type == "cpu":
+        if not any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name):
+            raise UserError("torch.compile needs a C++ compiler", where="compile", expected=" or ".join(COMPILERS), fix="install one, or leave compiling out")
+    elif not has_triton():
+        raise UserError("torch.compile needs Triton", where="compile", fix="install triton, or leave compiling out")
+
+
+def check_cfg(cfg: float) -> None:
+    if not abs(cfg) <= MAX_CFG:
+        raise UserError("the guidance scale must be a number", where="cfg", got=cfg, expected="1.0 (none) to 10.0, say")

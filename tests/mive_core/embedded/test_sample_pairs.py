@@ -1,0 +1,23 @@
+import torch
+
+from mive_core.data.manifest import ManifestPairs
+from mive_core.data.folder import read_folder
+from mive_core.media.fit import fit_clip
+from mive_core.embedded.sample_pairs import NUM_FRAMES, PARTS, SAMPLES, SIDE, neon
+from mive_core.media.video import read_clip, read_image
+
+
+def test_the_shipped_pairs_are_a_look_and_its_outcome():
+    """To the codec's loss; the parts differ."""
+    pairs = ManifestPairs(read_folder(SAMPLES / "pairs"))
+    assert len(pairs) == len(PARTS)
+    for pair in pairs:
+        source = pair.request.source.frames
+        assert source.shape == pair.target.shape == (NUM_FRAMES, SIDE, SIDE, 3) and pair.request.instruction == "make it glow like neon"
+        assert (neon(source) - pair.target).abs().mean() < 0.04 < 0.2 < (source - pair.target).abs().mean()  # a codec halves the colours' resolution
+    assert (pairs[0].target - pairs[1].target).abs().mean() > 0.1
+
+
+def test_the_shipped_reference_is_the_sample_clips_first_frame():
+    clip = fit_clip(read_clip(SAMPLES / "bigbuckbunny_33f.mp4"), (SIDE, SIDE), 1)
+    assert torch.allclose(read_image(SAMPLES / "neon.png"), neon(clip.frames[0]), atol=0.5 / 255 + 1e-6)

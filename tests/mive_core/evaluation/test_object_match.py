@@ -1,0 +1,81 @@
+"""Colour, place and shape of a drawn thing: each fault is seen by the measure that is for it, and a look-alike passes."""
+
+import math
+
+import pytest
+import torch
+
+from mive_core.evaluation.object_match import Likeness, centres, likeness
+
+RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.1, 0.9)
+EVERYWHERE = torch.ones(3, 32, 32, dtype=torch.bool)
+
+
+def clip(colour=None, rows=slice(8, 20), columns=slice(8, 20)):
+    """Gray frames, with a rectangle of a colour that moves by a column a frame."""
+    frames = torch.full((3, 32, 32, 3), 0.6)
+    for index in range(3) if colour else ():
+        frames[index, rows, columns.start + index:columns.stop + index] = torch.tensor(colour)
+    return frames
+
+
+def test_the_truth_is_like_itself():
+    found = likeness(clip(RED), clip(), clip(RED), EVERYWHERE, RED)
+    assert found == Likeness(0.0, 0.0, 1.0) and found.right
+
+
+def test_a_texture_and_a_little_blur_count_against_nothing():
+    worn = clip(RED) + 0.1 * torch.randn(3, 32, 32, 3, generator=torch.Generator().manual_seed(0)).clamp(-1.5, 1.5)
+    found = likeness(worn, clip(), clip(RED), EVERYWHERE, RED)
+    assert found.right and found.colour < 0.05 and found.place < 0.02 and found.shape > 0.9
+
+
+@pytest.mark.parametrize("result, wrong", [
+    (clip(BLUE), ("colour", "place", "shape")),  # not found at all
+    (clip((0.9, 0.3, 0.25)), ("colour",)),  # found, and of another tone
+    (clip(RED, columns=slice(11, 23)), ("place", "shape")),  # its own colour all the same
+    (clip(RED, rows=slice(11, 17), columns=slice(5, 23)), ("shape",)),  # as large, in the same place
+    (clip(), ("colour", "place", "shape")),
+])
+def test_each_fault_is_seen(result, wrong):
+    found = likeness(result, clip(), clip(RED), EVERYWHERE, RED)
+    bounds = {"colour": found.colour > 0.15, "place": found.place > 0.05, "shape": found.shape < 0.75}
+    assert not found.right and tuple(name for name, off in bounds.items() if off) == wrong
+
+
+def test_a_square_is_no_cross_of_its_colour():
+    cross = clip(RED, rows=slice(12, 16), columns=slice(8, 20))
+    cross[:, 8:20] = torch.where(clip(RED, columns=slice(12, 16))[:, 8:20] == torch.tensor(RED), torch.tensor(RED), cross[:, 8:20])
+    assert likeness(clip(RED), clip(BLUE), cross, EVERYWHERE, RED).shape < 0.6
+
+
+def test_a_removed_thing_has_to_be_gone():
+    gone, half = clip(), clip(RED)
+    half[:, :14] = 0.6
+    assert likeness(gone, clip(RED), clip(), EVERYWHERE, RED) == Likeness(None, left=0.0)
+    assert likeness(half, clip(RED), clip(), EVERYWHERE, RED).left == 0.5 and not likeness(half, clip(RED), clip(), EVERYWHERE, RED).right
+
+
+def test_only_the_edited_region_is_looked_at():
+    mask = torch.zeros_like(EVERYWHERE)
+    mask[:, 6:24, 6:24] = True
+    twin = clip(RED)
+    twin[:, 27:, 27:] = torch.tensor(RED)
+    assert likeness(twin, clip(), clip(RED), mask, RED).right and not likeness(twin, clip(), clip(RED), EVERYWHERE, RED).right
+
+
+def test_a_look_has_a_colour_only():
+    assert likeness(clip(RED) * 0.5, clip(RED), clip(RED) * 0.5, EVERYWHERE, None) == Likeness(0.0)
+    assert not likeness(clip(RED), clip(RED), clip(RED) * 0.5, EVERYWHERE, None).right
+
+
+@pytest.mark.parametrize("colour", [None, RED])
+def test_what_is_not_finite_is_not_right(colour):
+    found = likeness(torch.full((3, 32, 32, 3), math.nan), clip(), clip(RED), EVERYWHERE, colour)
+    assert not found.right and math.isfinite(found.colour)
+
+
+def test_centres():
+    things = torch.zeros(1, 8, 8, dtype=torch.bool)
+    things[0, 2:4, 4:7] = True
+    assert centres(things).tolist() == [[2.5, 5.0]]

@@ -1,0 +1,156 @@
+"""From Wan to MiVE: what both have is copied to the bit, whatever the layout it comes in."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mive_core import cli
+from mive_core.formats import safetensors_file
+from mive_core.attention import torch_attention
+from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, load_dit, rename
+from mive_core.formats.from_wan import init_from_wan
+from mive_core.errors import UserError
+from mive_core.layers import parse_layers
+
+DROPPED = {"condition_embedder.text_embedder.": "text_embedding.", ".attn2.": ".cross_attn.", ".norm2.": ".norm3."}
+PACKED = ("self_attn.q.weight", "ffn.0.weight")
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=32, freq_dim=64,
+                                  ffn_dim=384, num_layers=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model.to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def wan(theirs):
+    """The same weights by Wan's own keys."""
+    return rename(rename(theirs.state_dict(), DROPPED), WAN_TO_DIFFUSERS, backwards=True)
+
+
+def layouts(theirs, wan, folder: Path) -> dict[str, Path]:
+    save_file(wan, folder / "original.safetensors")
+    save_file({f"model.diffusion_model.{key}": value for key, value in wan.items()}, folder / "single.safetensors")
+    theirs.save_pretrained(folder / "whole" / "transformer", max_shard_size="1MB")
+    assert len(list((folder / "whole" / "transformer").glob("*.safetensors"))) > 1
+    theirs.save_pretrained(folder / "one")
+    return {"original": folder / "original.safetensors", "single": folder / "single.safetensors", "sharded": folder / "whole", "folder": folder / "one"}
+
+
+def test_the_file_is_the_same_where_the_system_cannot_send_bytes(theirs, wan, tmp_path, monkeypatch):
+    source = layouts(theirs, wan, tmp_path)["original"]
+    init_from_wan(source, tmp_path / "sent.safetensors", vlm="4b")
+
+    def refuse(*arguments):
+        raise OSError("another kind of disk")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    monkeypatch.setattr(safetensors_file, "CHUNK", 1000)
+    init_from_wan(source, tmp_path / "written.safetensors", vlm="4b")
+    assert (tmp_path / "sent.safetensors").read_bytes() == (tmp_path / "written.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["original", "single", "sharded", "folder"])
+def test_every_layout_gives_the_same_whole_checkpoint(theirs, wan, tmp_path, layout):
+    destination = tmp_path / "mive.safetensors"
+    config = init_from_wan(layouts(theirs, wan, tmp_path)[layout], destination, vlm="4b", layers="first+last")
+    assert (config.width, config.num_heads, config.ffn_width, config.num_blocks, config.freq_dim) == (256, 2, 384, 2, 64)
+    assert (config.vlm, config.vlm_width, config.vlm_num_layers, config.layers) == ("Qwen3-VL-4B", 2560, 36, parse_layers("first+last", 36))
+    got = load_file(destination)
+    for key, value in got.items():
+        assert value.dtype == torch.bfloat16
+        if key == "patch_embedding.weight":
+            assert torch.equal(value[:, :16], wan[key]) and not value[:, 16:].any()
+        elif not key.startswith("context."):
+            assert torch.equal(value, wan[key].view_as(value)), key
+    assert got["context.fuse.weight"].std() > 0.01 and not got["context.fuse.bias"].any()
+    assert not any("cross_attn" in key or "norm3" in key or "text_embedding" in key for key in got)
+    model = load_dit(destination, attention=torch_attention)
+    assert model.config == config
+
+
+def test_the_source_half_is_silent_at_first(wan, tmp_path):
+    save_file(wan, tmp_path / "wan.safetensors")
+    init_from_wan(tmp_path / "wan.safetensors", tmp_path / "mive.safetensors", vlm="2b")
+    model = load_dit(tmp_path / "mive.safetensors", attention=torch_attention)
+    noisy, source, reference = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 16, 2, 4, 4), torch.randn(1, 16, 1, 4, 4)
+    condition, t = torch.randn(1, 3, 256), torch.tensor([0.5])
+    with torch.no_grad():
+        assert torch.equal(model(noisy, source, reference, condition, t), model(noisy, 0 * source, reference, condition, t))
+
+
+def test_scaled_8_bit_weights_are_scaled_back(wan, tmp_path):
+    packed = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for key, value in wan.items():
+        if key.endswith(PACKED):
+            scale = value.float().abs().max() / 448
+            packed |= {key: (value.float() / scale).to(torch.float8_e4m3fn), f"{key.removesuffix('weight')}scale_weight": scale}
+        else:
+            packed[key] = value
+    save_file(packed, tmp_path / "fp8.safetensors")
+    init_from_wan(tmp_path / "fp8.safetensors", tmp_path / "mive.safetensors")
+    got = load_file(tmp_path / "mive.safetensors")
+    for key, value in wan.items():
+        if key in got and key != "patch_embedding.weight":
+            error = (got[key].view_as(value).float() - value.float()).norm() / value.float().norm()
+            assert 0.001 < error < 0.05 if key.endswith(PACKED) else error == 0
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda s: s.pop("blocks.1.ffn.2.bias"), "1 missing .blocks.1.ffn.2.bias"),
+    (lambda s: s.pop("time_embedding.0.weight"), "not whole; got no time_embedding.0.weight"),
+    (lambda s: s.update({"img_emb.proj.0.bias": torch.ones(1)}), "looks like a Wan I2V checkpoint"),
+    (lambda s: s.update({"patch_embedding.weight": torch.ones(256, 36, 1, 2, 2)}), "36 input channels; expected 16"),
+    (lambda s: s.update({"ffn.strange": torch.ones(1)}), "1 unexpected .ffn.strange"),
+])
+def test_other_checkpoints_are_refused_by_name(wan, tmp_path, change, said):
+    state = dict(wan)
+    change(state)
+    save_file(state, tmp_path / "wan.safetensors")
+    with pytest.raises(UserError, match=said):
+        init_from_wan(tmp_path / "wan.safetensors", tmp_path / "mive.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["wan.safetensors"]
+
+
+def test_a_mive_checkpoint_is_not_converted_again(random_models, tmp_path):
+    with pytest.raises(UserError, match="looks like a MiVE DiT"):
+        init_from_wan(random_models / "dit.safetensors", tmp_path / "mive.safetensors")
+
+
+def test_the_command_says_what_it_wrote(wan, tmp_path, capsys):
+    save_file(wan, tmp_path / "wan.safetensors")
+    assert cli.main(["init-from-wan", str(tmp_path / "wan.safetensors"), str(tmp_path / "mive.safetensors"), "--layers", "0:36:6", "--dtype", "fp16"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["family"] == "MiVE DiT" and report["vlm"] == "Qwen3-VL-8B" and report["dtype"] == ["F16"] and len(report["layers"]) == 6
+    assert cli.main(["init-from-wan", str(tmp_path / "none.safetensors"), str(tmp_path / "out.safetensors")]) == 2
+    assert "mive: error:" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
+
+
+def test_one_tensor_is_held_at_a_time(wan, tmp_path):
+    """A file of 230 MB whose largest tensor has 9 MB: the process grows by far less than the file."""
+    shapes = {key: value.shape for key, value in wan.items() if ".1." not in key.replace("time_projection.1", "")}
+    big = {}
+    for key, shape in shapes.items():
+        shape = [{256: 1024, 384: 4608, 1536: 6144}.get(n, n) for n in shape]
+        for number in range(9) if key.startswith("blocks.0.") else (0,):
+            big[key.replace("blocks.0.", f"blocks.{number}.")] = torch.zeros(shape, dtype=torch.bfloat16)
+    save_file(big, tmp_path / "wan.safetensors")
+    size = (tmp_path / "wan.safetensors").stat().st_size
+    assert size > 2e8
+    script = ("import resource, sys; from mive_core.convert import init_from_wan; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024;"
+              "before = peak(); init_from_wan(sys.argv[1], sys.argv[2]); print(peak() - before)")
+    run = subprocess.run([sys.executable, "-c", script, tmp_path / "wan.safetensors", tmp_path / "mive.safetensors"], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 0.4 * size, run.stdout

@@ -1,0 +1,141 @@
+"""The pipeline with random weights: one way through, and what refuses to go through it."""
+
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mive_core.attention import torch_attention
+from mive_core.formats.checkpoint import load_dit, save_dit
+from mive_core.errors import UserError
+from mive_core.flow import schedule
+from mive_core.pipeline import Pipeline
+from mive_core.types import Clip, EditRequest
+
+
+@pytest.fixture(scope="module")
+def pipeline(random_models):
+    return Pipeline.load(random_models)
+
+
+def make_request(frames=5, height=32, width=48, instruction="make it night"):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.rand(shape, generator=generator)
+    return EditRequest(Clip(draw(frames, height, width, 3), 8.0), draw(height, width, 3), instruction)
+
+
+@pytest.mark.parametrize("frames,height,width", [(1, 32, 32), (5, 32, 48), (9, 48, 32)])
+def test_the_edited_clip_has_the_sources_shape_and_rate(pipeline, frames, height, width):
+    request = make_request(frames, height, width)
+    edited = pipeline.edit(request)
+    assert edited.frames.shape == request.source.frames.shape and edited.fps == 8.0
+    assert edited.frames.min() >= 0 and edited.frames.max() <= 1
+
+
+def test_the_reference_is_one_latent_frame_in_front_and_never_in_the_output(pipeline):
+    request = make_request()
+    latents = pipeline.encode(request)
+    assert latents.source.shape == (1, 16, 2, 4, 6) and latents.reference.shape == (1, 16, 1, 4, 6)
+    condition = pipeline.vlm.condition(request, pipeline.config)
+    with torch.inference_mode():
+        out = pipeline.denoise(latents, [condition], schedule(1, 1.0), 1.0, seed=0)
+    assert out.shape == latents.source.shape
+
+
+def test_one_step_is_noise_minus_velocity(pipeline):
+    """The sampler against the arithmetic written out."""
+    request = make_request()
+    latents, condition = pipeline.encode(request), pipeline.vlm.condition(request, pipeline.config)
+    noise = torch.randn(latents.source.shape, generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        tokens = pipeline.dit.embed_condition(condition.states)
+        velocity = pipeline.dit(noise, latents.source, latents.reference, tokens, torch.ones(1))
+        got = pipeline.denoise(latents, [condition], schedule(1, 3.0), 1.0, seed=7)
+    assert torch.allclose(got, noise - velocity, atol=1e-6)
+
+
+def test_guidance_is_against_the_empty_instruction(pipeline):
+    request = make_request()
+    empty = replace(request, instruction="")
+    assert not torch.equal(pipeline.edit(request, cfg=4.0).frames, pipeline.edit(request).frames)
+    assert torch.allclose(pipeline.edit(empty, cfg=4.0).frames, pipeline.edit(empty).frames, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"cfg": math.nan}, {"cfg": math.inf}, {"shift": math.nan}, {"shift": -1.0}, {"steps": 0}])
+def test_sampling_options_that_cannot_be(pipeline, options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        pipeline.edit(make_request(), **options)
+
+
+def test_reference_of_another_size_is_refused(pipeline):
+    request = replace(make_request(), reference=torch.rand(48, 48, 3))
+    with pytest.raises(UserError, match="48x48.*48x32"):
+        pipeline.edit(request)
+
+
+def test_other_layers_of_the_same_number_run_and_change_the_result(random_models, pipeline):
+    other = Pipeline.load(random_models, "2,3")
+    assert other.config.layers == (2, 3)
+    assert not torch.equal(other.edit(make_request()).frames, pipeline.edit(make_request()).frames)
+
+
+def test_a_layer_count_that_the_checkpoint_was_not_made_for(random_models):
+    with pytest.raises(UserError, match="got 3 .*expected 2"):
+        Pipeline.load(random_models, "1,2,3")
+
+
+def test_a_vlm_that_the_checkpoint_was_not_made_for(random_models, tmp_path):
+    folder = tmp_path / "models"
+    shutil.copytree(random_models, folder)
+    dit = load_dit(random_models, attention=torch_attention)
+    state = {k: v.repeat(*([1] * (v.ndim - 1)), 2) if k.startswith(("context.norms", "context.projections")) and not k.endswith("bias") else v
+             for k, v in dit.state_dict().items()}
+    save_dit(folder / "dit.safetensors", state, replace(dit.config, vlm="Qwen3-VL-wide", vlm_width=256))
+    with pytest.raises(UserError, match="width 128.*Qwen3-VL-wide of width 256"):
+        Pipeline.load(folder)
+
+
+@pytest.mark.parametrize("wrong,taken_from,message", [
+    ("dit.safetensors", "vae.safetensors", "looks like a Wan VAE"),
+    ("vae.safetensors", "dit.safetensors", "Wan diffusion model|MiVE DiT"),
+    ("dit.safetensors", "vlm/model.safetensors", "looks like a Qwen3-VL model"),
+])
+def test_swapped_files_are_called_by_name(random_models, tmp_path, wrong, taken_from, message):
+    folder = tmp_path / "models"
+    shutil.copytree(random_models, folder)
+    shutil.copy(random_models / taken_from, folder / wrong)
+    with pytest.raises(UserError, match=message):
+        Pipeline.load(folder)
+
+
+def test_a_wan_checkpoint_in_the_dits_place_is_named(random_models, tmp_path):
+    folder = tmp_path / "models"
+    shutil.copytree(random_models, folder)
+    state = load_file(folder / "dit.safetensors")
+    wan = {k: v for k, v in state.items() if not k.startswith("context.")} | {"blocks.0.cross_attn.q.weight": torch.zeros(4, 4)}
+    save_file(wan, folder / "dit.safetensors")
+    with pytest.raises(UserError, match="Wan T2V.*context.fuse.weight"):
+        Pipeline.load(folder)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(UserError, match="tiny"):
+        Pipeline.load(tmp_path / "nowhere")
+
+
+def test_latents_that_leave_the_finite_numbers_are_an_error(pipeline):
+    request, latents = make_request(), pipeline.encode(make_request())
+    broken = replace(latents, source=latents.source * math.nan)
+    with torch.inference_mode(), pytest.raises(UserError, match="no longer finite"):
+        pipeline.denoise(broken, [pipeline.vlm.condition(request, pipeline.config)], schedule(2, 1.0), 1.0, seed=0)
+
+
+def test_guidance_acts_only_above_the_checkpoints_time(pipeline):
+    request = make_request()
+    frames = lambda above, cfg: replace(pipeline, config=replace(pipeline.config, guided_above=above)).edit(request, steps=3, cfg=cfg).frames
+    assert torch.equal(frames(1.0, 4.0), frames(1.0, 1.0))
+    everywhere, first_only = frames(0.0, 4.0), frames(0.9, 4.0)
+    assert not torch.equal(first_only, everywhere) and not torch.equal(first_only, frames(0.0, 1.0))
