@@ -15,7 +15,7 @@ from mive_core.train.loop import run
 from mive_core.train.objective import mean_where
 from mive_core.embedded.synthetic import SHAPES, PairedEdits
 
-from ..train.test_dit import CONFIG, features, make_task
+from ..embedded.test_dit_task import CONFIG, features, make_task
 
 
 def clip(index, **restricted):
