@@ -96,8 +96,10 @@ class CheckedAttention:
         if trouble is None:
             return got
         width, dtype, device = key
-        warnings.warn(f"{self.name} attention {trouble} beside torch's at {q.shape[1]} tokens, {heads} heads of {width}, {dtype} on {device}; "
-                      "torch's is used instead", stacklevel=2)
+        warnings.warn(
+            f"{self.name} attention {trouble} beside torch's at {q.shape[1]} tokens, {heads} heads of {width}, {dtype} on {device}; torch's is used instead",
+            stacklevel=2,
+        )
         return expected
 
 
@@ -115,7 +117,11 @@ def attention_of(name: str) -> AttentionFn:
         try:
             import sageattention  # noqa: F401
         except ImportError as error:
-            raise UserError("sage attention needs the package sageattention", where="attention", got=str(error),
-                            fix="install sageattention, which needs an NVIDIA card, or take sdpa") from error
+            raise UserError(
+                "sage attention needs the package sageattention",
+                where="attention",
+                got=str(error),
+                fix="install sageattention, which needs an NVIDIA card, or take sdpa",
+            ) from error
         return CheckedAttention(sage_attention, name)
     return matmul_attention if name == "matmul" else torch_attention

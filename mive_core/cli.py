@@ -9,8 +9,17 @@ import sys
 import warnings
 
 from . import __version__
-from .commands.bench import (run_bench_cache, run_bench_card, run_bench_convert, run_bench_dit,
-                             run_bench_growth, run_bench_load, run_bench_scale, run_bench_stage, run_bench_train)
+from .commands.bench import (
+    run_bench_cache,
+    run_bench_card,
+    run_bench_convert,
+    run_bench_dit,
+    run_bench_growth,
+    run_bench_load,
+    run_bench_scale,
+    run_bench_stage,
+    run_bench_train,
+)
 from .commands.data import run_data_cache, run_data_compose, run_data_import, run_data_looks, run_data_recolour, run_data_score, run_data_synth
 from .commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train
 from .config import VLM_SIZES
@@ -45,8 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def quiet_libraries() -> None:
     """Model libraries, not yet imported: no network, and stderr left to us unless the user's environment says otherwise."""
-    for name, value in (("HF_HUB_OFFLINE", "1"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-                        ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
+    for name, value in (("HF_HUB_OFFLINE", "1"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
 
 
@@ -118,14 +126,16 @@ def _add_eval(commands) -> None:
     evaluate.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
     evaluate.add_argument("--output", required=True, type=text, metavar="DIR")
     evaluate.add_argument("--layers", type=text, metavar="SPEC", help="VLM layers to read")
-    evaluate.add_argument("--reference-mode", default="given", choices=("given", "source_frame"),
-                          help="source_frame: the unedited first frame stands in for the reference")
-    evaluate.add_argument("--instruction-mode", default="given", choices=("given", "wrong", "empty"),
-                          help="wrong: another clip's instruction")
+    evaluate.add_argument(
+        "--reference-mode", default="given", choices=("given", "source_frame"), help="source_frame: the unedited first frame stands in for the reference"
+    )
+    evaluate.add_argument("--instruction-mode", default="given", choices=("given", "wrong", "empty"), help="wrong: another clip's instruction")
     _add_fit(evaluate)
     _add_sampling(evaluate)
     _add_machine(evaluate)
-    evaluate.add_argument("--fp8", default="scaled_back", choices=FLOAT8_MODES, help="8-bit matrices: scaled back when read, kept in memory, or multiplied as such")
+    evaluate.add_argument(
+        "--fp8", default="scaled_back", choices=FLOAT8_MODES, help="8-bit matrices: scaled back when read, kept in memory, or multiplied as such"
+    )
 
 
 def _add_bench(commands) -> None:
@@ -133,8 +143,11 @@ def _add_bench(commands) -> None:
     dit = _command(bench, "dit", run_bench_dit, "our DiT beside diffusers' WanTransformer3DModel, or with --size one forward of it alone")
     dit.add_argument("--tokens", type=count, help="beside diffusers at that many, default 2048")
     _add_stage(dit)
-    for name, summary in (("vlm", "Qwen3-VL over the edit's clip"), ("vae", "encoding, and decoding whole and in tiles"),
-                          ("edit", "a whole edit and its stages")):
+    for name, summary in (
+        ("vlm", "Qwen3-VL over the edit's clip"),
+        ("vae", "encoding, and decoding whole and in tiles"),
+        ("edit", "a whole edit and its stages"),
+    ):
         _add_stage(_command(bench, name, run_bench_stage, summary))
     convert = _command(bench, "convert", run_bench_convert, "init-from-wan beside a copy of the same file, and its memory")
     convert.add_argument("--preset", default="1.3b", choices=("1.3b", "14b"), help="whose shapes the random file has, default 1.3b")
@@ -160,8 +173,9 @@ def _add_bench(commands) -> None:
     card.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     card.add_argument("--dtype", default="bf16", choices=DTYPES)
     card.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
-    card.add_argument("--parts", type=text, default="", metavar="A,B",
-                      help="of speed, attention, dit, dit_fp8, vlm, training_block, vae, dit_1.3b, compiled; default all")
+    card.add_argument(
+        "--parts", type=text, default="", metavar="A,B", help="of speed, attention, dit, dit_fp8, vlm, training_block, vae, dit_1.3b, compiled; default all"
+    )
     card.add_argument("--repeats", type=count, default=3)
     cache = _command(bench, "cache", run_bench_cache, "`mive data cache` on video files beside its encoders alone")
     cache.add_argument("--preset", default="tiny", choices=PRESET_NAMES, help="whose encoders' shapes the random weights have, default tiny")
@@ -175,7 +189,9 @@ def _add_bench(commands) -> None:
     training = _command(bench, "train", run_bench_train, "steps of a recipe, without checkpoints: speed, and the share of time that goes on loading")
     training.add_argument("config", metavar="CONFIG.yaml", type=text)
     training.add_argument("--steps", type=count, default=30, metavar="N", help="that are measured, after three, default 30")
-    scaling = _command(bench, "scale", run_bench_scale, "on paper: memory and time of full training over 8, 32 and 128 cards, and where one sequence needs several")
+    scaling = _command(
+        bench, "scale", run_bench_scale, "on paper: memory and time of full training over 8, 32 and 128 cards, and where one sequence needs several"
+    )
     scaling.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="default 14b")
     scaling.add_argument("--card", default="H100", choices=CARD_NAMES, help="default H100")
     scaling.add_argument("--share", type=positive, default=0.45, metavar="X", help="of the card's peak that is reached, an assumption, default 0.45")
@@ -199,7 +215,9 @@ def _add_stage(parser: Parser) -> None:
 
 
 def _add_data(commands) -> None:
-    data = commands.add_parser("data", help="make pairs to measure on, and features to train on").add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
+    data = commands.add_parser("data", help="make pairs to measure on, and features to train on").add_subparsers(
+        required=True, metavar="WHAT", parser_class=Parser
+    )
     synth = _command(data, "synth", run_data_synth, "drawn clips with their manifest")
     synth.add_argument("--output", required=True, type=text, metavar="DIR")
     synth.add_argument("--num", type=count, default=64)
@@ -223,9 +241,17 @@ def _add_data(commands) -> None:
     score.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     score.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the model's arithmetic, default fp32")
     _add_spread(score)
-    compose = _command(data, "compose", run_data_compose, "people over other backgrounds: pairs that remove, add, replace the background; goes on where it stopped")
+    compose = _command(
+        data, "compose", run_data_compose, "people over other backgrounds: pairs that remove, add, replace the background; goes on where it stopped"
+    )
     compose.add_argument("--people", required=True, type=text, metavar="PEOPLE.jsonl|DIR", help='lines of {"source", "mask"}, or a folder of videos')
-    compose.add_argument("--backgrounds", required=True, type=text, metavar="B.jsonl|DIR", help='lines of {"source"}, with an "instruction" that says what is seen, or a folder of videos')
+    compose.add_argument(
+        "--backgrounds",
+        required=True,
+        type=text,
+        metavar="B.jsonl|DIR",
+        help='lines of {"source"}, with an "instruction" that says what is seen, or a folder of videos',
+    )
     compose.add_argument("--output", required=True, type=text, metavar="DIR")
     compose.add_argument("--segmenter", type=text, metavar="DIR", help="a Hugging Face folder of a semantic segmentation model, for lines without a mask")
     compose.add_argument("--store", default="video", choices=("video", "frames"), help="H.264, or PNG frames without any loss; default video")
@@ -237,20 +263,30 @@ def _add_data(commands) -> None:
     cache.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
     cache.add_argument("--models", required=True, type=text, metavar="DIR", help="dit.safetensors (its config is read), vae.safetensors and vlm/")
     cache.add_argument("--output", required=True, type=text, metavar="DIR")
-    cache.add_argument("--bucket", action="append", type=bucket, default=[], metavar="WxHxF",
-                       help="a size and length to fit clips to, may be given again; a clip goes to the nearest shape that is no longer than it; default: as it is")
+    cache.add_argument(
+        "--bucket",
+        action="append",
+        type=bucket,
+        default=[],
+        metavar="WxHxF",
+        help="a size and length to fit clips to, may be given again; a clip goes to the nearest shape that is no longer than it; default: as it is",
+    )
     cache.add_argument("--states", default="bf16", choices=("bf16", "fp8"), help="how VLM states are stored; fp8: half the bytes, a scale for each token")
     cache.add_argument("--negative", action="store_true", help="also of an empty instruction, for condition_dropout")
     cache.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     cache.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the models' arithmetic, default fp32")
     _add_spread(cache)
-    for name, run, summary in (("looks", run_data_looks, "real footage under eight known looks, with its manifest"),
-                               ("recolour", run_data_recolour, "real footage whose green parts take other colours, with its manifest")):
+    for name, run, summary in (
+        ("looks", run_data_looks, "real footage under eight known looks, with its manifest"),
+        ("recolour", run_data_recolour, "real footage whose green parts take other colours, with its manifest"),
+    ):
         footage = _command(data, name, run, summary)
         footage.add_argument("--source", required=True, type=text, metavar="V")
         footage.add_argument("--output", required=True, type=text, metavar="DIR")
         if name == "looks":
-            footage.add_argument("--unseen", action="store_true", help="eight others, of which training shows nothing alike; the words only point at the reference")
+            footage.add_argument(
+                "--unseen", action="store_true", help="eight others, of which training shows nothing alike; the words only point at the reference"
+            )
         _add_fit(footage)
 
 
@@ -272,13 +308,20 @@ def _add_machine(parser: Parser, attention: bool = True) -> None:
     parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of weights and arithmetic, default fp32")
     if not attention:
         return
-    parser.add_argument("--attention", default="auto", type=text, metavar="NAME",
-                        help="auto and sdpa: torch's own with its best kernel; sage: the package sageattention, checked at first use; matmul")
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        type=text,
+        metavar="NAME",
+        help="auto and sdpa: torch's own with its best kernel; sage: the package sageattention, checked at first use; matmul",
+    )
     parser.add_argument("--compile", action="store_true", help="the DiT's blocks by torch.compile")
 
 
 def _add_spread(parser: Parser) -> None:
-    parser.add_argument("--ray", type=text, metavar="local|ADDRESS", help="work on Ray: a cluster of this machine, or the address of one; default: in this process")
+    parser.add_argument(
+        "--ray", type=text, metavar="local|ADDRESS", help="work on Ray: a cluster of this machine, or the address of one; default: in this process"
+    )
     parser.add_argument("--workers", type=count, default=2, metavar="N", help="on Ray, each with the models and, with --device cuda, a GPU; default 2")
 
 

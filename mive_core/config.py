@@ -82,8 +82,12 @@ class MiVEConfig:
         """Inverse of to_metadata. Raises UserError where the key is missing or a field is unknown."""
         text = (metadata or {}).get(METADATA_KEY)
         if text is None:
-            raise UserError("no MiVE config in the file's metadata", where=where, expected=f"the key {METADATA_KEY!r}",
-                            fix="a Wan checkpoint becomes a MiVE one with `mive init-from-wan`")
+            raise UserError(
+                "no MiVE config in the file's metadata",
+                where=where,
+                expected=f"the key {METADATA_KEY!r}",
+                fix="a Wan checkpoint becomes a MiVE one with `mive init-from-wan`",
+            )
         try:
             values = json.loads(text)
         except ValueError as error:
@@ -95,15 +99,27 @@ class MiVEConfig:
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise UserError("the config has fields this version does not know", where=where, got=", ".join(unknown),
-                            fix="update the pack")
+            raise UserError("the config has fields this version does not know", where=where, got=", ".join(unknown), fix="update the pack")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 PRESETS = {
     "14b": MiVEConfig(),
     "1.3b": MiVEConfig(width=1536, num_heads=12, ffn_width=8960, num_blocks=30),
-    "tiny": MiVEConfig(width=256, num_heads=4, ffn_width=1024, num_blocks=12, freq_dim=64, patch_size=(1, 1, 1),
-                       vlm="Qwen3-VL-tiny", vlm_width=128, vlm_num_layers=4,
-                       max_video_tokens=512, max_instruction_tokens=48, steps=4, shift=3.0, guided_above=0.92),
+    "tiny": MiVEConfig(
+        width=256,
+        num_heads=4,
+        ffn_width=1024,
+        num_blocks=12,
+        freq_dim=64,
+        patch_size=(1, 1, 1),
+        vlm="Qwen3-VL-tiny",
+        vlm_width=128,
+        vlm_num_layers=4,
+        max_video_tokens=512,
+        max_instruction_tokens=48,
+        steps=4,
+        shift=3.0,
+        guided_above=0.92,
+    ),
 }

@@ -13,13 +13,12 @@ def convolve_in_planes(network: nn.Module) -> None:
             module.__class__ = type(f"Planar{cls.__name__}", (cls,), {"_conv_forward": _conv_forward})
 
 
-def stacked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int],
-                   padding: tuple[int, int, int]) -> Tensor:
+def stacked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int], padding: tuple[int, int, int]) -> Tensor:
     """conv3d with the kernel's frames side by side on channels: (B, in, F, H, W) -> (B, out, F', H', W')."""
     x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0])) if padding[0] else x
     taps = weight.shape[2]
     num_frames = (x.shape[2] - taps) // stride[0] + 1
-    shifted = [x[:, :, i:i + (num_frames - 1) * stride[0] + 1:stride[0]].transpose(1, 2) for i in range(taps)]
+    shifted = [x[:, :, i : i + (num_frames - 1) * stride[0] + 1 : stride[0]].transpose(1, 2) for i in range(taps)]
     frames = torch.cat(shifted, dim=2).flatten(0, 1)
     y = F.conv2d(frames, weight.transpose(1, 2).flatten(1, 2), bias, stride[1:], padding[1:])
     return y.unflatten(0, (len(x), num_frames)).transpose(1, 2)

@@ -43,15 +43,13 @@ def schedule(num_steps: int, shift: float) -> Tensor:
     return shift_time(torch.linspace(1, 0, num_steps + 1), shift)
 
 
-def euler(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, times: Tensor,
-          progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
+def euler(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, times: Tensor, progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
     """Integrates dx/dt = velocity(x, t) from times[0] to times[-1]. Raises UserError where a step leaves the finite numbers."""
     x = noise
     for t, t_next in progress(list(zip(times[:-1].tolist(), times[1:].tolist()))):
         x = x + (t_next - t) * velocity(x, t)
         if not torch.isfinite(x).all():
-            raise UserError("the latents are no longer finite", where=f"sampling at t = {t:.3f}",
-                            fix="lower cfg, or run the DiT in float32 or bfloat16")
+            raise UserError("the latents are no longer finite", where=f"sampling at t = {t:.3f}", fix="lower cfg, or run the DiT in float32 or bfloat16")
     return x
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from .attention import attention_of
-from .formats.checkpoint import load_dit, read_config, resolve
 from .config import MiVEConfig
 from .dit import MiVEDiT
 from .errors import UserError
 from .flow import euler, guide, schedule
+from .formats.checkpoint import load_dit, read_config, resolve
 from .layers import parse_layers
 from .types import Clip, Condition, EditLatents, EditRequest
 from .vae import VAE
@@ -39,9 +39,17 @@ class Pipeline:
     config: MiVEConfig
 
     @classmethod
-    def load(cls, models: str | Path = "tiny", layers: str | None = None, *, dtype: torch.dtype = torch.float32,
-             device: torch.device | str = "cpu", attention: str = "auto", compiled: bool = False,
-             float8: str = "scaled_back") -> "Pipeline":
+    def load(
+        cls,
+        models: str | Path = "tiny",
+        layers: str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attention: str = "auto",
+        compiled: bool = False,
+        float8: str = "scaled_back",
+    ) -> "Pipeline":
         """`tiny`, or a folder with dit.safetensors, vae.safetensors and vlm/. Raises UserError where the three do not fit.
 
         `layers` reads other VLM layers than the DiT was trained with, as many as it has inputs for; `attention` is one of
@@ -54,7 +62,9 @@ class Pipeline:
         function = attention_of(attention)
         folder = EMBEDDED.get(str(models), Path(models))
         if not folder.is_dir():
-            raise UserError("no such folder of models", where=models, expected=f"{' or '.join(EMBEDDED)}, or a folder with dit.safetensors, vae.safetensors and vlm/")
+            raise UserError(
+                "no such folder of models", where=models, expected=f"{' or '.join(EMBEDDED)}, or a folder with dit.safetensors, vae.safetensors and vlm/"
+            )
         config = read_config(resolve(folder, "dit.safetensors"))
         if layers is not None:
             config = choose_layers(config, layers)
@@ -65,14 +75,23 @@ class Pipeline:
         return cls(vlm, vae, dit.compile_blocks() if compiled else dit, config)
 
     @torch.inference_mode()
-    def edit(self, request: EditRequest, *, steps: int | None = None, cfg: float | None = None, shift: float | None = None,
-             seed: int = 0, progress: Callable[[Iterable], Iterable] = iter) -> Clip:
+    def edit(
+        self,
+        request: EditRequest,
+        *,
+        steps: int | None = None,
+        cfg: float | None = None,
+        shift: float | None = None,
+        seed: int = 0,
+        progress: Callable[[Iterable], Iterable] = iter,
+    ) -> Clip:
         """EditRequest of F = 4n+1 frames, sizes multiples of 16 -> the edited Clip of the same shape and rate.
 
         None stands for the checkpoint's own setting; `progress` wraps the steps.
         """
-        steps, cfg, shift = (given if given is not None else own for given, own in
-                             ((steps, self.config.steps), (cfg, self.config.cfg), (shift, self.config.shift)))
+        steps, cfg, shift = (
+            given if given is not None else own for given, own in ((steps, self.config.steps), (cfg, self.config.cfg), (shift, self.config.shift))
+        )
         times = schedule(steps, shift)
         check_cfg(cfg)
         conditions = [self.vlm.condition(request, self.config)]
@@ -85,12 +104,14 @@ class Pipeline:
         """Pixels -> (1, C, T, Y, X) of the source and (1, C, 1, Y, X) of the reference."""
         source, reference = request.source.frames, request.reference
         if source.shape[1:] != reference.shape:
-            raise UserError("the reference and the source differ in size", got=f"{reference.shape[1]}x{reference.shape[0]}",
-                            expected=f"{source.shape[2]}x{source.shape[1]}")
+            raise UserError(
+                "the reference and the source differ in size", got=f"{reference.shape[1]}x{reference.shape[0]}", expected=f"{source.shape[2]}x{source.shape[1]}"
+            )
         return EditLatents(self.vae.encode(source), self.vae.encode(reference[None]))
 
-    def denoise(self, latents: EditLatents, conditions: list[Condition], times: Tensor, cfg: float, seed: int,
-                progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
+    def denoise(
+        self, latents: EditLatents, conditions: list[Condition], times: Tensor, cfg: float, seed: int, progress: Callable[[Iterable], Iterable] = iter
+    ) -> Tensor:
         """Positive condition, and the negative one where cfg is not 1 -> (1, C, T, Y, X). The noise is drawn on the CPU."""
         tokens = [self.dit.embed_condition(condition.states) for condition in conditions]
         source = latents.source
@@ -108,16 +129,24 @@ def choose_layers(config: MiVEConfig, spec: str) -> MiVEConfig:
     """The config with other layers, as many as before. Raises UserError where the count does not fit the checkpoint."""
     layers = parse_layers(spec, config.vlm_num_layers)
     if len(layers) != len(config.layers):
-        raise UserError("the DiT was not made for that many layers", where=f"layers {spec!r}", got=f"{len(layers)} ({', '.join(map(str, layers))})",
-                        expected=f"{len(config.layers)} ({', '.join(map(str, config.layers))})")
+        raise UserError(
+            "the DiT was not made for that many layers",
+            where=f"layers {spec!r}",
+            got=f"{len(layers)} ({', '.join(map(str, layers))})",
+            expected=f"{len(config.layers)} ({', '.join(map(str, config.layers))})",
+        )
     return config.with_layers(layers)
 
 
 def check_vlm(vlm: VLM, config: MiVEConfig, where: object) -> None:
     """Raises UserError unless the VLM is of the width and depth that the DiT was trained to read."""
     if (vlm.width, vlm.num_layers) != (config.vlm_width, config.vlm_num_layers):
-        raise UserError("the DiT was made for another VLM", where=where, got=f"{vlm.name} of width {vlm.width}, {vlm.num_layers} layers",
-                        expected=f"{config.vlm} of width {config.vlm_width}, {config.vlm_num_layers} layers")
+        raise UserError(
+            "the DiT was made for another VLM",
+            where=where,
+            got=f"{vlm.name} of width {vlm.width}, {vlm.num_layers} layers",
+            expected=f"{config.vlm} of width {config.vlm_width}, {config.vlm_num_layers} layers",
+        )
 
 
 def check_device(device: torch.device | str) -> None:

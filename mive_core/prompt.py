@@ -54,8 +54,7 @@ def build_inputs(request: EditRequest, processor: Callable, config: MiVEConfig) 
     _, height, width, _ = request.source.frames.shape
     for what, shape in (("source", (height, width)), ("reference", request.reference.shape[:2])):
         if max(shape) > MAX_ASPECT_RATIO * min(shape):
-            raise UserError(f"the {what} is too narrow", got=f"{shape[1]}x{shape[0]} pixels",
-                            expected=f"an aspect ratio of at most {MAX_ASPECT_RATIO}")
+            raise UserError(f"the {what} is too narrow", got=f"{shape[1]}x{shape[0]} pixels", expected=f"an aspect ratio of at most {MAX_ASPECT_RATIO}")
     indices = sample_frames(len(request.source.frames), request.source.fps, config.video_fps, video)
     side = video.patch_size * video.merge_size  # of a token, in pixels
     frame_tokens = math.ceil(height / side) * math.ceil(width / side)
@@ -67,8 +66,7 @@ def build_inputs(request: EditRequest, processor: Callable, config: MiVEConfig) 
         videos_kwargs={
             "size": token_budget(video, config.max_video_tokens * side**2 * video.temporal_patch_size),
             "do_sample_frames": False,
-            "video_metadata": [{"fps": request.source.fps, "total_num_frames": len(request.source.frames),
-                                "frames_indices": indices}],
+            "video_metadata": [{"fps": request.source.fps, "total_num_frames": len(request.source.frames), "frames_indices": indices}],
             # transformers 5 warns where this is left open
             **({"cap_pixels_per_frame": False} if hasattr(video, "cap_pixels_per_frame") else {}),
         },
@@ -76,13 +74,16 @@ def build_inputs(request: EditRequest, processor: Callable, config: MiVEConfig) 
     )
     ids = encoded["input_ids"]
     kinds = (ids == processor.image_token_id).long() + 2 * (ids == processor.video_token_id).long()
-    return VLMInputs(ids, encoded["attention_mask"], kinds, encoded["pixel_values"], encoded["image_grid_thw"],
-                     encoded["pixel_values_videos"], encoded["video_grid_thw"])
+    return VLMInputs(
+        ids, encoded["attention_mask"], kinds, encoded["pixel_values"], encoded["image_grid_thw"], encoded["pixel_values_videos"], encoded["video_grid_thw"]
+    )
 
 
 def chat_text(instruction: str, processor: Callable, max_tokens: int) -> str:
     """What `build_inputs` asks, as a conversation."""
-    return conversation([{"type": "text", "text": instruction_text(instruction, processor.tokenizer, max_tokens)}, {"type": "image"}, {"type": "video"}], processor)
+    return conversation(
+        [{"type": "text", "text": instruction_text(instruction, processor.tokenizer, max_tokens)}, {"type": "image"}, {"type": "video"}], processor
+    )
 
 
 def conversation(parts: list[dict[str, str]], processor: Callable) -> str:
@@ -98,15 +99,18 @@ def instruction_text(instruction: str, tokenizer: Callable, max_tokens: int) -> 
     try:
         instruction.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError("the instruction is not valid Unicode", got=f"a lone surrogate at character {error.start}",
-                        fix="save the text as UTF-8 and paste it again") from error
+        raise UserError(
+            "the instruction is not valid Unicode", got=f"a lone surrogate at character {error.start}", fix="save the text as UTF-8 and paste it again"
+        ) from error
     text = instruction.replace("<|", "< |")  # typed by a person, it is no marker of an image or a turn
     ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(ends) <= max_tokens:
         return text
     kept = text[: ends[max_tokens - 1][1]] if max_tokens else ""
-    warnings.warn(f"the instruction is longer than the model reads: got {len(ends)} tokens, "
-                  f"expected at most {max_tokens}; what follows {kept[-SHOWN:]!r} is ignored", stacklevel=4)
+    warnings.warn(
+        f"the instruction is longer than the model reads: got {len(ends)} tokens, expected at most {max_tokens}; what follows {kept[-SHOWN:]!r} is ignored",
+        stacklevel=4,
+    )
     return kept
 
 

@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .media.paths import check_input
 from .conv3d import convolve_in_planes
+from .errors import UserError
 from .formats.safetensors_file import read_tensors
+from .media.paths import check_input
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 # What Wan 2.1 normalises its latents by, channel by channel.
-LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-                0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-               3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 LATENT_CHANNELS = 16
 SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 4
@@ -95,8 +93,12 @@ def _check_frames(frames: Tensor) -> None:
         raise UserError("not video frames", got=f"{frames.dtype} of shape {tuple(frames.shape)}", expected="floats (F, H, W, 3) in 0..1")
     num_frames, height, width = frames.shape[1:4]
     if num_frames % TEMPORAL_FACTOR != 1:
-        raise UserError("the VAE cannot hold this number of frames", got=num_frames, expected="4n+1 (1, 5, 9, 13, 17, ...)",
-                        fix=f"keep the first {max(num_frames - 1, 0) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1}" if num_frames else None)
+        raise UserError(
+            "the VAE cannot hold this number of frames",
+            got=num_frames,
+            expected="4n+1 (1, 5, 9, 13, 17, ...)",
+            fix=f"keep the first {max(num_frames - 1, 0) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1}" if num_frames else None,
+        )
     if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE or not height or not width:
         raise UserError("the VAE cannot hold this size", got=f"{width}x{height}", expected=f"multiples of {SIZE_MULTIPLE}")
     if not frames.isfinite().all():
@@ -111,8 +113,13 @@ def _weights_file(path: Path) -> Path:
             raise UserError("cannot tell which file is the VAE", where=folder, got=f"{len(files)} .safetensors files", expected="one")
         return files[0]
     if path.suffix != ".safetensors":
-        raise UserError("unsupported file type", where=path, got=repr(path.suffix), expected=".safetensors",
-                        fix="convert pickled weights with safetensors first: they can run code when read")
+        raise UserError(
+            "unsupported file type",
+            where=path,
+            got=repr(path.suffix),
+            expected=".safetensors",
+            fix="convert pickled weights with safetensors first: they can run code when read",
+        )
     return path
 
 
@@ -129,15 +136,20 @@ def _network(weights: dict[str, Tensor], path: Path) -> AutoencoderKLWan:
     if len(widths) < 3 or any(key in weights for key in OTHERS if key.startswith("encoder.downsamples")):
         raise UserError("not a Wan 2.1 VAE", where=path, got=_looks_like(weights), expected="a Wan 2.1 VAE, such as Wan2.1_VAE.safetensors")
     if widths[2] != LATENT_CHANNELS or weights[DIFFUSERS_KEY].shape[1] != 3:
-        raise UserError("not a Wan 2.1 VAE", where=path, got=f"{widths[2]} latent channels, {weights[DIFFUSERS_KEY].shape[1]} input channels",
-                        expected="16 and 3")
+        raise UserError(
+            "not a Wan 2.1 VAE", where=path, got=f"{widths[2]} latent channels, {weights[DIFFUSERS_KEY].shape[1]} input channels", expected="16 and 3"
+        )
     with torch.device("meta"):
         network = AutoencoderKLWan(base_dim=widths[0], decoder_base_dim=widths[1])
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     strange = sorted(key for key in shapes.keys() | weights.keys() if key not in weights or weights[key].shape != shapes.get(key))
     if strange:
-        raise UserError("this Wan 2.1 VAE is not whole", where=path, expected=f"{len(shapes)} tensors of width {widths[0]}",
-                        got=f"{len(strange)} missing, unknown or of another shape, such as {strange[0]}")
+        raise UserError(
+            "this Wan 2.1 VAE is not whole",
+            where=path,
+            expected=f"{len(shapes)} tensors of width {widths[0]}",
+            got=f"{len(strange)} missing, unknown or of another shape, such as {strange[0]}",
+        )
     network.load_state_dict(weights, assign=True)
     if weights[DIFFUSERS_KEY].device.type == "cpu":
         convolve_in_planes(network)

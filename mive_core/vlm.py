@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .config import MiVEConfig
 from .errors import UserError
-from .prompt import CHAT_TEMPLATE, build_inputs
-from .formats.vlm_file import IMAGE_SIZE, IMAGE_TOKEN, PIXELS, VIDEO_SIZE, VIDEO_TOKEN, name_of, read_repack
 from .formats.safetensors_file import read_header, resolve, shard_files
+from .formats.vlm_file import IMAGE_SIZE, IMAGE_TOKEN, PIXELS, VIDEO_SIZE, VIDEO_TOKEN, name_of, read_repack
+from .prompt import CHAT_TEMPLATE, build_inputs
 from .types import Condition, EditRequest, VLMInputs
 
 MODEL_TYPE = "qwen3_vl"
@@ -39,8 +39,7 @@ class VLM:
         self.name = name
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-             tokenizer: str | Path | None = None) -> "VLM":
+    def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", tokenizer: str | Path | None = None) -> "VLM":
         """Reads a Hugging Face folder of any Qwen3-VL size, or one file of it beside a folder with Qwen's tokenizer.
 
         Raises UserError that names what is missing.
@@ -52,11 +51,16 @@ class VLM:
         library = _transformers()
         # the language head is not part of the body, so it is never read
         model, info = library.Qwen3VLModel.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            key_mapping={r"^model\.": ""})
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, key_mapping={r"^model\.": ""}
+        )
         if info["missing_keys"]:
-            raise UserError("weights are missing", where=folder, got=f"no {sorted(info['missing_keys'])[0]}",
-                            expected="a whole Qwen3-VL checkpoint", fix="download it again")
+            raise UserError(
+                "weights are missing",
+                where=folder,
+                got=f"no {sorted(info['missing_keys'])[0]}",
+                expected="a whole Qwen3-VL checkpoint",
+                fix="download it again",
+            )
         return cls(model.to(device), load_processor(folder), name_of(model.config.text_config.hidden_size, folder.resolve()))
 
     @classmethod
@@ -127,8 +131,7 @@ def load_repack(path: Path, dtype: torch.dtype, device: torch.device | str) -> n
     """One file -> a Qwen3-VL body. Raises UserError where the file holds anything else."""
     library = _transformers()
     values, weights = read_repack(path, dtype)
-    model, info = library.Qwen3VLModel.from_pretrained(None, config=library.Qwen3VLConfig(**values), state_dict=weights, dtype=dtype,
-                                                       output_loading_info=True)
+    model, info = library.Qwen3VLModel.from_pretrained(None, config=library.Qwen3VLConfig(**values), state_dict=weights, dtype=dtype, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
         strange = sorted({*info["missing_keys"], *info["unexpected_keys"]})
         raise UserError("this is no whole Qwen3-VL", where=path, got=f"{len(strange)} weights missing or unknown, such as {strange[0]}")
@@ -151,10 +154,13 @@ def load_speaker(folder: str | Path, *, dtype: torch.dtype = torch.float32, devi
     """A Hugging Face folder of Qwen3-VL -> the model with its language head, which answers in words, and its processor. Raises UserError."""
     folder = Path(folder)
     check_folder(folder)
-    model, info = _transformers().Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-                                                                                  output_loading_info=True)
+    model, info = _transformers().Qwen3VLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
     if info["missing_keys"]:
-        raise UserError("weights are missing", where=folder, got=f"no {sorted(info['missing_keys'])[0]}", expected="a whole Qwen3-VL checkpoint", fix="download it again")
+        raise UserError(
+            "weights are missing", where=folder, got=f"no {sorted(info['missing_keys'])[0]}", expected="a whole Qwen3-VL checkpoint", fix="download it again"
+        )
     return model.eval().requires_grad_(False).to(device), load_processor(folder)
 
 
@@ -194,8 +200,9 @@ def check_folder(folder: Path) -> None:
 def _require(folder: Path, names: Iterable[str]) -> None:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise UserError("the VLM folder lacks files", where=folder, got=f"no {', '.join(missing)}",
-                        expected="a Hugging Face folder of Qwen3-VL", fix="download it again")
+        raise UserError(
+            "the VLM folder lacks files", where=folder, got=f"no {', '.join(missing)}", expected="a Hugging Face folder of Qwen3-VL", fix="download it again"
+        )
 
 
 def _read_json(path: Path) -> dict:
@@ -214,6 +221,10 @@ def _transformers():
         import transformers
         from transformers import Qwen3VLConfig, Qwen3VLModel, Qwen3VLProcessor  # noqa: F401
     except ImportError as error:
-        raise UserError("Qwen3-VL needs transformers", got=str(error), expected=f"transformers>={MIN_TRANSFORMERS} and torchvision",
-                        fix=f'pip install "transformers>={MIN_TRANSFORMERS}" torchvision') from error
+        raise UserError(
+            "Qwen3-VL needs transformers",
+            got=str(error),
+            expected=f"transformers>={MIN_TRANSFORMERS} and torchvision",
+            fix=f'pip install "transformers>={MIN_TRANSFORMERS}" torchvision',
+        ) from error
     return transformers

@@ -7,11 +7,11 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..mive_core.config import VLM_SIZES
-from ..mive_core.formats.from_wan import init_from_wan
 from ..mive_core.errors import UserError
+from ..mive_core.formats.from_wan import init_from_wan
 from ..mive_core.layers import parse_layers
-from .bridge.paths import find, list_dits, place
 from .bridge.messages import show
+from .bridge.paths import find, list_dits, place
 
 EXPECTED = "a .safetensors file of Wan2.1-T2V in models/diffusion_models"
 
@@ -20,12 +20,18 @@ class MiVEInitFromWan(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MiVEInitFromWan", display_name="MiVE Init From Wan", category="MiVE", is_output_node=True, hidden=[io.Hidden.unique_id],
+            node_id="MiVEInitFromWan",
+            display_name="MiVE Init From Wan",
+            category="MiVE",
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             description="Writes a MiVE checkpoint that starts from Wan2.1-T2V, to be trained: what both have is copied, the rest is new. It cannot edit yet.",
             search_aliases=["convert wan", "wan to mive", "initialise", "training start"],
             inputs=[
                 io.Combo.Input("model", options=list(list_dits()), tooltip=f"Wan2.1-T2V, 1.3B or 14B, in 16 bits or scaled fp8. Expected: {EXPECTED}."),
-                io.String.Input("filename", default="mive_init.safetensors", tooltip="The new file, in models/diffusion_models. A file of that name is never overwritten."),
+                io.String.Input(
+                    "filename", default="mive_init.safetensors", tooltip="The new file, in models/diffusion_models. A file of that name is never overwritten."
+                ),
                 io.Combo.Input("vlm", options=list(VLM_SIZES), default="8b", tooltip="The Qwen3-VL whose states it will read."),
                 io.String.Input("layers", default="first+last", tooltip="The VLM's layers it will read: first+last, 1,-1, last, 0:36:6."),
             ],

@@ -7,23 +7,40 @@ from .bridge.load import load_dit
 from .bridge.paths import find, list_dits
 
 EXPECTED = "a .safetensors file of a MiVE DiT in models/diffusion_models"
-DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
-          "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e4m3fn_fast": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+DTYPES = {
+    "default": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e4m3fn_fast": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 class MiVELoadDiT(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MiVELoadDiT", display_name="MiVE Load DiT", category="MiVE",
+            node_id="MiVELoadDiT",
+            display_name="MiVE Load DiT",
+            category="MiVE",
             description="Loads the diffusion transformer that makes the edit. Its MODEL works with the stock samplers, LoRA loaders and patches.",
             search_aliases=["mive model", "load mive", "video edit model", "unet", "diffusion model"],
             inputs=[
-                io.Combo.Input("model", options=list(list_dits()),
-                               tooltip=f"A file from models/diffusion_models. tiny/dit.safetensors comes with the pack. Expected: {EXPECTED}."),
-                io.Combo.Input("weight_dtype", options=list(DTYPES), default="default", advanced=True,
-                               tooltip="How weights are stored. default: chosen for the device. fp8 halves the memory of bf16, at some loss; "
-                                       "fast also multiplies in fp8 on cards that can."),
+                io.Combo.Input(
+                    "model",
+                    options=list(list_dits()),
+                    tooltip=f"A file from models/diffusion_models. tiny/dit.safetensors comes with the pack. Expected: {EXPECTED}.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    advanced=True,
+                    tooltip="How weights are stored. default: chosen for the device. fp8 halves the memory of bf16, at some loss; "
+                    "fast also multiplies in fp8 on cards that can.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="A MODEL for MiVE Sampler or any stock sampler.")],
         )

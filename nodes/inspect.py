@@ -18,7 +18,11 @@ class MiVEPreflight(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MiVEPreflight", display_name="MiVE Preflight", category="MiVE", is_output_node=True, hidden=[io.Hidden.unique_id],
+            node_id="MiVEPreflight",
+            display_name="MiVE Preflight",
+            category="MiVE",
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             description="Makes a video fit: 4n+1 frames, sides that are multiples of 16. Reports what the edit will cost.",
             search_aliases=["video size", "resize video", "frame count", "vram estimate", "4n+1"],
             inputs=[
@@ -26,14 +30,22 @@ class MiVEPreflight(io.ComfyNode):
                 io.Int.Input("width", default=0, min=0, max=8192, step=16, tooltip="In pixels, a multiple of 16. 0: the multiple nearest to the video's own."),
                 io.Int.Input("height", default=0, min=0, max=8192, step=16, tooltip="In pixels, a multiple of 16. 0: the multiple nearest to the video's own."),
                 io.Int.Input("length", default=0, min=0, max=8193, tooltip="Frames to keep, from the first on. 0: all. Brought to 4n+1 as the policy says."),
-                io.Combo.Input("policy", options=[TRIM, PAD], default=TRIM,
-                               tooltip="Where the frames are not 4n+1. trim: the last 1 to 3 are dropped. pad: the last frame is repeated."),
+                io.Combo.Input(
+                    "policy",
+                    options=[TRIM, PAD],
+                    default=TRIM,
+                    tooltip="Where the frames are not 4n+1. trim: the last 1 to 3 are dropped. pad: the last frame is repeated.",
+                ),
                 io.Model.Input("model", optional=True, tooltip="From MiVE Load DiT; the report then counts its memory and time."),
                 io.Int.Input("steps", default=20, min=1, max=1000, optional=True, advanced=True, tooltip="For the time in the report."),
             ],
-            outputs=[io.Image.Output(display_name="video", tooltip="The video that fits, for MiVE Encode and MiVE Reference Latents."),
-                     io.Int.Output(display_name="width"), io.Int.Output(display_name="height"), io.Int.Output(display_name="length"),
-                     io.String.Output(display_name="report", tooltip="Sizes, tokens, memory, time, and what was changed.")],
+            outputs=[
+                io.Image.Output(display_name="video", tooltip="The video that fits, for MiVE Encode and MiVE Reference Latents."),
+                io.Int.Output(display_name="width"),
+                io.Int.Output(display_name="height"),
+                io.Int.Output(display_name="length"),
+                io.String.Output(display_name="report", tooltip="Sizes, tokens, memory, time, and what was changed."),
+            ],
         )
 
     @classmethod
@@ -56,16 +68,23 @@ class MiVEDriftReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MiVEDriftReport", display_name="MiVE Drift Report", category="MiVE", is_output_node=True,
+            node_id="MiVEDriftReport",
+            display_name="MiVE Drift Report",
+            category="MiVE",
+            is_output_node=True,
             description="Measures, frame by frame, how colour and kept regions changed from source to edit.",
             search_aliases=["compare videos", "color drift", "consistency", "difference"],
             inputs=[
                 io.Image.Input("source", tooltip="The source video, as MiVE Preflight gives it."),
                 io.Image.Input("edited", tooltip="The edited video, of the same size and length."),
-                io.Mask.Input("mask", optional=True, tooltip="White where the edit is meant; one for all frames, or one a frame. Without it all counts as kept."),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="White where the edit is meant; one for all frames, or one a frame. Without it all counts as kept."
+                ),
             ],
-            outputs=[io.Image.Output(display_name="plot", tooltip="Two curves over the frames."),
-                     io.String.Output(display_name="report", tooltip="The figures in words.")],
+            outputs=[
+                io.Image.Output(display_name="plot", tooltip="Two curves over the frames."),
+                io.String.Output(display_name="report", tooltip="The figures in words."),
+            ],
         )
 
     @classmethod

@@ -20,7 +20,9 @@ class MiVEReferenceLatents(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MiVEReferenceLatents", display_name="MiVE Reference Latents", category="MiVE",
+            node_id="MiVEReferenceLatents",
+            display_name="MiVE Reference Latents",
+            category="MiVE",
             description="Encodes source video and reference image, puts them into both conditionings and makes the empty latent to sample.",
             search_aliases=["vae encode video", "video edit latent", "reference", "source video"],
             inputs=[
@@ -33,9 +35,11 @@ class MiVEReferenceLatents(io.ComfyNode):
                 io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Of the edited video, in pixels; a multiple of 16."),
                 io.Int.Input("length", default=81, min=1, max=8193, step=4, tooltip="Frames of the edited video; 4n+1, at most as many as the source has."),
             ],
-            outputs=[io.Conditioning.Output(display_name="positive", tooltip="With the latents of source and reference."),
-                     io.Conditioning.Output(display_name="negative", tooltip="With the same latents."),
-                     io.Latent.Output(display_name="latent", tooltip="Empty, of the source's size.")],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="With the latents of source and reference."),
+                io.Conditioning.Output(display_name="negative", tooltip="With the same latents."),
+                io.Latent.Output(display_name="latent", tooltip="Empty, of the source's size."),
+            ],
         )
 
     @classmethod
@@ -52,8 +56,9 @@ class MiVEReferenceLatents(io.ComfyNode):
         if tuple(shape) != expected:
             raise UserError("this is not a Wan 2.1 VAE", where="vae", got=f"latents of shape {tuple(shape)}", expected=expected)
         latent = torch.zeros(shape, device=comfy.model_management.intermediate_device())
-        return io.NodeOutput(node_helpers.conditioning_set_values(positive, guides),
-                             node_helpers.conditioning_set_values(negative, guides), {"samples": latent})
+        return io.NodeOutput(
+            node_helpers.conditioning_set_values(positive, guides), node_helpers.conditioning_set_values(negative, guides), {"samples": latent}
+        )
 
 
 NODES = [MiVEReferenceLatents]

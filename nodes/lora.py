@@ -9,9 +9,9 @@ from comfy_api.latest import io, ui
 from ..mive_core.errors import UserError
 from ..mive_core.formats.safetensors_file import read_header
 from .bridge.lora import apply_lora
+from .bridge.messages import logger, show
 from .bridge.model import MiVEModel
 from .bridge.paths import find
-from .bridge.messages import logger, show
 
 EXPECTED = "a .safetensors file of a LoRA in models/loras"
 
@@ -20,17 +20,23 @@ class MiVELoadLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MiVELoadLoRA", display_name="MiVE Load LoRA", category="MiVE", is_output_node=True, hidden=[io.Hidden.unique_id],
+            node_id="MiVELoadLoRA",
+            display_name="MiVE Load LoRA",
+            category="MiVE",
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             description="Puts a LoRA of Wan 2.1 or of MiVE onto the DiT and says how many of its keys fit. The stock LoRA loader works too, "
-                        "with fewer spellings of the names and without the count.",
+            "with fewer spellings of the names and without the count.",
             search_aliases=["lora", "wan lora", "few-step", "lightx2v", "load lora"],
             inputs=[
                 io.Model.Input("model", tooltip="From MiVE Load DiT."),
                 io.Combo.Input("lora_name", options=list(list_loras()), tooltip=f"A LoRA of the DiT's width: of Wan 2.1 14B for a 14B. Expected: {EXPECTED}."),
                 io.Float.Input("strength_model", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="How much of the LoRA is added. 0: nothing."),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="For MiVE Sampler, or for a further LoRA."),
-                     io.String.Output(display_name="report", tooltip="How many keys fit, and what the others belong to.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For MiVE Sampler, or for a further LoRA."),
+                io.String.Output(display_name="report", tooltip="How many keys fit, and what the others belong to."),
+            ],
         )
 
     @classmethod

@@ -1,9 +1,10 @@
 """The one-node way to sample; equal to ModelSamplingSD3 and KSampler, which it calls."""
 
 import comfy.samplers
-import nodes
 from comfy_api.latest import io
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+import nodes
 
 from ..mive_core.errors import UserError
 from ..mive_core.flow import schedule
@@ -18,7 +19,9 @@ class MiVESampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MiVESampler", display_name="MiVE Sampler", category="MiVE",
+            node_id="MiVESampler",
+            display_name="MiVE Sampler",
+            category="MiVE",
             description="Makes the edit from noise. The same as ModelSamplingSD3 followed by KSampler, bit for bit.",
             search_aliases=["ksampler", "sample", "denoise", "video edit"],
             inputs=[
@@ -28,21 +31,49 @@ class MiVESampler(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="From MiVE Reference Latents."),
                 io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip="Of the noise. The same seed gives the same video."),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps from noise to video. Time grows with them."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="How much more the instruction counts than no instruction. 1: not at all, twice as fast."),
-                io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="Above 1, more of the steps are spent in noise. 0: what the model was made for."),
-                io.Combo.Input("sampler", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The integrator. euler is what the model was tested with."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="How the steps are spread. simple is what the model was tested with."),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="Less than 1 starts from the latent instead of from noise alone; give it an encoded video then. 0 changes nothing."),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How much more the instruction counts than no instruction. 1: not at all, twice as fast.",
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Above 1, more of the steps are spent in noise. 0: what the model was made for.",
+                ),
+                io.Combo.Input(
+                    "sampler", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The integrator. euler is what the model was tested with."
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="simple",
+                    tooltip="How the steps are spread. simple is what the model was tested with.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Less than 1 starts from the latent instead of from noise alone; give it an encoded video then. 0 changes nothing.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For VAE Decode.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, seed: int, steps: int, cfg: float, shift: float, sampler: str, scheduler: str,
-                denoise: float) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, negative, latent, seed: int, steps: int, cfg: float, shift: float, sampler: str, scheduler: str, denoise: float
+    ) -> io.NodeOutput:
         if not isinstance(model.model, MiVEModel):
             raise UserError("this MODEL is not MiVE's", where="model", got=type(model.model).__name__, expected="the output of MiVE Load DiT")
         check_cfg(cfg)
@@ -52,7 +83,7 @@ class MiVESampler(io.ComfyNode):
             check_shapes(latent["samples"], *(values[key] for key in GUIDES.values()))
         if shift:
             model = ModelSamplingSD3().patch(model, shift)[0]
-        sampled, = nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)
+        (sampled,) = nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)
         return io.NodeOutput(sampled)
 
 

@@ -28,10 +28,15 @@ def body():
 
     torch.manual_seed(0)
     shapes = {
-        "language_model.embed_tokens.weight": (VIDEO_TOKEN + 1, 64), "language_model.layers.0.self_attn.q_norm.weight": (128,),
-        "language_model.layers.1.self_attn.q_norm.weight": (128,), "language_model.layers.0.mlp.gate_proj.weight": (96, 64),
-        "language_model.layers.0.self_attn.q_proj.weight": (256, 64), "language_model.layers.0.self_attn.k_proj.weight": (128, 64),
-        "visual.patch_embed.proj.weight": (64, 3, 2, 16, 16), "visual.blocks.23.norm1.weight": (64,),
-        "visual.blocks.0.mlp.linear_fc1.weight": (96, 64), "visual.pos_embed.weight": (36, 64),
+        "language_model.embed_tokens.weight": (VIDEO_TOKEN + 1, 64),
+        "language_model.layers.0.self_attn.q_norm.weight": (128,),
+        "language_model.layers.1.self_attn.q_norm.weight": (128,),
+        "language_model.layers.0.mlp.gate_proj.weight": (96, 64),
+        "language_model.layers.0.self_attn.q_proj.weight": (256, 64),
+        "language_model.layers.0.self_attn.k_proj.weight": (128, 64),
+        "visual.patch_embed.proj.weight": (64, 3, 2, 16, 16),
+        "visual.blocks.23.norm1.weight": (64,),
+        "visual.blocks.0.mlp.linear_fc1.weight": (96, 64),
+        "visual.pos_embed.weight": (36, 64),
     }
     return Qwen3VLModel(Qwen3VLConfig(**config_of(Path(), shapes))).eval()

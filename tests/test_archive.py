@@ -11,9 +11,44 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = {"subprocess", "multiprocessing", "ctypes", "cffi", "runpy", "code", "codeop", "pty", "importlib", "pkgutil", "imp", "pip", "ensurepip",
-           "pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "socket", "socketserver", "ssl", "http", "urllib", "ftplib",
-           "smtplib", "telnetlib", "xmlrpc", "asyncio", "requests", "httpx", "aiohttp", "urllib3", "builtins", "huggingface_hub"}
+MODULES = {
+    "subprocess",
+    "multiprocessing",
+    "ctypes",
+    "cffi",
+    "runpy",
+    "code",
+    "codeop",
+    "pty",
+    "importlib",
+    "pkgutil",
+    "imp",
+    "pip",
+    "ensurepip",
+    "pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+    "socket",
+    "socketserver",
+    "ssl",
+    "http",
+    "urllib",
+    "ftplib",
+    "smtplib",
+    "telnetlib",
+    "xmlrpc",
+    "asyncio",
+    "requests",
+    "httpx",
+    "aiohttp",
+    "urllib3",
+    "builtins",
+    "huggingface_hub",
+}
 NAMES = {"eval", "exec", "compile", "__import__", "__builtins__", "breakpoint", "globals"}
 PATHS = re.compile(r"os\.(system|popen|startfile|fork\w*|exec\w+|spawn\w+|posix_spawn\w*)|sys\.modules|torch\.(load|hub)(\..*)?|torch\.serialization\b.*")
 KEYWORDS = {"allow_pickle", "trust_remote_code"}
@@ -22,8 +57,10 @@ MAX_BYTES = 36e6
 
 def archived() -> list[Path]:
     """Tracked files that .comfyignore leaves, as comfy-cli packs them."""
-    tracked, ignored = (set(subprocess.run(["git", "ls-files", "-z", "--cached", *options], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0"))
-                        for options in ([], ["--ignored", "--exclude-from=.comfyignore"]))
+    tracked, ignored = (
+        set(subprocess.run(["git", "ls-files", "-z", "--cached", *options], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0"))
+        for options in ([], ["--ignored", "--exclude-from=.comfyignore"])
+    )
     return sorted(ROOT / name for name in tracked - ignored if name)
 
 
@@ -71,21 +108,51 @@ def test_runs_no_other_code(path):
     assert violations(path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("source", [
-    "eval('1')", "run = exec", "compile('1', '', 'eval')", "__import__('os')", "import subprocess", "from subprocess import run as go",
-    "import os as o\no.system('ls')", "from os import system", "import os\ngetattr(os, 'popen')('ls')", "import os\nos.execv('a', [])",
-    "import socket", "import urllib.request", "import pickle", "import importlib", "from importlib import import_module", "import pip",
-    "import torch\ntorch.load('x')", "from torch import load", "import torch as t\nt.hub.load('a', 'b')", "from torch.serialization import load",
-    "import numpy as np\nnp.load('x', allow_pickle=True)", "f(trust_remote_code=anything)", "def f():\n    if 1:\n        import ctypes",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "eval('1')",
+        "run = exec",
+        "compile('1', '', 'eval')",
+        "__import__('os')",
+        "import subprocess",
+        "from subprocess import run as go",
+        "import os as o\no.system('ls')",
+        "from os import system",
+        "import os\ngetattr(os, 'popen')('ls')",
+        "import os\nos.execv('a', [])",
+        "import socket",
+        "import urllib.request",
+        "import pickle",
+        "import importlib",
+        "from importlib import import_module",
+        "import pip",
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "import torch as t\nt.hub.load('a', 'b')",
+        "from torch.serialization import load",
+        "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "f(trust_remote_code=anything)",
+        "def f():\n    if 1:\n        import ctypes",
+    ],
+)
 def test_the_gate_sees_a_planted_violation(source):
     assert len(violations(source)) >= 1
 
 
-@pytest.mark.parametrize("source", [
-    "import re\nre.compile('a')", "model.eval()", "'eval(1) pickle'", "import os.path\nos.path.join('a')", "from .vlm import load", "import torch\ntorch.ones(1)",
-    "numpy.load('x', allow_pickle=False)", "from safetensors.torch import load_file",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import re\nre.compile('a')",
+        "model.eval()",
+        "'eval(1) pickle'",
+        "import os.path\nos.path.join('a')",
+        "from .vlm import load",
+        "import torch\ntorch.ones(1)",
+        "numpy.load('x', allow_pickle=False)",
+        "from safetensors.torch import load_file",
+    ],
+)
 def test_the_gate_lets_honest_code_pass(source):
     assert violations(source) == []
 
@@ -109,9 +176,31 @@ def test_every_import_inside_the_archive_is_in_it():
 
 def test_holds_what_comfyui_needs_and_no_more():
     names = {path.relative_to(ROOT).as_posix() for path in FILES}
-    assert names >= {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "web/docs/MiVESampler.md", "workflows/mive_quickstart.json",
-                     "workflows/mive_quickstart.jpg", "mive_core/assets/tiny/dit.safetensors", "mive_core/assets/samples/bigbuckbunny_33f.mp4"}
-    left_out = ("tests/", ".ci/", ".github/", "docs/", "configs/", "results/", "mive_core/embedded/", "mive_core/bench/", "mive_core/commands/", "mive_core/cli.py", "mive_core/__main__.py")
+    assert names >= {
+        "__init__.py",
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "requirements.txt",
+        "web/docs/MiVESampler.md",
+        "workflows/mive_quickstart.json",
+        "workflows/mive_quickstart.jpg",
+        "mive_core/assets/tiny/dit.safetensors",
+        "mive_core/assets/samples/bigbuckbunny_33f.mp4",
+    }
+    left_out = (
+        "tests/",
+        ".ci/",
+        ".github/",
+        "docs/",
+        "configs/",
+        "results/",
+        "mive_core/embedded/",
+        "mive_core/bench/",
+        "mive_core/commands/",
+        "mive_core/cli.py",
+        "mive_core/__main__.py",
+    )
     assert not [name for name in names if name.startswith(left_out)]
     core = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mive_core").rglob("*.py")}
     assert {name for name in core if not name.startswith(left_out)} <= names  # the trainer among them: MiVE Train LoRA runs it

@@ -12,7 +12,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_every_page_has_its_picture(page):
-    (alt, name), = re.findall(r"!\[(.*?)\]\((.*?)\)", page.read_text(encoding="utf-8"))
+    ((alt, name),) = re.findall(r"!\[(.*?)\]\((.*?)\)", page.read_text(encoding="utf-8"))
     assert alt and name == f"images/{page.stem}.webp"
     with Image.open(DOCS / name) as picture:
         assert picture.format == "WEBP" and picture.width >= 300

@@ -11,8 +11,29 @@ import mive_core
 
 ROOT = Path(mive_core.__file__).parent
 LADDER = (  # each may import only what stands before it
-    "errors", "config", "types", "layers", "media", "prompt", "attention", "flow", "dit", "formats", "vlm", "conv3d", "vae", "cost", "pipeline",
-    "evaluation", "data", "train", "embedded", "bench", "commands", "cli", "__main__",
+    "errors",
+    "config",
+    "types",
+    "layers",
+    "media",
+    "prompt",
+    "attention",
+    "flow",
+    "dit",
+    "formats",
+    "vlm",
+    "conv3d",
+    "vae",
+    "cost",
+    "pipeline",
+    "evaluation",
+    "data",
+    "train",
+    "embedded",
+    "bench",
+    "commands",
+    "cli",
+    "__main__",
 )
 ALONE = {  # a foreign package -> the files that may import it
     "transformers": {"vlm.py", "embedded/vlm_folder.py", "data/segment_person.py"},
@@ -38,7 +59,7 @@ def imports(path: Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.append((0, node.module.split(".")[0]))
         elif isinstance(node, ast.ImportFrom):
-            base = inside[:len(inside) - node.level + 1]
+            base = inside[: len(inside) - node.level + 1]
             names = [*base, *(node.module or "").split(".")] if node.module else [*base]
             found += [(1, names[0])] if names else [(1, alias.name) for alias in node.names]
     return found
@@ -53,7 +74,7 @@ def test_imports_run_one_way(path):
     assert own in LADDER, f"{own} has no place on the ladder"
     for level, name in imports(path):
         if level and name not in (own, "__version__"):
-            assert name in LADDER[:LADDER.index(own)], f"{own} imports {name}, which stands after it"
+            assert name in LADDER[: LADDER.index(own)], f"{own} imports {name}, which stands after it"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -17,7 +17,13 @@ NEVER = {"pickle", "socket", "subprocess", "importlib", "urllib", "requests", "c
 def test_imports(path):
     """Relative inside the pack, because ComfyUI mounts it under a name made of its path; transformers comes with the first VLM."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        names = (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
         for name in names:
             package = name.split(".")[0]
             assert package in HOST | NUMBERS | (sys.stdlib_module_names - NEVER), f"{path.name} imports {name}"

@@ -13,9 +13,27 @@ NAMES = {"mive_quickstart", "mive_720p", "mive_stock_sampler", "mive_long_video"
 TITLE = 30  # height of a node's title bar, which lies above its position
 NOTE = "MarkdownNote"
 DRAWN = {  # heights below the title bar with what they show after a run, measured in the browser with the new nodes
-    "MiVELoadDiT": 110, "MiVELoadVLM": 110, "VAELoader": 62, "GetVideoComponents": 94, "ImageFromBatch": 90, "EmptyImage": 146, "ImageBlend": 110,
-    "MiVEReferenceLatents": 222, "MiVESampler": 314, "VAEDecode": 54, "CreateVideo": 110, "WanContextWindowsManual": 250, "ModelSamplingSD3": 62,
-    "KSampler": 262, "MiVELoadLoRA": 236, "PreviewImage": 260, "MiVELayerSelect": 236, "SaveVideo": 340, "MiVETrainLoRA": 866, "LoadImage": 326, "ImageStitch": 150,
+    "MiVELoadDiT": 110,
+    "MiVELoadVLM": 110,
+    "VAELoader": 62,
+    "GetVideoComponents": 94,
+    "ImageFromBatch": 90,
+    "EmptyImage": 146,
+    "ImageBlend": 110,
+    "MiVEReferenceLatents": 222,
+    "MiVESampler": 314,
+    "VAEDecode": 54,
+    "CreateVideo": 110,
+    "WanContextWindowsManual": 250,
+    "ModelSamplingSD3": 62,
+    "KSampler": 262,
+    "MiVELoadLoRA": 236,
+    "PreviewImage": 260,
+    "MiVELayerSelect": 236,
+    "SaveVideo": 340,
+    "MiVETrainLoRA": 866,
+    "LoadImage": 326,
+    "ImageStitch": 150,
 }
 
 
@@ -30,7 +48,7 @@ def workflow(path) -> dict:
 
 
 def note_of(workflow: dict) -> str:
-    text, = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == NOTE)
+    (text,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == NOTE)
     return text
 
 

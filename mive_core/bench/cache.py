@@ -9,12 +9,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.manifest import ManifestEntry
-from ..media.fit import cover
-from ..train.cache import CacheSettings, Encoders, cache, read_pair
 from ..embedded.heldout import drawn_pairs
 from ..embedded.synthetic import PairedEdits
-from ..types import Clip
+from ..media.fit import cover
 from ..media.video import write_video
+from ..train.cache import CacheSettings, Encoders, cache, read_pair
+from ..types import Clip
 from .models import Workload, random_vae, random_vlm
 from .stage import timed_once
 
@@ -41,9 +41,16 @@ def bench_cache(work: Workload, *, num_pairs: int = 48, stored_size: tuple[int, 
             whole.append(clocks(work, lambda: cache(entries, encoders, Path(place) / f"cache{repeat}", settings)))
         reading = timed_once(work, lambda: [read_pair(entry, settings) for entry in entries])
     (alone_wall, alone_cpu), (whole_wall, whole_cpu) = (map(min, zip(*found)) for found in (alone, whole))
-    return {**work.describes, "pairs": num_pairs, "stored_size": list(stored_size or work.size), "encoders_pairs_per_second": num_pairs / alone_wall,
-            "cache_pairs_per_second": num_pairs / whole_wall, "share": alone_wall / whole_wall, "share_of_processor_time": alone_cpu / whole_cpu,
-            "reading_pairs_per_second": num_pairs / reading}
+    return {
+        **work.describes,
+        "pairs": num_pairs,
+        "stored_size": list(stored_size or work.size),
+        "encoders_pairs_per_second": num_pairs / alone_wall,
+        "cache_pairs_per_second": num_pairs / whole_wall,
+        "share": alone_wall / whole_wall,
+        "share_of_processor_time": alone_cpu / whole_cpu,
+        "reading_pairs_per_second": num_pairs / reading,
+    }
 
 
 def clocks(work: Workload, call: Callable[[], object]) -> tuple[float, float]:

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from ..attention import relative_difference, torch_attention
 from ..config import PRESETS
+from ..cost.flops import block_flops
 from ..dit.blocks import Block, Modulation
 from ..dit.rope import rotary_table
 from ..errors import UserError
-from ..cost.flops import block_flops
-from .models import Workload, filled, random_dit, workload
 from .against_diffusers import forward_of, timed
+from .models import Workload, filled, random_dit, workload
 from .stage import PAPER_FORWARDS, add_shares, measure, measure_dit, measure_speed, measure_vae, measure_vlm
 
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -29,9 +29,18 @@ FORWARDS = (50, 30, PAPER_FORWARDS, 15, 8, 6, 4)  # 15: half of 30 steps taken f
 LIMIT = 450.0  # seconds after which no further part is begun: the long ones stand first, so that ten minutes suffice
 
 
-def bench_card(preset: str = "14b", *, size: tuple[int, int] = (1280, 720), num_frames: int = 81, device: str = "cuda",
-               dtype: torch.dtype = torch.bfloat16, repeats: int = 3, blocks: int | None = None, parts: tuple[str, ...] = (),
-               limit: float = LIMIT) -> dict:
+def bench_card(
+    preset: str = "14b",
+    *,
+    size: tuple[int, int] = (1280, 720),
+    num_frames: int = 81,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = 3,
+    blocks: int | None = None,
+    parts: tuple[str, ...] = (),
+    limit: float = LIMIT,
+) -> dict:
     """Measures the parts (none: all of PARTS), each as seconds, peak bytes and, where operations are counted, the share of the
     device's own roofline. What does not fit the memory, or what the device cannot do, is reported as such, and the rest goes on;
     after `limit` seconds no further part is begun.
@@ -85,6 +94,7 @@ def measure_attention(work: Workload) -> dict:
     flops = {"flops": 4 * length**2 * config.width}
     found = {"chosen": measure(work, lambda: torch_attention(q, k, v, config.num_heads)) | flops}
     for name, backend in KERNELS.items():
+
         def attend() -> torch.Tensor:
             heads = (x.unflatten(-1, (config.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
             return nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
@@ -132,9 +142,13 @@ def measure_compiled(work: Workload) -> dict:
     for _ in range(work.repeats):
         for name, call in calls.items():
             seconds[name].append(timed(lambda: float(call().flatten()[0])))  # reading a number waits for the device
-    return {"blocks": few.config.num_blocks, "seconds_to_compile": first, "relative_difference": difference,
-            **{f"seconds_{name}": statistics.median(values) for name, values in seconds.items()},
-            "time_ratio": statistics.median(b / a for a, b in zip(seconds["eager"], seconds["compiled"]))}
+    return {
+        "blocks": few.config.num_blocks,
+        "seconds_to_compile": first,
+        "relative_difference": difference,
+        **{f"seconds_{name}": statistics.median(values) for name, values in seconds.items()},
+        "time_ratio": statistics.median(b / a for a, b in zip(seconds["eager"], seconds["compiled"])),
+    }
 
 
 def measure_training_block(work: Workload) -> dict:
@@ -155,6 +169,14 @@ def measure_training_block(work: Workload) -> dict:
     return measure(work, step) | {"flops": 3 * block_flops(config, layout.num_tokens)}
 
 
-PARTS = {"speed": measure_speed, "attention": measure_attention, "dit": measure_whole_dit, "dit_fp8": measure_dit_fp8, "vlm": measure_vlm,
-         "training_block": measure_training_block, "vae": lambda work: measure_vae(replace(work, repeats=1)), "dit_1.3b": measure_small_dit,
-         "compiled": measure_compiled}
+PARTS = {
+    "speed": measure_speed,
+    "attention": measure_attention,
+    "dit": measure_whole_dit,
+    "dit_fp8": measure_dit_fp8,
+    "vlm": measure_vlm,
+    "training_block": measure_training_block,
+    "vae": lambda work: measure_vae(replace(work, repeats=1)),
+    "dit_1.3b": measure_small_dit,
+    "compiled": measure_compiled,
+}

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..formats.checkpoint import shapes_of
 from ..config import PRESETS, MiVEConfig
-from ..formats.from_wan import init_from_wan
 from ..errors import UserError
+from ..formats.checkpoint import shapes_of
+from ..formats.from_wan import init_from_wan
 from ..formats.safetensors_file import stream_tensors
 
 TEXT_WIDTH = 4096  # of Wan's umT5
@@ -50,9 +50,18 @@ def bench_convert(preset: str, *, folder: Path | None = None, repeats: int = 3, 
                 written = result.stat().st_size
                 result.unlink()
         rates = {"copy": size / statistics.median(seconds["copy"]), "convert": written / statistics.median(seconds["convert"])}
-    return {"preset": preset, "bytes_read": size, "bytes_written": written, "repeats": repeats, "seconds": seconds,
-            "bytes_per_second": rates, "speed_ratio": rates["convert"] / rates["copy"],
-            "peak_rss": peak_rss(), "rss_before": before, "torch": torch.__version__}
+    return {
+        "preset": preset,
+        "bytes_read": size,
+        "bytes_written": written,
+        "repeats": repeats,
+        "seconds": seconds,
+        "bytes_per_second": rates,
+        "speed_ratio": rates["convert"] / rates["copy"],
+        "peak_rss": peak_rss(),
+        "rss_before": before,
+        "torch": torch.__version__,
+    }
 
 
 def peak_rss() -> int:
@@ -71,8 +80,12 @@ def wan_layout(config: MiVEConfig) -> dict[str, tuple[torch.dtype, tuple[int, ..
             shapes[key.replace(".self_attn.", ".cross_attn.")] = shape
     width = config.width
     shapes |= {f"blocks.{i}.norm3.{kind}": (width,) for i in range(config.num_blocks) for kind in ("weight", "bias")}
-    shapes |= {"text_embedding.0.weight": (width, TEXT_WIDTH), "text_embedding.0.bias": (width,), "text_embedding.2.weight": (width, width),
-               "text_embedding.2.bias": (width,)}
+    shapes |= {
+        "text_embedding.0.weight": (width, TEXT_WIDTH),
+        "text_embedding.0.bias": (width,),
+        "text_embedding.2.weight": (width, width),
+        "text_embedding.2.bias": (width,),
+    }
     return {key: (torch.bfloat16, shape) for key, shape in shapes.items()}
 
 

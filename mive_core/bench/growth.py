@@ -18,15 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import PRESETS
-from ..errors import UserError
-from ..media.paths import written_beside
 from ..cost.flops import dit_flops
 from ..cost.memory import activation_bytes
+from ..errors import UserError
+from ..media.paths import written_beside
 from ..vae import LATENT_CHANNELS, TEMPORAL_FACTOR
-from .memory_counter import Counted
-from .load import resident
-from .models import Workload, random_dit, workload
 from .against_diffusers import timed
+from .load import resident
+from .memory_counter import Counted
+from .models import Workload, random_dit, workload
 
 FRAMES = (17, 33, 65, 97, 129, 177, 241)
 SIZES = ((160, 96), (256, 144), (320, 192), (480, 272), (640, 352))
@@ -48,8 +48,17 @@ class Point:
     repeats: int
 
 
-def bench_growth(preset: str = "tiny", *, size: tuple[int, int] = (320, 192), frames: tuple[int, ...] = FRAMES, sizes: tuple[tuple[int, int], ...] = SIZES,
-                 blocks: int | None = None, window_frames: int = 33, overlap_frames: int = 9, repeats: int = 1) -> dict:
+def bench_growth(
+    preset: str = "tiny",
+    *,
+    size: tuple[int, int] = (320, 192),
+    frames: tuple[int, ...] = FRAMES,
+    sizes: tuple[tuple[int, int], ...] = SIZES,
+    blocks: int | None = None,
+    window_frames: int = 33,
+    overlap_frames: int = 9,
+    repeats: int = 1,
+) -> dict:
     """By frames at one size, whole and in windows, and by size at `window_frames` frames; fp32 on a CPU, one process for all.
 
     Raises UserError for unknown presets, counts that are not 4n+1, and systems that do not tell peak memory.
@@ -59,22 +68,35 @@ def bench_growth(preset: str = "tiny", *, size: tuple[int, int] = (320, 192), fr
     counts = {"frames": frames, "window": (window_frames,), "overlap": (overlap_frames,)}
     wrong = [f"{name} {count}" for name, values in counts.items() for count in values if count % TEMPORAL_FACTOR != 1]
     if wrong or preset not in PRESETS or overlap_frames >= window_frames:
-        raise UserError("the points do not fit", got=", ".join(wrong) or f"{preset}, windows of {window_frames} with {overlap_frames} shared",
-                        expected=f"{', '.join(PRESETS)}; 4n+1 frames; an overlap shorter than the window")
+        raise UserError(
+            "the points do not fit",
+            got=", ".join(wrong) or f"{preset}, windows of {window_frames} with {overlap_frames} shared",
+            expected=f"{', '.join(PRESETS)}; 4n+1 frames; an overlap shorter than the window",
+        )
     latent = [(count - 1) // TEMPORAL_FACTOR + 1 for count in (window_frames, overlap_frames)]
     common = (preset, blocks, repeats)
-    points = {"by_frames": [_point(common, size, count) for count in sorted(frames)],
-              "by_frames_in_windows": [_point(common, size, count, *latent) for count in sorted(frames)],
-              "by_size": [_point(common, side, window_frames) for side in sizes]}
+    points = {
+        "by_frames": [_point(common, size, count) for count in sorted(frames)],
+        "by_frames_in_windows": [_point(common, size, count, *latent) for count in sorted(frames)],
+        "by_size": [_point(common, side, window_frames) for side in sizes],
+    }
     os.environ.update(MALLOC)  # the new process reads them when it starts
     with multiprocessing.get_context("spawn").Pool(1, _prepare, (torch.get_num_threads(),)) as process:
         rows = iter(tqdm(process.imap(measure_point, [point for own in points.values() for point in own]), total=sum(map(len, points.values())), desc="points"))
         tables = {name: [next(rows) for _ in own] for name, own in points.items()}
-    return {"preset": preset, "blocks": blocks, "size": list(size), "window_frames": window_frames, "overlap_frames": overlap_frames,
-            "threads": torch.get_num_threads(), "torch": torch.__version__, **tables,
-            "growth_exponent": {name: exponent(tables[name]) for name in ("by_frames", "by_frames_in_windows")},
-            "largest_memory_error": max(abs(row["counted_error"]) for own in tables.values() for row in own),
-            "largest_rss_error": max((abs(row["rss_error"]) for own in tables.values() for row in own if row["rss_error"] is not None), default=None)}
+    return {
+        "preset": preset,
+        "blocks": blocks,
+        "size": list(size),
+        "window_frames": window_frames,
+        "overlap_frames": overlap_frames,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **tables,
+        "growth_exponent": {name: exponent(tables[name]) for name in ("by_frames", "by_frames_in_windows")},
+        "largest_memory_error": max(abs(row["counted_error"]) for own in tables.values() for row in own),
+        "largest_rss_error": max((abs(row["rss_error"]) for own in tables.values() for row in own if row["rss_error"] is not None), default=None),
+    }
 
 
 def _point(common: tuple, size: tuple[int, int], num_frames: int, window: int | None = None, overlap: int = 0) -> Point:
@@ -105,10 +127,20 @@ def measure_point(point: Point) -> dict:
     # beside the sequence: about one velocity, and in windows the sum of them over the whole clip
     latents = [LATENT_CHANNELS * math.prod(part.cells) * 4 for part in (one, work)]
     predicted = activation_bytes(work.config, one.layout.num_tokens, 4) + latents[0] + (latents[1] if num_windows > 1 else 0)
-    return {"frames": point.num_frames, "size": list(point.size), "tokens": work.layout.num_tokens, "windows": num_windows, "seconds": seconds,
-            "processor_seconds": spent,
-            "flops": num_windows * dit_flops(one.config, one.layout), "predicted_bytes": predicted, "counted_bytes": counted.peak, "rss_bytes": rss,
-            "counted_error": predicted / counted.peak - 1, "rss_error": predicted / rss - 1 if rss > 0 else None}
+    return {
+        "frames": point.num_frames,
+        "size": list(point.size),
+        "tokens": work.layout.num_tokens,
+        "windows": num_windows,
+        "seconds": seconds,
+        "processor_seconds": spent,
+        "flops": num_windows * dit_flops(one.config, one.layout),
+        "predicted_bytes": predicted,
+        "counted_bytes": counted.peak,
+        "rss_bytes": rss,
+        "counted_error": predicted / counted.peak - 1,
+        "rss_error": predicted / rss - 1 if rss > 0 else None,
+    }
 
 
 def _timed(call) -> tuple[float, float]:
@@ -150,7 +182,7 @@ def windows(num_frames: int, length: int, overlap: int) -> list[tuple[int, int]]
 
 def exponent(rows: list[dict]) -> float | None:
     """Of time by frames, from the longer half of the clips: 1 is linear, 2 quadratic."""
-    longer = rows[len(rows) // 2:]
+    longer = rows[len(rows) // 2 :]
     if len(longer) < 2:
         return None
     x, y = ([math.log(row[key]) for row in longer] for key in ("frames", "processor_seconds"))
@@ -161,7 +193,10 @@ def draw_growth(report: dict) -> Image.Image:
     """Seconds of one processor and memory by frames, whole and in windows."""
     picture = Image.new("RGB", (920, 380), PAPER)
     lines = {"whole": report["by_frames"], f"in windows of {report['window_frames']}": report["by_frames_in_windows"]}
-    for left, key, unit, title in ((0, "processor_seconds", 1.0, "seconds a forward"), (460, "rss_bytes", 2**20, "MB beside the weights; dots: by the formula")):
+    for left, key, unit, title in (
+        (0, "processor_seconds", 1.0, "seconds a forward"),
+        (460, "rss_bytes", 2**20, "MB beside the weights; dots: by the formula"),
+    ):
         _draw_panel(picture, left, lines, key, unit, title)
     return picture
 
@@ -169,7 +204,7 @@ def draw_growth(report: dict) -> Image.Image:
 def _draw_panel(picture: Image.Image, left: int, lines: dict[str, list[dict]], key: str, unit: float, title: str) -> None:
     draw, small = ImageDraw.Draw(picture), ImageFont.load_default(13)
     x0, y0, x1, y1 = left + 60, 340, left + 440, 50
-    most = max(row[shown] / unit for rows in lines.values() for row in rows for shown in (key, "predicted_bytes")[:1 + (key == "rss_bytes")])
+    most = max(row[shown] / unit for rows in lines.values() for row in rows for shown in (key, "predicted_bytes")[: 1 + (key == "rss_bytes")])
     longest = max(row["frames"] for rows in lines.values() for row in rows)
 
     def place(frames: float, value: float) -> tuple[float, float]:

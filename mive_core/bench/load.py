@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from ..attention import torch_attention
-from ..formats.checkpoint import load_dit, shapes_of
 from ..config import PRESETS, VLM_FEED_FORWARD, VLM_SIZES
 from ..errors import UserError
+from ..formats.checkpoint import load_dit, shapes_of
 from ..formats.safetensors_file import INDEX_SUFFIX
 from ..vlm import load_repack, model_of
 from .convert import write_random
@@ -48,9 +48,18 @@ def bench_load(what: str, *, shards: int = 1, folder: Path | None = None, float8
         path = write_shards(Path(temporary), layout, metadata, shards)
         with multiprocessing.get_context("spawn").Pool(1) as process:
             found = process.apply(measure_load, (_load_vlm if what in VLM_SIZES else _load_dit, path))
-    return {"model": what, "blocks": blocks, "shards": shards, "float8": float8, "file_bytes": size, **found,
-            "growth_over_file": (found["peak_rss"] - found["rss_before"]) / size, "peak_over_file": found["peak_rss"] / size,
-            "goal": GOAL, "torch": torch.__version__}
+    return {
+        "model": what,
+        "blocks": blocks,
+        "shards": shards,
+        "float8": float8,
+        "file_bytes": size,
+        **found,
+        "growth_over_file": (found["peak_rss"] - found["rss_before"]) / size,
+        "peak_over_file": found["peak_rss"] / size,
+        "goal": GOAL,
+        "torch": torch.__version__,
+    }
 
 
 def measure_load(load: Callable[[Path], object], path: Path) -> dict:
@@ -87,10 +96,24 @@ def dit_layout(preset: str, blocks: int | None) -> tuple[dict, dict[str, str]]:
 def vlm_layout(size: str, layers: int | None, float8: bool) -> tuple[dict, dict[str, str]]:
     """The same of a Qwen3-VL in one file as ComfyUI's users have it, fewer layers where asked."""
     (width, depth), (heads, vision_depth, vision_width, vision_inner) = VLM_SIZES[size], VLM_SHAPES[size]
-    values = {"text_config": {"hidden_size": width, "intermediate_size": VLM_FEED_FORWARD[width], "num_hidden_layers": layers or depth, "num_attention_heads": heads,
-                              "num_key_value_heads": KEY_HEADS, "head_dim": HEAD, "vocab_size": VOCABULARY},
-              "vision_config": {"depth": vision_depth, "hidden_size": vision_width, "intermediate_size": vision_inner, "out_hidden_size": width,
-                                "num_position_embeddings": POSITIONS}}
+    values = {
+        "text_config": {
+            "hidden_size": width,
+            "intermediate_size": VLM_FEED_FORWARD[width],
+            "num_hidden_layers": layers or depth,
+            "num_attention_heads": heads,
+            "num_key_value_heads": KEY_HEADS,
+            "head_dim": HEAD,
+            "vocab_size": VOCABULARY,
+        },
+        "vision_config": {
+            "depth": vision_depth,
+            "hidden_size": vision_width,
+            "intermediate_size": vision_inner,
+            "out_hidden_size": width,
+            "num_position_embeddings": POSITIONS,
+        },
+    }
     with torch.device("meta"):
         state = model_of(values).state_dict()
     layout = {}
@@ -108,7 +131,7 @@ def write_shards(folder: Path, layout: dict, metadata: dict[str, str], shards: i
     if shards == 1:
         write_random(folder / "dit.safetensors", layout, metadata)
         return folder / "dit.safetensors"
-    parts = {f"dit-{i + 1:05d}-of-{shards:05d}.safetensors": keys[i * len(keys) // shards:(i + 1) * len(keys) // shards] for i in range(shards)}
+    parts = {f"dit-{i + 1:05d}-of-{shards:05d}.safetensors": keys[i * len(keys) // shards : (i + 1) * len(keys) // shards] for i in range(shards)}
     for name, own in parts.items():
         write_random(folder / name, {key: layout[key] for key in own}, metadata)
     index = folder / f"dit{INDEX_SUFFIX}"

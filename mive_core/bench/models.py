@@ -13,16 +13,16 @@ from torch.autograd.profiler import record_function
 
 from ..attention import AttentionFn, attention_of
 from ..config import PRESETS, MiVEConfig
+from ..conv3d import convolve_in_planes
+from ..cost.flops import Layout
 from ..dit import MiVEDiT
 from ..errors import UserError
 from ..formats.float8 import Float8Linear, to_float8
-from ..cost.flops import Layout
-from ..conv3d import convolve_in_planes
-from ..prompt import build_inputs
 from ..formats.quantize import FORMATS, MATRIX
+from ..formats.safetensors_file import read_header
 from ..formats.vlm_file import DEEPSTACK, MERGE, MROPE_SECTION, PIXELS, ROPE_THETA, VISION_HEADS
 from ..pipeline import EMBEDDED, Pipeline, check_compiler, check_device
-from ..formats.safetensors_file import read_header
+from ..prompt import build_inputs
 from ..types import Clip, EditRequest, VLMInputs
 from ..vae import ORIGINAL_KEY, SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE
 from ..vlm import VLM, load_processor, model_of
@@ -32,12 +32,30 @@ SPREAD = 0.02  # of random weights
 ATTENTION_RANGE = "mive attention"  # what the profiler finds attention by
 TINY_VLM, TINY_VAE = EMBEDDED["tiny"] / "vlm", EMBEDDED["tiny"] / "vae.safetensors"
 QWEN3_VL_8B = {
-    "text_config": {"vocab_size": 151_936, "hidden_size": 4096, "head_dim": 128, "num_hidden_layers": 36, "intermediate_size": 12_288,
-                    "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": ROPE_THETA,
-                    "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": MROPE_SECTION}},
-    "vision_config": {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": VISION_HEADS, "patch_size": PIXELS["patch_size"],
-                      "temporal_patch_size": PIXELS["temporal_patch_size"], "spatial_merge_size": MERGE, "out_hidden_size": 4096,
-                      "num_position_embeddings": 2304, "deepstack_visual_indexes": DEEPSTACK[27]},
+    "text_config": {
+        "vocab_size": 151_936,
+        "hidden_size": 4096,
+        "head_dim": 128,
+        "num_hidden_layers": 36,
+        "intermediate_size": 12_288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": ROPE_THETA,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": MROPE_SECTION},
+    },
+    "vision_config": {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_heads": VISION_HEADS,
+        "patch_size": PIXELS["patch_size"],
+        "temporal_patch_size": PIXELS["temporal_patch_size"],
+        "spatial_merge_size": MERGE,
+        "out_hidden_size": 4096,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": DEEPSTACK[27],
+    },
 }
 
 
@@ -80,14 +98,33 @@ class Workload:
     @property
     def describes(self) -> dict:
         """What a report says of it."""
-        return {"blocks": self.config.num_blocks, "size": list(self.size), "frames": self.num_frames, "tokens": self.layout.num_tokens,
-                "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
-                "dtype": str(self.dtype).removeprefix("torch."), "attention": self.attention, "compiled": self.compiled,
-                "torch": torch.__version__, "repeats": self.repeats}
+        return {
+            "blocks": self.config.num_blocks,
+            "size": list(self.size),
+            "frames": self.num_frames,
+            "tokens": self.layout.num_tokens,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self.attention,
+            "compiled": self.compiled,
+            "torch": torch.__version__,
+            "repeats": self.repeats,
+        }
 
 
-def workload(preset: str, *, size: tuple[int, int], num_frames: int, device: str = "cpu", dtype: torch.dtype = torch.float32, repeats: int = 3,
-             blocks: int | None = None, attention: str = "auto", compiled: bool = False) -> Workload:
+def workload(
+    preset: str,
+    *,
+    size: tuple[int, int],
+    num_frames: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    repeats: int = 3,
+    blocks: int | None = None,
+    attention: str = "auto",
+    compiled: bool = False,
+) -> Workload:
     """size is (width, height) in pixels. Raises UserError for unknown presets, sizes that do not fit, and what the machine lacks."""
     if preset not in PRESETS:
         raise UserError("unknown preset", where="preset", got=preset, expected=", ".join(PRESETS))
@@ -116,6 +153,7 @@ def random_dit(work: Workload, float8: bool = False) -> MiVEDiT:
 
 def ranged(function: AttentionFn) -> AttentionFn:
     """The function under a name that a profile shows."""
+
     def attend(*given, **options) -> Tensor:
         with record_function(ATTENTION_RANGE):
             return function(*given, **options)
@@ -178,9 +216,12 @@ def filled(module: nn.Module, work: Workload) -> nn.Module:
 def special_tokens() -> dict[str, int]:
     """The ids by which the model finds pictures in a prompt, as the tokenizer at hand numbers them."""
     processor = load_processor(TINY_VLM)
-    return {"image_token_id": processor.image_token_id, "video_token_id": processor.video_token_id,
-            "vision_start_token_id": processor.tokenizer.convert_tokens_to_ids(processor.vision_start_token),
-            "vision_end_token_id": processor.tokenizer.convert_tokens_to_ids(processor.vision_end_token)}
+    return {
+        "image_token_id": processor.image_token_id,
+        "video_token_id": processor.video_token_id,
+        "vision_start_token_id": processor.tokenizer.convert_tokens_to_ids(processor.vision_start_token),
+        "vision_end_token_id": processor.tokenizer.convert_tokens_to_ids(processor.vision_end_token),
+    }
 
 
 def request_of(work: Workload) -> EditRequest:
@@ -207,5 +248,4 @@ def vlm_flops(values: dict, inputs: VLMInputs) -> float:
     block = 2 * patches * (4 * inner**2 + 2 * inner * vision["intermediate_size"]) + 4 * sum(n**2 for n in frames) * inner
     embedding = 2 * patches * 3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2 * inner
     merger = 2 * patches / vision["spatial_merge_size"] ** 2 * (merged**2 + merged * vision["out_hidden_size"])
-    return (text["num_hidden_layers"] * layer + vision["depth"] * block + embedding
-            + (1 + len(vision["deepstack_visual_indexes"])) * merger)
+    return text["num_hidden_layers"] * layer + vision["depth"] * block + embedding + (1 + len(vision["deepstack_visual_indexes"])) * merger

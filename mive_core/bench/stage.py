@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..cost.flops import dit_flops
 from ..flow import schedule
 from ..vae import LATENT_CHANNELS
+from .against_diffusers import forward_of, timed
 from .memory_counter import Counted
 from .models import ATTENTION_RANGE, Workload, inputs_of, random_dit, random_network, random_pipeline, random_vae, random_vlm, request_of, vlm_flops
-from .against_diffusers import forward_of, timed
 
 SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices that a device's speed is measured with
 COPIED = {"cuda": 2**30, "cpu": 2**26}  # bytes
@@ -45,8 +45,7 @@ def add_shares(figures: dict, speed: dict) -> None:
         if "flops" in found and "seconds" in found:
             found["flops_per_second"] = found["flops"] / found["seconds"]
             if speed.get("flops_per_second"):
-                found["roofline_seconds"] = max(found["flops"] / speed["flops_per_second"],
-                                                found.get("weight_bytes", 0) / speed["copied_bytes_per_second"])
+                found["roofline_seconds"] = max(found["flops"] / speed["flops_per_second"], found.get("weight_bytes", 0) / speed["copied_bytes_per_second"])
                 found["share_of_roofline"] = found["roofline_seconds"] / found["seconds"]
 
 
@@ -103,12 +102,12 @@ def measure_speed(work: Workload) -> dict:
     a = torch.randn(side, side, device=work.device, dtype=work.dtype)
     product = min(timed_once(work, lambda: a @ a) for _ in range(5))
     block = torch.empty(COPIED[work.device.type], device=work.device, dtype=torch.uint8)
-    return {"flops_per_second": 2 * side**3 / product,
-            "copied_bytes_per_second": 2 * block.numel() / min(timed_once(work, block.clone) for _ in range(5))}
+    return {"flops_per_second": 2 * side**3 / product, "copied_bytes_per_second": 2 * block.numel() / min(timed_once(work, block.clone) for _ in range(5))}
 
 
 def waiting(work: Workload, call: Callable[[], object]) -> Callable[[], None]:
     """The call, which then ends with the device's work."""
+
     def waited() -> None:
         call()
         if work.device.type == "cuda":
@@ -126,7 +125,9 @@ def measure_dit(work: Workload, float8: bool = False) -> dict:
     """One forward of the whole DiT, the condition tokens' projection included."""
     model = random_dit(work, float8)
     return measure(work, forward_of(model, work.layout), profiled=True) | {
-        "flops": dit_flops(work.config, work.layout), "weight_bytes": sum(p.numel() * p.itemsize for p in (*model.parameters(), *model.buffers()))}
+        "flops": dit_flops(work.config, work.layout),
+        "weight_bytes": sum(p.numel() * p.itemsize for p in (*model.parameters(), *model.buffers())),
+    }
 
 
 def measure_vlm(work: Workload) -> dict:
@@ -134,8 +135,10 @@ def measure_vlm(work: Workload) -> dict:
     vlm = random_vlm(work)
     inputs = inputs_of(work, vlm.processor)
     return measure(work, lambda: vlm.encode(inputs, work.config.resolved_layers), profiled=True) | {
-        "vlm_tokens": inputs.input_ids.shape[1], "flops": vlm_flops(work.vlm_values, inputs),
-        "weight_bytes": sum(p.numel() * p.itemsize for p in vlm.model.parameters())}
+        "vlm_tokens": inputs.input_ids.shape[1],
+        "flops": vlm_flops(work.vlm_values, inputs),
+        "weight_bytes": sum(p.numel() * p.itemsize for p in vlm.model.parameters()),
+    }
 
 
 def measure_vae(work: Workload) -> dict:
@@ -146,8 +149,10 @@ def measure_vae(work: Workload) -> dict:
     vae.decode(latents[:, :, :1])
     cold = {"warm": False, "profiled": work.device.type == "cpu"}  # a profile costs one call more, half a minute at 720p on a GPU
     operations = vae_flops(work)
-    found = {"encode": measure(work, lambda: vae.encode(video), **cold) | {"flops": operations["encode"]},
-             "decode": measure(work, lambda: vae.decode(latents), **cold) | {"flops": operations["decode"]}}
+    found = {
+        "encode": measure(work, lambda: vae.encode(video), **cold) | {"flops": operations["encode"]},
+        "decode": measure(work, lambda: vae.decode(latents), **cold) | {"flops": operations["decode"]},
+    }
     vae.network.enable_tiling()
     return found | {"decode_tiled": measure(work, lambda: vae.decode(latents), **cold)}
 
@@ -155,8 +160,10 @@ def measure_vae(work: Workload) -> dict:
 def vae_flops(work: Workload) -> dict[str, float]:
     """Operations of encoding and decoding, counted on the meta device by the shapes of all convolutions."""
     network, counts = random_network(work), {}
-    for name, call in (("encode", lambda: network.encode(torch.empty(1, 3, work.num_frames, *work.size[::-1], device="meta"))),
-                       ("decode", lambda: network.decode(torch.empty(1, LATENT_CHANNELS, *work.cells, device="meta")))):
+    for name, call in (
+        ("encode", lambda: network.encode(torch.empty(1, 3, work.num_frames, *work.size[::-1], device="meta"))),
+        ("decode", lambda: network.decode(torch.empty(1, LATENT_CHANNELS, *work.cells, device="meta"))),
+    ):
         with FlopCounterMode(display=False) as counter:
             call()
         counts[name] = counter.get_total_flops()
@@ -171,12 +178,15 @@ def measure_edit(work: Workload, steps: int | None = None) -> dict:
     times = schedule(steps, work.config.shift)
     pipeline.denoise(latents, [condition], times[-2:], 1.0, 0)
     once = {"repeats": 1, "warm": False}
-    return {"steps": steps,
-            "vlm": measure(work, lambda: pipeline.vlm.condition(request, work.config), **once),
-            "encode": measure(work, lambda: pipeline.encode(request), **once),
-            "denoise": measure(work, lambda: pipeline.denoise(latents, [condition], times, 1.0, 0), **once) | {"flops": steps * dit_flops(work.config, work.layout)},
-            "decode": measure(work, lambda: pipeline.vae.decode(latents.source), **once),
-            "whole": measure(work, lambda: pipeline.edit(request, steps=steps), **once)}
+    return {
+        "steps": steps,
+        "vlm": measure(work, lambda: pipeline.vlm.condition(request, work.config), **once),
+        "encode": measure(work, lambda: pipeline.encode(request), **once),
+        "denoise": measure(work, lambda: pipeline.denoise(latents, [condition], times, 1.0, 0), **once)
+        | {"flops": steps * dit_flops(work.config, work.layout)},
+        "decode": measure(work, lambda: pipeline.vae.decode(latents.source), **once),
+        "whole": measure(work, lambda: pipeline.edit(request, steps=steps), **once),
+    }
 
 
 STAGES = {"dit": measure_dit, "vlm": measure_vlm, "vae": measure_vae, "edit": measure_edit}

@@ -24,8 +24,13 @@ def report_done(where: Path, outcomes: list, kept: int | None = None) -> None:
 
 def machine(arguments: argparse.Namespace) -> dict:
     """What Pipeline.load is told about the machine."""
-    return {"device": arguments.device, "dtype": dtype_of(arguments.dtype), "attention": arguments.attention, "compiled": arguments.compile,
-            "float8": arguments.fp8}
+    return {
+        "device": arguments.device,
+        "dtype": dtype_of(arguments.dtype),
+        "attention": arguments.attention,
+        "compiled": arguments.compile,
+        "float8": arguments.fp8,
+    }
 
 
 def dtype_of(name: str | None):

@@ -26,8 +26,12 @@ def run_bench_dit(arguments: argparse.Namespace) -> None:
     def make(config, layout):
         return make_ours(config, layout, arguments.attention, arguments.compile)
 
-    _report(arguments, lambda: bench_dit(arguments.preset, tokens=arguments.tokens or 2048, blocks=arguments.blocks, repeats=arguments.repeats,
-                                         threads=arguments.threads, make_ours=make))
+    _report(
+        arguments,
+        lambda: bench_dit(
+            arguments.preset, tokens=arguments.tokens or 2048, blocks=arguments.blocks, repeats=arguments.repeats, threads=arguments.threads, make_ours=make
+        ),
+    )
 
 
 def run_bench_stage(arguments: argparse.Namespace) -> None:
@@ -39,9 +43,16 @@ def run_bench_stage(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     has_dit = "attention" in arguments
-    work = workload(arguments.preset, size=arguments.size or (96, 96), num_frames=arguments.frames, device=arguments.device,
-                    dtype=dtype_of(arguments.dtype), repeats=arguments.repeats, blocks=arguments.blocks,
-                    **({"attention": arguments.attention, "compiled": arguments.compile} if has_dit else {}))
+    work = workload(
+        arguments.preset,
+        size=arguments.size or (96, 96),
+        num_frames=arguments.frames,
+        device=arguments.device,
+        dtype=dtype_of(arguments.dtype),
+        repeats=arguments.repeats,
+        blocks=arguments.blocks,
+        **({"attention": arguments.attention, "compiled": arguments.compile} if has_dit else {}),
+    )
     options = {"steps": arguments.steps} if arguments.stage == "edit" else {}
     _report(arguments, lambda: {"preset": arguments.preset, **bench_stage(arguments.stage, work, **options)})
 
@@ -69,8 +80,14 @@ def run_bench_growth(arguments: argparse.Namespace) -> None:
     plot = check_output(arguments.plot, "plot", (".png",)) if arguments.plot else None
 
     def measure() -> dict:
-        report = bench_growth(arguments.preset, size=arguments.size, blocks=arguments.blocks, window_frames=arguments.window,
-                              overlap_frames=(arguments.window - 1) // 16 * 4 + 1, repeats=arguments.repeats)
+        report = bench_growth(
+            arguments.preset,
+            size=arguments.size,
+            blocks=arguments.blocks,
+            window_frames=arguments.window,
+            overlap_frames=(arguments.window - 1) // 16 * 4 + 1,
+            repeats=arguments.repeats,
+        )
         if plot:
             write_growth(plot, report)
         return report
@@ -82,8 +99,19 @@ def run_bench_card(arguments: argparse.Namespace) -> None:
     from ..bench.card import bench_card
 
     parts = tuple(part for part in arguments.parts.split(",") if part)
-    _report(arguments, lambda: bench_card(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=dtype_of(arguments.dtype),
-                                          repeats=arguments.repeats, blocks=arguments.blocks, parts=parts))
+    _report(
+        arguments,
+        lambda: bench_card(
+            arguments.preset,
+            size=arguments.size,
+            num_frames=arguments.frames,
+            device=arguments.device,
+            dtype=dtype_of(arguments.dtype),
+            repeats=arguments.repeats,
+            blocks=arguments.blocks,
+            parts=parts,
+        ),
+    )
 
 
 def run_bench_cache(arguments: argparse.Namespace) -> None:
@@ -92,13 +120,15 @@ def run_bench_cache(arguments: argparse.Namespace) -> None:
     from ..media.paths import check_input
 
     folder = check_input(arguments.folder, "folder") if arguments.folder else None
-    work = workload(arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=dtype_of(arguments.dtype), repeats=arguments.repeats)
+    work = workload(
+        arguments.preset, size=arguments.size, num_frames=arguments.frames, device=arguments.device, dtype=dtype_of(arguments.dtype), repeats=arguments.repeats
+    )
     _report(arguments, lambda: {"preset": arguments.preset, **bench_cache(work, num_pairs=arguments.pairs, stored_size=arguments.stored_size, folder=folder)})
 
 
 def run_bench_train(arguments: argparse.Namespace) -> None:
-    from ..media.paths import check_input
     from ..bench.training import bench_train
+    from ..media.paths import check_input
 
     config = check_input(arguments.config, "config")
     _report(arguments, lambda: bench_train(config, arguments.steps))

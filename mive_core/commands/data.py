@@ -16,7 +16,9 @@ def run_data_synth(arguments: argparse.Namespace) -> None:
     from ..embedded.heldout import drawn_pairs
     from ..embedded.synthetic import PairedEdits
 
-    edits = PairedEdits(arguments.seed, arguments.split, arguments.size, arguments.frames, kinds=tuple(arguments.kind) or None, edits=tuple(arguments.edit) or None)
+    edits = PairedEdits(
+        arguments.seed, arguments.split, arguments.size, arguments.frames, kinds=tuple(arguments.kind) or None, edits=tuple(arguments.edit) or None
+    )
     sys.stdout.write(f"{export_pairs(drawn_pairs(edits, arguments.num), arguments.output)}\n")
 
 
@@ -58,14 +60,15 @@ def run_data_score(arguments: argparse.Namespace) -> None:
 
     check_device(arguments.device)
     load = partial(Judge.load, arguments.model, dtype=dtype_of(arguments.dtype), device=arguments.device)
-    outcomes, kept = score(entries, load, arguments.output, least=arguments.least, most=arguments.most, made_by=(arguments.model, arguments.dtype),
-                           how=spread(arguments))
+    outcomes, kept = score(
+        entries, load, arguments.output, least=arguments.least, most=arguments.most, made_by=(arguments.model, arguments.dtype), how=spread(arguments)
+    )
     report_done(Path(arguments.output), outcomes, len(kept))
 
 
 def run_data_cache(arguments: argparse.Namespace) -> None:
-    from ..media.paths import check_output_folder
     from ..data.folder import read_pairs
+    from ..media.paths import check_output_folder
 
     output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest)
     from functools import partial

@@ -4,15 +4,15 @@ import sys
 import time
 from pathlib import Path
 
-from ..evaluation.evaluate import BASELINES, EvaluationSettings, notes, score, summary, timed_edit, write_json
-from ..media.paths import check_output_folder, written_folder
-from ..media.fit import fit_clip
-from ..pipeline import Pipeline
-from ..evaluation.contact_sheet import make_band, write_sheet
 from ..embedded.heldout import footage_pairs
 from ..embedded.synthetic import PairedEdits
-from ..types import PairedEdit
+from ..evaluation.contact_sheet import make_band, write_sheet
+from ..evaluation.evaluate import BASELINES, EvaluationSettings, notes, score, summary, timed_edit, write_json
+from ..media.fit import fit_clip
+from ..media.paths import check_output_folder, written_folder
 from ..media.video import read_clip, write_image, write_video
+from ..pipeline import Pipeline
+from ..types import PairedEdit
 
 SAMPLE = Path(__file__).parents[1] / "assets" / "samples" / "bigbuckbunny_33f.mp4"
 DRAWN_SEED, DRAWN_INDEX = 1, 3
@@ -31,15 +31,26 @@ def run_demo(output_dir: str | Path, models: str = "tiny", settings: EvaluationS
         for pair, stem in zip(pairs, ("edited", "footage")):
             edited, seconds = timed_edit(pipeline, pair.request, settings)
             write_video(folder / f"{stem}.mp4", edited)
-            row = {"name": pair.name, "instruction": pair.request.instruction, "video": f"{stem}.mp4",
-                   **score(pipeline, pair, edited.frames), "seconds": seconds}
+            row = {
+                "name": pair.name,
+                "instruction": pair.request.instruction,
+                "video": f"{stem}.mp4",
+                **score(pipeline, pair, edited.frames),
+                "seconds": seconds,
+            }
             rows.append(row)
             bands.append(make_band(pair.request, edited.frames, pair.target, notes=notes(row)))
         write_video(folder / "source.mp4", pairs[0].request.source)
         write_image(folder / "reference.png", pairs[0].request.reference)
         write_sheet(folder / "sheet.png", bands)
-        report = {**{key: value for key, value in summary(rows).items() if key not in BASELINES}, "per_clip": rows, "command": command,
-                  "seconds_to_load": seconds_to_load, "seconds": time.perf_counter() - start, "peak_rss_bytes": peak_rss_bytes()}
+        report = {
+            **{key: value for key, value in summary(rows).items() if key not in BASELINES},
+            "per_clip": rows,
+            "command": command,
+            "seconds_to_load": seconds_to_load,
+            "seconds": time.perf_counter() - start,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
         write_json(folder / "report.json", report)
     return report
 
@@ -48,7 +59,7 @@ def demo_pairs() -> list[PairedEdit]:
     """The drawn clip and the footage, with their truths."""
     drawn = PairedEdits(DRAWN_SEED, "heldout", kinds=("seen in reference",), edits=("recolour", "replace")).sample(DRAWN_INDEX).pair
     clip = fit_clip(read_clip(SAMPLE), num_frames=FOOTAGE_FRAMES)
-    (footage, _), = footage_pairs(clip, (FOOTAGE_LOOK,))
+    ((footage, _),) = footage_pairs(clip, (FOOTAGE_LOOK,))
     return [drawn, footage]
 
 

@@ -24,16 +24,15 @@ def run_edit(arguments: argparse.Namespace) -> None:
     missing = [name for name in ("--source", "--reference", "--instruction") if name not in given]
     if missing:
         raise UserError(f"the following arguments are required: {', '.join(missing)}", fix="`mive edit --help` lists what it takes")
-    from ..media.paths import check_input, check_output
     from ..data.manifest import ManifestEntry, load_entry
+    from ..media.paths import check_input, check_output
     from ..media.video import DEFAULT_FPS, VIDEO_SUFFIXES, write_video
 
     output = check_output(arguments.output, "output", VIDEO_SUFFIXES)
     source, reference = check_input(arguments.source, "source"), check_input(arguments.reference, "reference")
     if output.exists() and (output.samefile(source) or output.samefile(reference)):
         raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
-    request = load_entry(ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS),
-                         arguments.size, arguments.frames).request
+    request = load_entry(ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS), arguments.size, arguments.frames).request
     from ..evaluation.evaluate import timed_edit
     from ..pipeline import Pipeline
     from ..vae import SPATIAL_FACTOR, TEMPORAL_FACTOR
@@ -49,8 +48,8 @@ def run_edit(arguments: argparse.Namespace) -> None:
 
 
 def _edit_many(arguments: argparse.Namespace) -> None:
-    from ..media.paths import check_output_folder
     from ..data.folder import read_pairs
+    from ..media.paths import check_output_folder
 
     output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest, may_be_silent=True)
     from functools import partial
@@ -60,14 +59,22 @@ def _edit_many(arguments: argparse.Namespace) -> None:
 
     chosen = machine(arguments)
     load = partial(Pipeline.load, arguments.models, arguments.layers, **chosen)
-    outcomes = edit_all(entries, load, output, settings_of(arguments), size=arguments.size, num_frames=arguments.frames,
-                        made_by=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in chosen.items())), how=spread(arguments))
+    outcomes = edit_all(
+        entries,
+        load,
+        output,
+        settings_of(arguments),
+        size=arguments.size,
+        num_frames=arguments.frames,
+        made_by=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in chosen.items())),
+        how=spread(arguments),
+    )
     report_done(output / JOURNAL, outcomes)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    from ..media.paths import check_output_folder
     from ..data.manifest import ManifestPairs, read_manifest
+    from ..media.paths import check_output_folder
 
     output = check_output_folder(arguments.output, "output")
     entries = read_manifest(arguments.manifest)
@@ -75,10 +82,14 @@ def run_eval(arguments: argparse.Namespace) -> None:
     from ..evaluation.evaluate import evaluate
     from ..pipeline import Pipeline
 
-    evaluate(Pipeline.load(arguments.models, arguments.layers, **machine(arguments)), pairs, output,
-             settings_of(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
-             groups={"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]},
-             command=arguments.command_line)
+    evaluate(
+        Pipeline.load(arguments.models, arguments.layers, **machine(arguments)),
+        pairs,
+        output,
+        settings_of(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
+        groups={"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]},
+        command=arguments.command_line,
+    )
     sys.stdout.write(f"{output / 'report.json'}\n{output / 'sheet.png'}\n")
 
 
@@ -128,5 +139,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     from .demo import run_demo as run
 
     report = run(arguments.output, arguments.models, settings_of(arguments), arguments.command_line)
-    sys.stdout.write(f"{Path(arguments.output) / 'edited.mp4'}\n{Path(arguments.output) / 'sheet.png'}\n"
-                     f"{Path(arguments.output) / 'report.json'}: {report['seconds']:.0f} s\n")
+    sys.stdout.write(
+        f"{Path(arguments.output) / 'edited.mp4'}\n{Path(arguments.output) / 'sheet.png'}\n"
+        f"{Path(arguments.output) / 'report.json'}: {report['seconds']:.0f} s\n"
+    )

@@ -7,9 +7,9 @@ F pixel frames of H x W pixels.
 
 import math
 
-from ..formats.checkpoint import shapes_of
 from ..config import MiVEConfig
 from ..dit.blocks import PIECE
+from ..formats.checkpoint import shapes_of
 from ..formats.quantize import MATRIX
 
 ATTENDING = 4  # of (N, D): the sequence, its modulated copy, queries, and the keys that are being turned
@@ -48,8 +48,17 @@ def weight_bytes(config: MiVEConfig, itemsize: int, matrix_itemsize: int | None 
     return total
 
 
-def vlm_bytes(width: int, inner_width: int, num_tokens: int, num_visual: int, itemsize: int, *, num_video: int | None = None,
-              num_layers: int = 2, vision: tuple[int, int] = (1152, 4304)) -> int:
+def vlm_bytes(
+    width: int,
+    inner_width: int,
+    num_tokens: int,
+    num_visual: int,
+    itemsize: int,
+    *,
+    num_video: int | None = None,
+    num_layers: int = 2,
+    vision: tuple[int, int] = (1152, 4304),
+) -> int:
     """The most that one forward of a Qwen3-VL holds beside its weights and inputs: D_vlm and the width of its feed-forward, S and V
     tokens, how many of V are the video's (None: all; the image is seen before it), how many layers' states are kept, the vision
     tower's two widths. Each visual token stands for four patches."""
@@ -59,8 +68,7 @@ def vlm_bytes(width: int, inner_width: int, num_tokens: int, num_visual: int, it
     return itemsize * max(reading, seeing)
 
 
-def vae_decode_bytes(num_frames: int, height: int, width: int, itemsize: int, *, channels: int = VAE_WIDTH, tiled: bool = False,
-                     planes: bool = False) -> int:
+def vae_decode_bytes(num_frames: int, height: int, width: int, itemsize: int, *, channels: int = VAE_WIDTH, tiled: bool = False, planes: bool = False) -> int:
     """The most that decoding F x H x W pixels holds beside the weights, latents and caches included, `tiled` as diffusers does it.
 
     `planes` is for a CPU, where the library lays convolutions out so.

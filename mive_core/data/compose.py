@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..media.paths import check_input, check_output_folder, numbered_name, sweep, written_folder
-from .manifest import ManifestEntry, read_manifest, read_source, write_manifest
 from ..media.fit import cover, fit_clip, trimmed
+from ..media.paths import check_input, check_output_folder, numbered_name, sweep, written_folder
 from ..media.remote import is_url, local_copy
-from ..types import Clip
 from ..media.video import VIDEO_SUFFIXES, read_clip, write_frames, write_video
-from .journal import Outcome, Task, mark_of, worked_through
-from .segment_person import Segmenter
+from ..types import Clip
 from .executor import Spread
+from .journal import Outcome, Task, mark_of, worked_through
+from .manifest import ManifestEntry, read_manifest, read_source, write_manifest
+from .segment_person import Segmenter
 
 JOURNAL, MANIFEST = "composed.jsonl", "pairs.jsonl"
 STORES = ("video", "frames")  # H.264 of high quality, or PNG: 20 times the bytes
@@ -70,8 +70,12 @@ class ComposeWorker:
         if item.person.mask is not None:
             mask = read_clip(local_copy(item.person.mask, "mask"), what="mask", num_frames=len(person.frames))
             if len(mask.frames) not in (1, len(person.frames)):
-                raise UserError("the mask and the person's clip differ in length", where=f"mask {str(item.person.mask)!r}",
-                                got=f"{len(mask.frames)} frames", expected=f"{len(person.frames)}, or one image")
+                raise UserError(
+                    "the mask and the person's clip differ in length",
+                    where=f"mask {str(item.person.mask)!r}",
+                    got=f"{len(mask.frames)} frames",
+                    expected=f"{len(person.frames)}, or one image",
+                )
         return person, read_source(item.background, len(person.frames)), mask
 
     def work(self, item: Portrait, read: tuple[Clip, Clip, Clip | None]) -> dict:
@@ -99,12 +103,22 @@ class ComposeWorker:
         alpha = torch.where(alpha < CLEAN, 0.0, torch.where(alpha > 1 - CLEAN, 1.0, alpha))
         share = alpha.mean().item()
         if not SMALLEST <= share <= LARGEST:
-            raise UserError("there is no person to be cut out", where=item.person.title, got=f"{share:.1%} of the pixels", expected=f"{SMALLEST:.0%} to {LARGEST:.0%}")
+            raise UserError(
+                "there is no person to be cut out", where=item.person.title, got=f"{share:.1%} of the pixels", expected=f"{SMALLEST:.0%} to {LARGEST:.0%}"
+            )
         return person, background, alpha
 
 
-def compose(people: Sequence[ManifestEntry], backgrounds: Sequence[ManifestEntry], folder: str | Path, settings: ComposeSettings = ComposeSettings(), *,
-            load: Callable[[], Segmenter] | None = None, made_by: object = "", how: Spread = Spread()) -> tuple[list[Outcome], Path]:
+def compose(
+    people: Sequence[ManifestEntry],
+    backgrounds: Sequence[ManifestEntry],
+    folder: str | Path,
+    settings: ComposeSettings = ComposeSettings(),
+    *,
+    load: Callable[[], Segmenter] | None = None,
+    made_by: object = "",
+    how: Spread = Spread(),
+) -> tuple[list[Outcome], Path]:
     """Composes what is not there yet -> each person's outcome, and the manifest of all pairs.
 
     `load` gives the model that finds persons where a line names no mask. Raises UserError.
@@ -133,10 +147,22 @@ def pairs_of(result: dict, folder: Path, store: str) -> Iterator[ManifestEntry]:
     """What a portrait's folder gives."""
     place = folder / result["folder"]
     suffix = "" if store == "frames" else ".mp4"
-    for edit, source, target, mask in (("remove", "composite", "background", "person"), ("add", "background", "composite", "person"),
-                                       ("background", "original", "composite", "surroundings")):
-        yield ManifestEntry(place / (source + suffix), None, result["words"][edit], place / (target + suffix), place / mask, f"{result['folder']}-{edit}",
-                            "portrait", edit, fps=result["fps"])
+    for edit, source, target, mask in (
+        ("remove", "composite", "background", "person"),
+        ("add", "background", "composite", "person"),
+        ("background", "original", "composite", "surroundings"),
+    ):
+        yield ManifestEntry(
+            place / (source + suffix),
+            None,
+            result["words"][edit],
+            place / (target + suffix),
+            place / mask,
+            f"{result['folder']}-{edit}",
+            "portrait",
+            edit,
+            fps=result["fps"],
+        )
 
 
 def words_for(item: Portrait, seed: int) -> dict[str, str]:

@@ -92,7 +92,9 @@ def read_senorita(table: Path, folder: Path) -> Found:
     for number, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict) and {"source_video_path", "target_video_path"} <= item.keys():
             words = item.get("instruction") or item.get("enhanced_instruction") or ""
-            yield _pair(f"{table}[{number}]", words, kind.removesuffix(SUFFIX), *(_uploaded(folder, item[key]) for key in ("source_video_path", "target_video_path")))
+            yield _pair(
+                f"{table}[{number}]", words, kind.removesuffix(SUFFIX), *(_uploaded(folder, item[key]) for key in ("source_video_path", "target_video_path"))
+            )
 
 
 def _pair(where: str, words: object, edit: str, source: Path | str, target: Path | str) -> ManifestEntry | LeftOut:
@@ -113,8 +115,10 @@ def _first(places: list[Path], name: str) -> Path | str:
 def _uploaded(folder: Path, name: object) -> Path | str:
     parts = Path(name).parts if isinstance(name, str) and name else ("",)
     stem = parts[0].removesuffix(SUFFIX)
-    return next((found for form in UPLOADED if isinstance(found := _first([folder], "/".join((form.format(stem if form != "{}" else parts[0]), *parts[1:]))), Path)),
-                str(name))
+    return next(
+        (found for form in UPLOADED if isinstance(found := _first([folder], "/".join((form.format(stem if form != "{}" else parts[0]), *parts[1:]))), Path)),
+        str(name),
+    )
 
 
 LAYOUTS: dict[str, Callable[[Path, Path], Found]] = {"openve": read_openve, "senorita": read_senorita}

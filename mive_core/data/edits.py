@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ..evaluation.evaluate import Editor, EvaluationSettings, timed_edit
 from ..media.paths import check_output_folder, numbered_name, sweep
-from .manifest import ManifestEntry, load_entry
-from ..types import EditRequest
 from ..media.video import write_video
-from .journal import Outcome, Task, mark_of, worked_through
+from ..types import EditRequest
 from .executor import Spread
+from .journal import Outcome, Task, mark_of, worked_through
+from .manifest import ManifestEntry, load_entry
 
 JOURNAL = "edits.jsonl"
 
@@ -36,8 +36,17 @@ class EditWorker:
         return {"edited": path.name, "instruction": entry.instruction, "seconds": round(seconds, 3)}
 
 
-def edit_all(entries: Sequence[ManifestEntry], load: Callable[[], Editor], folder: str | Path, settings: EvaluationSettings = EvaluationSettings(), *,
-             size: tuple[int, int] | None = None, num_frames: int | None = None, made_by: object = "", how: Spread = Spread()) -> list[Outcome]:
+def edit_all(
+    entries: Sequence[ManifestEntry],
+    load: Callable[[], Editor],
+    folder: str | Path,
+    settings: EvaluationSettings = EvaluationSettings(),
+    *,
+    size: tuple[int, int] | None = None,
+    num_frames: int | None = None,
+    made_by: object = "",
+    how: Spread = Spread(),
+) -> list[Outcome]:
     """Edits what is not there yet -> each entry's outcome, with the file's name; the folder's edits.jsonl holds them too.
 
     `load` gives the models, `made_by` says which they are: another answer, and all is edited anew. Raises UserError.
@@ -46,7 +55,13 @@ def edit_all(entries: Sequence[ManifestEntry], load: Callable[[], Editor], folde
     folder.mkdir(parents=True, exist_ok=True)
     contract = (asdict(settings), size, num_frames, made_by)
     tasks = [Task(mark_of((contract, number), entry), entry.title, (number, entry)) for number, entry in enumerate(entries)]
-    outcomes = worked_through(tasks, lambda: EditWorker(load(), settings, folder.absolute(), size, num_frames), folder / JOURNAL, how, "clips",
-                              lambda result: (folder / result["edited"]).is_file())
+    outcomes = worked_through(
+        tasks,
+        lambda: EditWorker(load(), settings, folder.absolute(), size, num_frames),
+        folder / JOURNAL,
+        how,
+        "clips",
+        lambda result: (folder / result["edited"]).is_file(),
+    )
     sweep(folder)
     return outcomes

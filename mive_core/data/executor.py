@@ -78,8 +78,14 @@ def _spread_on_ray(make: Callable[[], Worker], numbered: list[tuple[int, Any]], 
     try:
         rows = [{"index": index, "item": _Sealed(item)} for index, item in numbered]
         outcomes = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS)).map_batches(
-            _Actor, fn_constructor_args=(make,), batch_size=None, batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=how.num_workers), num_cpus=1, num_gpus=how.num_gpus)
+            _Actor,
+            fn_constructor_args=(make,),
+            batch_size=None,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=how.num_workers),
+            num_cpus=1,
+            num_gpus=how.num_gpus,
+        )
         for row in outcomes.iter_rows():
             yield int(row["index"]), json.loads(row["outcome"])
     finally:
@@ -126,8 +132,12 @@ def _started(how: Spread):
             cluster = {"address": LOCAL, "num_cpus": max(how.num_workers, os.cpu_count() or 1), "include_dashboard": False}
             ray.init(**(cluster if how.ray == LOCAL else {"address": how.ray}), log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            raise UserError("there is no Ray cluster to be reached", where=f"ray {how.ray!r}", got=str(error).splitlines()[0],
-                            expected="local, or an address such as auto or host:6379") from None
+            raise UserError(
+                "there is no Ray cluster to be reached",
+                where=f"ray {how.ray!r}",
+                got=str(error).splitlines()[0],
+                expected="local, or an address such as auto or host:6379",
+            ) from None
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray, started

@@ -1,10 +1,10 @@
 """A folder of pairs, as they are collected by hand -> what a manifest would say of them.
 
-    source/NAME.mp4       the clip before; any video, or a folder of frames
-    target/NAME.mp4       the same clip edited, as long
-    NAME.txt              what was done, in words; instruction.txt speaks for every pair that has no text of its own
-    reference/NAME.png    may be left out: the target's first frame
-    mask/NAME.mp4         may be left out; white where the edit is
+source/NAME.mp4       the clip before; any video, or a folder of frames
+target/NAME.mp4       the same clip edited, as long
+NAME.txt              what was done, in words; instruction.txt speaks for every pair that has no text of its own
+reference/NAME.png    may be left out: the target's first frame
+mask/NAME.mp4         may be left out; white where the edit is
 """
 
 import os
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..media.paths import check_input
-from .manifest import ManifestEntry, read_manifest
 from ..media.remote import is_url
+from .manifest import ManifestEntry, read_manifest
 
 LAYOUT = "source/NAME.mp4, target/NAME.mp4 and NAME.txt"
 COMMON = "instruction.txt"
@@ -35,8 +35,12 @@ def read_folder(folder: Path) -> list[ManifestEntry]:
     if not sources and not targets:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
         raise UserError("the folder holds no pairs", where=where, got=held or "an empty folder", expected=LAYOUT)
-    for here, there, kind, other in ((sources, targets, "source", "target"), (targets, sources, "target", "source"),
-                                     (references, sources, "reference", "source"), (masks, sources, "mask", "source")):
+    for here, there, kind, other in (
+        (sources, targets, "source", "target"),
+        (targets, sources, "target", "source"),
+        (references, sources, "reference", "source"),
+        (masks, sources, "mask", "source"),
+    ):
         alone = [path.name for name, path in here.items() if name not in there]
         if alone:
             raise UserError(f"a {kind} has no {other} of its name", where=where, got=_listed(alone), expected=LAYOUT)
@@ -70,7 +74,9 @@ def _instruction(folder: Path, name: str) -> str:
             try:
                 return " ".join(path.read_text(encoding="utf-8-sig").split())
             except UnicodeDecodeError as error:
-                raise UserError(f"is not UTF-8 text ({error.reason} at byte {error.start})", where=f"instruction {str(path)!r}", fix="save it as UTF-8") from None
+                raise UserError(
+                    f"is not UTF-8 text ({error.reason} at byte {error.start})", where=f"instruction {str(path)!r}", fix="save it as UTF-8"
+                ) from None
     return ""
 
 

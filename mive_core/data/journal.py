@@ -14,8 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import UserError
-from .manifest import ManifestEntry
 from .executor import Spread, Worker, spread
+from .manifest import ManifestEntry
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,15 @@ class Journal:
             return {}
         except OSError as error:
             raise UserError(f"cannot be opened ({error.strerror})", where=f"journal {str(self.path)!r}") from None
-        whole = content[:content.rfind(b"\n") + 1]
+        whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
         try:
             return {line["mark"]: line for line in map(json.loads, whole.splitlines())}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError("this is no journal of earlier work", where=f"journal {str(self.path)!r}", got=str(error), fix="choose another output, or remove it") from None
+            raise UserError(
+                "this is no journal of earlier work", where=f"journal {str(self.path)!r}", got=str(error), fix="choose another output, or remove it"
+            ) from None
 
     def add(self, line: dict) -> None:
         """On the disk when it returns."""
@@ -66,8 +68,14 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def worked_through(tasks: Sequence[Task], make: Callable[[], Worker], path: Path, how: Spread = Spread(), what: str = "items",
-                   is_there: Callable[[dict], bool] = lambda result: True) -> list[Outcome]:
+def worked_through(
+    tasks: Sequence[Task],
+    make: Callable[[], Worker],
+    path: Path,
+    how: Spread = Spread(),
+    what: str = "items",
+    is_there: Callable[[dict], bool] = lambda result: True,
+) -> list[Outcome]:
     """The outcome of every task, in their order; those that `path` holds with a result are not done again, the left out are tried again.
 
     `is_there` says whether the files that a result names still are. Raises UserError where not one task can be used, and where the

@@ -45,27 +45,45 @@ class Judge:
             raise UserError("the pair has no target, so there is nothing to rate")
         inputs, spelling = self.inputs(pair), Spelling.of(self.processor.tokenizer)
         length = inputs["input_ids"].shape[1]
-        answer = self.model.generate(**inputs, do_sample=False, max_new_tokens=spelling.longest, eos_token_id=spelling.end, pad_token_id=spelling.end,
-                                     prefix_allowed_tokens_fn=lambda _, ids: spelling.next(ids[length:].tolist()))
+        answer = self.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=spelling.longest,
+            eos_token_id=spelling.end,
+            pad_token_id=spelling.end,
+            prefix_allowed_tokens_fn=lambda _, ids: spelling.next(ids[length:].tolist()),
+        )
         return spelling.numbers(answer[0, length:].tolist())
 
     def inputs(self, pair: PairedEdit) -> dict[str, Tensor]:
         """What the model reads, by transformers' names; input_ids (1, S)."""
         video, source = self.processor.video_processor, pair.request.source
         words = instruction_text(pair.request.instruction, self.processor.tokenizer, MAX_INSTRUCTION_TOKENS)
-        parts = [{"type": "video"} if part in ("{source}", "{target}") else {"type": "text", "text": part.replace("{instruction}", words)}
-                 for part in re.split(r"(\{source\}|\{target\})", self.prompt)]
+        parts = [
+            {"type": "video"} if part in ("{source}", "{target}") else {"type": "text", "text": part.replace("{instruction}", words)}
+            for part in re.split(r"(\{source\}|\{target\})", self.prompt)
+        ]
         clips = [source, Clip(pair.target, source.fps)]
         shown = sample_frames(len(source.frames), source.fps, FPS, video)
         side = video.patch_size * video.merge_size
         encoded = self.processor(
-            text=[conversation(parts, self.processor)], videos=[to_bytes(clip.frames[shown]) for clip in clips], return_tensors="pt",
-            videos_kwargs={"size": token_budget(video, MAX_VIDEO_TOKENS * side**2 * video.temporal_patch_size), "do_sample_frames": False,
-                           "video_metadata": [{"fps": clip.fps, "total_num_frames": len(clip.frames), "frames_indices": shown} for clip in clips],
-                           **({"cap_pixels_per_frame": False} if hasattr(video, "cap_pixels_per_frame") else {})})
+            text=[conversation(parts, self.processor)],
+            videos=[to_bytes(clip.frames[shown]) for clip in clips],
+            return_tensors="pt",
+            videos_kwargs={
+                "size": token_budget(video, MAX_VIDEO_TOKENS * side**2 * video.temporal_patch_size),
+                "do_sample_frames": False,
+                "video_metadata": [{"fps": clip.fps, "total_num_frames": len(clip.frames), "frames_indices": shown} for clip in clips],
+                **({"cap_pixels_per_frame": False} if hasattr(video, "cap_pixels_per_frame") else {}),
+            },
+        )
         ids = encoded["input_ids"]
-        inputs = {"input_ids": ids, "attention_mask": encoded["attention_mask"], "pixel_values_videos": encoded["pixel_values_videos"].to(self.model.dtype),
-                  "video_grid_thw": encoded["video_grid_thw"]}
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": encoded["attention_mask"],
+            "pixel_values_videos": encoded["pixel_values_videos"].to(self.model.dtype),
+            "video_grid_thw": encoded["video_grid_thw"],
+        }
         if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:  # transformers 4.57 finds the kinds of token by itself
             inputs["mm_token_type_ids"] = 2 * (ids == self.processor.video_token_id).long()
         return {name: value.to(self.model.device) for name, value in inputs.items()}
@@ -99,13 +117,13 @@ class Spelling:
             return self._ids(following)
         if len(rest) < len(self.separator):
             return [self.separator[len(rest)]]
-        second, _ = self._number(rest[len(self.separator):])
+        second, _ = self._number(rest[len(self.separator) :])
         return self._ids(following) if (following := _follows(second)) else [self.end]
 
     def numbers(self, answer: list[int]) -> tuple[float, float]:
         """What a whole answer says."""
         first, rest = self._number(answer)
-        return float(first), float(self._number(rest[len(self.separator):])[0])
+        return float(first), float(self._number(rest[len(self.separator) :])[0])
 
     def _number(self, answer: list[int]) -> tuple[str, list[int]]:
         """The number that the answer begins with, as far as it goes, and what comes after it."""

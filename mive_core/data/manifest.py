@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
-from ..media.paths import check_input, check_output_folder, numbered_name, written_folder
 from ..media.fit import fit_clip, fit_mask, fit_reference, trimmed
+from ..media.paths import check_input, check_output_folder, numbered_name, written_folder
 from ..media.remote import check_url, is_url, local_copy
-from .tables import Row, read_rows, write_rows
-from ..types import Clip, EditRequest, PairedEdit
 from ..media.video import DEFAULT_FPS, read_clip, read_image, write_frames
+from ..types import Clip, EditRequest, PairedEdit
+from .tables import Row, read_rows, write_rows
 
 PATH_KEYS = ("source", "reference", "target", "mask")
 TEXT_KEYS = ("instruction", "name", "kind", "edit", "colour")
@@ -131,8 +131,14 @@ def _write_pair(pair: PairedEdit, labels: Mapping[str, str], folder: Path, index
     request = pair.request
     write_frames(folder / stem / "source", request.source.frames)
     write_frames(folder / stem / "reference", request.reference[None])
-    line = {"name": pair.name or stem, **labels, "source": f"{stem}/source", "reference": f"{stem}/reference/00000.png",
-            "instruction": request.instruction, "fps": request.source.fps}
+    line = {
+        "name": pair.name or stem,
+        **labels,
+        "source": f"{stem}/source",
+        "reference": f"{stem}/reference/00000.png",
+        "instruction": request.instruction,
+        "fps": request.source.fps,
+    }
     if pair.colour is not None:
         line["colour"] = "#" + bytes(round(255 * value) for value in pair.colour).hex()
     for key, frames in (("target", pair.target), ("mask", pair.mask)):
@@ -145,8 +151,12 @@ def _write_pair(pair: PairedEdit, labels: Mapping[str, str], folder: Path, index
 def _same_length(clip: Clip, path: Path | str, what: str, count: int) -> Clip:
     """The clip, where it has as many frames as the source once both are trimmed to 4n+1."""
     if trimmed(len(clip.frames)) != count:
-        raise UserError(f"the {what} is {'shorter' if len(clip.frames) < count else 'longer'} than the source", where=f"{what} {str(path)!r}",
-                        got=f"{len(clip.frames)} frames", expected=f"{count}")
+        raise UserError(
+            f"the {what} is {'shorter' if len(clip.frames) < count else 'longer'} than the source",
+            where=f"{what} {str(path)!r}",
+            got=f"{len(clip.frames)} frames",
+            expected=f"{count}",
+        )
     return clip
 
 
@@ -199,6 +209,10 @@ def _relative(place: Path | str, folder: Path, manifest: str | os.PathLike) -> s
         return place
     absolute = Path(os.path.abspath(place))
     if not absolute.is_relative_to(folder):
-        raise UserError("the manifest must stand in a folder that its media are under", where=f"output {str(manifest)!r}", got=str(place),
-                        fix=f"write it to {str(Path(os.path.commonpath([absolute, folder])) / Path(manifest).name)!r}, say")
+        raise UserError(
+            "the manifest must stand in a folder that its media are under",
+            where=f"output {str(manifest)!r}",
+            got=str(place),
+            fix=f"write it to {str(Path(os.path.commonpath([absolute, folder])) / Path(manifest).name)!r}, say",
+        )
     return absolute.relative_to(folder).as_posix()

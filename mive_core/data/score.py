@@ -10,12 +10,12 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..media.paths import check_output
-from .manifest import ManifestEntry, load_entry, write_manifest
-from .tables import SUFFIXES
 from ..types import PairedEdit
+from .executor import Spread
 from .journal import Outcome, Task, mark_of, worked_through
 from .judge import FPS, MAX_VIDEO_TOKENS, PROMPT, Judge
-from .executor import Spread
+from .manifest import ManifestEntry, load_entry, write_manifest
+from .tables import SUFFIXES
 
 LEAST, MOST = 9.3, 4000
 
@@ -36,8 +36,16 @@ class ScoreWorker:
         return {"instruction": instruction, "faithfulness": faithfulness, "edit": entry.edit}
 
 
-def score(entries: Sequence[ManifestEntry], load: Callable[[], Judge], output: str | Path, *, least: float = LEAST, most: int = MOST,
-          made_by: object = "", how: Spread = Spread()) -> tuple[list[Outcome], list[ManifestEntry]]:
+def score(
+    entries: Sequence[ManifestEntry],
+    load: Callable[[], Judge],
+    output: str | Path,
+    *,
+    least: float = LEAST,
+    most: int = MOST,
+    made_by: object = "",
+    how: Spread = Spread(),
+) -> tuple[list[Outcome], list[ManifestEntry]]:
     """Rates what has no rating yet and writes the manifest of the best -> each entry's outcome, and what was kept.
 
     The ratings are kept in NAME.scores.jsonl beside the manifest, so another `least` or `most` costs nothing. Raises UserError where
@@ -57,6 +65,7 @@ def score(entries: Sequence[ManifestEntry], load: Callable[[], Judge], output: s
 
 def chosen(results: Sequence[dict | None], least: float, most: int) -> list[int]:
     """The places of what is kept, in order: rated at least that by its lower number, of each kind of edit the best."""
+
     def rank(place: int) -> tuple:
         instruction, faithfulness = results[place]["instruction"], results[place]["faithfulness"]
         return -min(instruction, faithfulness), -instruction - faithfulness, place

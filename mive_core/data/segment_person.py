@@ -33,15 +33,21 @@ class Segmenter:
         try:
             from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
         except ImportError as error:
-            raise UserError("finding a person needs transformers", got=str(error), fix="pip install transformers torchvision, or name a mask in each line") from None
+            raise UserError(
+                "finding a person needs transformers", got=str(error), fix="pip install transformers torchvision, or name a mask in each line"
+            ) from None
         if not Path(folder).is_dir():
             raise UserError("no such folder", where=f"segmenter {str(folder)!r}", expected="a Hugging Face folder of a semantic segmentation model")
         try:
             model = AutoModelForSemanticSegmentation.from_pretrained(folder, local_files_only=True, use_safetensors=True)
             processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError("is no segmentation model that can be read", where=f"segmenter {str(folder)!r}", got=str(error).splitlines()[0],
-                            expected="config.json, preprocessor_config.json and model.safetensors") from None
+            raise UserError(
+                "is no segmentation model that can be read",
+                where=f"segmenter {str(folder)!r}",
+                got=str(error).splitlines()[0],
+                expected="config.json, preprocessor_config.json and model.safetensors",
+            ) from None
         labels = {name.lower(): int(number) for number, name in model.config.id2label.items()}
         if PERSON not in labels:
             raise UserError(f"the model knows no {PERSON!r}", where=f"segmenter {str(folder)!r}", got=", ".join(list(labels)[:6]))
@@ -53,6 +59,6 @@ class Segmenter:
         parts = []
         for batch in frames.split(AT_ONCE):
             pixels = self.processor(images=list(to_bytes(batch)), return_tensors="pt")["pixel_values"].to(self.model.device)
-            likely = self.model(pixel_values=pixels).logits.softmax(dim=1)[:, self.label:self.label + 1]
+            likely = self.model(pixel_values=pixels).logits.softmax(dim=1)[:, self.label : self.label + 1]
             parts.append(functional.interpolate(likely, frames.shape[1:3], mode="bilinear")[:, 0].cpu())
         return ((torch.cat(parts) - LOW) / (HIGH - LOW)).clamp(0, 1)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..attention import AttentionFn
 from .rope import rotate
 
-
 PIECE = 16_384  # tokens that go through a feed-forward together: its inner width is up to six times D
 
 
@@ -89,15 +88,13 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """Wan2.1's block without its cross-attention."""
 
-    def __init__(self, width: int, num_heads: int, ffn_width: int, eps: float, *, operations, attention: AttentionFn,
-                 device=None, dtype=None):
+    def __init__(self, width: int, num_heads: int, ffn_width: int, eps: float, *, operations, attention: AttentionFn, device=None, dtype=None):
         super().__init__()
         made = {"device": device, "dtype": dtype}
         self.norm1 = operations.LayerNorm(width, eps=eps, elementwise_affine=False, **made)
         self.self_attn = SelfAttention(width, num_heads, eps, operations=operations, attention=attention, **made)
         self.norm2 = operations.LayerNorm(width, eps=eps, elementwise_affine=False, **made)
-        self.ffn = nn.Sequential(operations.Linear(width, ffn_width, **made), nn.GELU(approximate="tanh"),
-                                 operations.Linear(ffn_width, width, **made))
+        self.ffn = nn.Sequential(operations.Linear(width, ffn_width, **made), nn.GELU(approximate="tanh"), operations.Linear(ffn_width, width, **made))
         self.modulation = nn.Parameter(torch.randn(1, 6, width, device=device, dtype=bare_dtype(dtype)) / width**0.5)
 
     def forward(self, x: Tensor, time: Modulation, rotary: Tensor, **attention_options) -> Tensor:

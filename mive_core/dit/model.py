@@ -29,15 +29,13 @@ class MiVEDiT(nn.Module):
         made = {"device": device, "dtype": dtype}
         parts = {**made, "operations": operations}
         width = config.width
-        self.patch_embedding = operations.Conv3d(2 * config.latent_channels, width, kernel_size=config.patch_size,
-                                                 stride=config.patch_size, **made)
+        self.patch_embedding = operations.Conv3d(2 * config.latent_channels, width, kernel_size=config.patch_size, stride=config.patch_size, **made)
         self.context = ContextProjection(config.vlm_width, width, len(config.layers), config.eps, **parts)
-        self.time_embedding = nn.Sequential(operations.Linear(config.freq_dim, width, **made), nn.SiLU(),
-                                            operations.Linear(width, width, **made))
+        self.time_embedding = nn.Sequential(operations.Linear(config.freq_dim, width, **made), nn.SiLU(), operations.Linear(width, width, **made))
         self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(width, 6 * width, **made))
         self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, config.ffn_width, config.eps, attention=attention, **parts)
-            for _ in range(config.num_blocks))
+            Block(width, config.num_heads, config.ffn_width, config.eps, attention=attention, **parts) for _ in range(config.num_blocks)
+        )
         self.head = Head(width, config.latent_channels, config.patch_size, config.eps, **parts)
 
     def compile_blocks(self) -> "MiVEDiT":

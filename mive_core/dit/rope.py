@@ -27,11 +27,7 @@ def rotary_table(num_condition: int, grid: tuple[int, int, int], head_dim: int, 
     axes = (torch.arange(-1, num_frames), torch.arange(height), torch.arange(width))
     t, y, x = (axis_angles(p, dim, theta) for p, dim in zip(axes, axis_dims(head_dim)))
     shape = (num_frames + 1, height, width)
-    visual = torch.cat([
-        t[:, None, None].expand(*shape, -1),
-        y[None, :, None].expand(*shape, -1),
-        x[None, None, :].expand(*shape, -1),
-    ], dim=-1).flatten(0, 2)
+    visual = torch.cat([t[:, None, None].expand(*shape, -1), y[None, :, None].expand(*shape, -1), x[None, None, :].expand(*shape, -1)], dim=-1).flatten(0, 2)
     angles = torch.cat([visual.new_zeros(num_condition, head_dim // 2), visual])[None, :, None]
     return torch.polar(torch.ones_like(angles), angles).to(device)
 

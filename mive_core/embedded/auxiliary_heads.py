@@ -37,7 +37,7 @@ class AuxiliaryHeads(nn.Module):
         Every head has a gradient even where no clip of the batch has a thing.
         """
         grid = self.config.patch_grid(*batch.target.shape[2:])
-        tokens = {name: value[:, -grid[0] * grid[1] * grid[2]:].float().unflatten(1, grid) for name, value in self.seen.items()}
+        tokens = {name: value[:, -grid[0] * grid[1] * grid[2] :].float().unflatten(1, grid) for name, value in self.seen.items()}
         self.seen.clear()
         said, drawn = self.place(tokens["place"]), self.outline(tokens["outline"])
         offset, radius = place_in_patches(batch.track, self.config.patch_size, grid)

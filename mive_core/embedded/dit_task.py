@@ -16,14 +16,14 @@ from torch.utils.data import Dataset
 from ..config import PRESETS, MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
-from ..layers import parse_layers
 from ..formats.safetensors_file import read_tensors
-from .auxiliary_heads import AuxiliaryHeads
-from .features import NUM_PER_SHARD, Bucket, compute, shards_of, wait
+from ..layers import parse_layers
+from ..train.flow_matching import VelocityRecipe, VelocityTask, check, training_attention
 from ..train.loop import step_seed
 from ..train.objective import EditFeatures, stacked
 from ..train.recipe import parse_recipe
-from ..train.flow_matching import VelocityRecipe, VelocityTask, check, training_attention
+from .auxiliary_heads import AuxiliaryHeads
+from .features import NUM_PER_SHARD, Bucket, compute, shards_of, wait
 from .vae_network import LATENT_CHANNELS, WholeClipVAE, decode_clips, read_whole_clip_vae
 
 
@@ -193,8 +193,12 @@ def check_auxiliary(recipe: DiTRecipe, num_blocks: int, where: object) -> None:
     if not recipe.auxiliary_weight:
         return
     if len(recipe.auxiliary_blocks) != 2 or not all(type(i) is int and 0 <= i < num_blocks for i in recipe.auxiliary_blocks):
-        raise UserError("auxiliary_blocks names the block that is to know place and shape, and the one that is to know the outline",
-                        where=where, got=str(list(recipe.auxiliary_blocks)), expected=f"two numbers from 0 to {num_blocks - 1}")
+        raise UserError(
+            "auxiliary_blocks names the block that is to know place and shape, and the one that is to know the outline",
+            where=where,
+            got=str(list(recipe.auxiliary_blocks)),
+            expected=f"two numbers from 0 to {num_blocks - 1}",
+        )
     if recipe.recompute:
         raise UserError("auxiliary heads read what leaves a block, once a step", where=where, fix="set recompute to false")
 
@@ -208,10 +212,18 @@ def build(values: dict, where: object = None) -> DiTTask:
     check_auxiliary(recipe, config.num_blocks, where)
     if recipe.growth_share and recipe.num_workers:
         raise UserError("clips that grow are read where they are waited for", where=where, got=f"num_workers {recipe.num_workers}", fix="set num_workers to 0")
-    buckets = [Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen))
-               for width, height, num_frames, num_clips, share, *chosen in recipe.buckets]
-    clips = compute([shards_of(bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir,
-                               things=recipe.auxiliary_weight > 0) for bucket in buckets], recipe.num_feature_processes)
+    buckets = [
+        Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen)) for width, height, num_frames, num_clips, share, *chosen in recipe.buckets
+    ]
+    clips = compute(
+        [
+            shards_of(
+                bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir, things=recipe.auxiliary_weight > 0
+            )
+            for bucket in buckets
+        ],
+        recipe.num_feature_processes,
+    )
     num_growing = round(recipe.growth_share * recipe.num_steps)
     entries = clips if num_growing else wait(clips)
     return DiTTask(recipe, config, FeatureBatches(list(zip(buckets, entries)), recipe.batch_size, recipe.seed, recipe.num_alike, num_growing))

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from ..config import MiVEConfig
 from ..formats.safetensors_file import read_tensors, write_tensors
+from ..train.objective import EditFeatures, latent_mask
 from ..types import PairedEdit
 from ..vae import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..vlm import VLM, WEIGHTS
-from .vae_patch_matrix import Encoder, encoder_of
-from ..train.objective import EditFeatures, latent_mask
 from .synthetic import SHAPES, PairedEdits, SyntheticEdit, Thing
 from .vae_network import read_whole_clip_vae
+from .vae_patch_matrix import Encoder, encoder_of
 
 NUM_PER_SHARD = 64
 
@@ -121,9 +121,11 @@ def thing_of(edit: SyntheticEdit) -> dict[str, Tensor]:
     thing = edit.thing or Thing(torch.zeros(frames, 3), "", torch.zeros(frames, height, width))
     cover = torch.cat([thing.cover[:1].expand(TEMPORAL_FACTOR - 1, -1, -1), thing.cover])  # frame 0 is a latent frame of its own
     track = torch.cat([thing.track[:1].expand(TEMPORAL_FACTOR - 1, -1), thing.track])
-    return {"track": track.unflatten(0, (-1, TEMPORAL_FACTOR)).mean(dim=1) / SPATIAL_FACTOR,
-            "shape": torch.tensor(SHAPES.index(thing.shape) if edit.thing else -1),
-            "cover": F.avg_pool3d(cover[None], (TEMPORAL_FACTOR, SPATIAL_FACTOR // 2, SPATIAL_FACTOR // 2))[0].to(torch.float16)}
+    return {
+        "track": track.unflatten(0, (-1, TEMPORAL_FACTOR)).mean(dim=1) / SPATIAL_FACTOR,
+        "shape": torch.tensor(SHAPES.index(thing.shape) if edit.thing else -1),
+        "cover": F.avg_pool3d(cover[None], (TEMPORAL_FACTOR, SPATIAL_FACTOR // 2, SPATIAL_FACTOR // 2))[0].to(torch.float16),
+    }
 
 
 def features_of(shard: Shard) -> Callable[[SyntheticEdit], dict[str, Tensor]]:

@@ -61,8 +61,7 @@ def footage_pairs(clip: Clip, looks: tuple[str, ...] = FOOTAGE_LOOKS) -> Iterato
     for index, look in enumerate(looks):
         target = apply_look(look, clip.frames)
         instruction = phrasings[index % len(phrasings)].format(what=LOOK_NOUNS[look][0])
-        yield (PairedEdit(EditRequest(clip, target[0], instruction), target, None, f"footage-{look}"),
-               {"kind": "footage", "edit": look})
+        yield (PairedEdit(EditRequest(clip, target[0], instruction), target, None, f"footage-{look}"), {"kind": "footage", "edit": look})
 
 
 def unseen_look_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
@@ -70,8 +69,10 @@ def unseen_look_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]
     phrasings = PHRASINGS["match"][-NUM_HELD_OUT:]
     for index, (name, look) in enumerate(UNSEEN_LOOKS.items()):
         target = look(clip.frames).clamp(0, 1)
-        yield (PairedEdit(EditRequest(clip, target[0], phrasings[index % len(phrasings)]), target, None, f"unseen-{name.replace(' ', '-')}"),
-               {"kind": "footage", "edit": name})
+        yield (
+            PairedEdit(EditRequest(clip, target[0], phrasings[index % len(phrasings)]), target, None, f"unseen-{name.replace(' ', '-')}"),
+            {"kind": "footage", "edit": name},
+        )
 
 
 def recolour_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
@@ -81,11 +82,15 @@ def recolour_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
     """
     mask = is_green(clip.frames)
     if mask.float().mean() < LEAST_GREEN:
-        raise UserError("there is too little green in the clip to recolour", got=f"{mask.float().mean():.1%} of the pixels", expected=f"{LEAST_GREEN:.0%} or more")
+        raise UserError(
+            "there is too little green in the clip to recolour", got=f"{mask.float().mean():.1%} of the pixels", expected=f"{LEAST_GREEN:.0%} or more"
+        )
     for colour, channels in GREEN_BECOMES.items():
         target = torch.where(mask[..., None], clip.frames[..., list(channels)], clip.frames)
-        yield (PairedEdit(EditRequest(clip, target[0], f"make the green grass {colour}"), target, mask, f"green-to-{colour}"),
-               {"kind": "footage", "edit": "recolour"})
+        yield (
+            PairedEdit(EditRequest(clip, target[0], f"make the green grass {colour}"), target, mask, f"green-to-{colour}"),
+            {"kind": "footage", "edit": "recolour"},
+        )
 
 
 def is_green(frames: Tensor) -> Tensor:

@@ -38,8 +38,9 @@ def _turn(frames: np.ndarray, angles: np.ndarray, size: tuple[int, int]) -> np.n
     x, y = (np.arange(width) - (width - 1) / 2)[None, None, :], (np.arange(height) - (height - 1) / 2)[None, :, None]
     cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
     grid = np.stack([(x * cos - y * sin) * 2 / frames.shape[2], (x * sin + y * cos) * 2 / frames.shape[1]], axis=-1)
-    turned = F.grid_sample(torch.from_numpy(frames).permute(0, 3, 1, 2), torch.from_numpy(grid).float(),
-                           mode="bilinear", padding_mode="reflection", align_corners=False)
+    turned = F.grid_sample(
+        torch.from_numpy(frames).permute(0, 3, 1, 2), torch.from_numpy(grid).float(), mode="bilinear", padding_mode="reflection", align_corners=False
+    )
     return turned.permute(0, 2, 3, 1).numpy()
 
 

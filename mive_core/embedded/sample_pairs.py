@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..media.fit import cover
-from ..types import Clip
 from ..media.video import read_clip, write_image, write_video
+from ..types import Clip
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 SIDE, NUM_FRAMES, TOP = 96, 17, 8

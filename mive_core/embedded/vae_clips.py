@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .synthetic import random_clip
 from .natural_clips import natural_clip
+from .synthetic import random_clip
 
 POOL_SHAPE = (17, 96, 96, 3)
 
@@ -54,7 +54,7 @@ class ClipCrops(Dataset):
     def _crop(self, rng: np.random.Generator, phase: Phase) -> np.ndarray:
         num_frames, height, width, _ = POOL_SHAPE
         t, y, x = (rng.integers(n + 1) for n in (num_frames - phase.num_frames, height - phase.size, width - phase.size))
-        crop = self.pool[rng.integers(self.num_clips), t:t + phase.num_frames, y:y + phase.size, x:x + phase.size]
+        crop = self.pool[rng.integers(self.num_clips), t : t + phase.num_frames, y : y + phase.size, x : x + phase.size]
         crop = crop[:: rng.choice([-1, 1]), :, :: rng.choice([-1, 1])]
         if rng.uniform() < 0.3:
             crop = crop[..., rng.permutation(3)]

@@ -28,7 +28,7 @@ class CausalConv3d(nn.Conv3d):
         taps = self.kernel_size[0]
         if taps > 1:
             padded = F.pad(x, (0, 0) * 3 + ((taps - 1) * batch, 0))
-            x = torch.cat([padded[i * batch:i * batch + len(x)] for i in range(taps)], dim=1)
+            x = torch.cat([padded[i * batch : i * batch + len(x)] for i in range(taps)], dim=1)
         weight = self.weight.transpose(1, 2).flatten(1, 2)
         return F.conv2d(x, weight, self.bias, padding=(self.kernel_size[1] // 2, self.kernel_size[2] // 2))
 
@@ -51,8 +51,14 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_width: int, out_width: int):
         super().__init__()
         self.residual = nn.Sequential(
-            RMSNorm(in_width, 3), nn.SiLU(), CausalConv3d(in_width, out_width, 3),
-            RMSNorm(out_width, 3), nn.SiLU(), nn.Identity(), CausalConv3d(out_width, out_width, 3))
+            RMSNorm(in_width, 3),
+            nn.SiLU(),
+            CausalConv3d(in_width, out_width, 3),
+            RMSNorm(out_width, 3),
+            nn.SiLU(),
+            nn.Identity(),
+            CausalConv3d(out_width, out_width, 3),
+        )
         self.shortcut = CausalConv3d(in_width, out_width, 1) if in_width != out_width else None
 
     @property

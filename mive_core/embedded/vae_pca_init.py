@@ -113,7 +113,7 @@ def _set_encoder_head(head: nn.Sequential) -> None:
     conv.weight[paired, paired, 2, 1, 1] = 1
     conv.weight[paired, range(NUM_PAIRED, 2 * NUM_PAIRED), 2, 1, 1] = -1
     conv.weight[NUM_PAIRED, CONSTANTS.stop - 1, 2, 1, 1], conv.weight[NUM_PAIRED, CONSTANTS.start, 2, 1, 1] = 1, -1
-    conv.bias[NUM_PAIRED + 1:] = LOG_VARIANCE
+    conv.bias[NUM_PAIRED + 1 :] = LOG_VARIANCE
 
 
 def _set_decoder(decoder: nn.Module, bases: dict[str, Tensor], gains: Tensor) -> None:

@@ -5,22 +5,22 @@ it is exact and linear from pixels to pixels (8 x 8 means), and training adds th
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..formats.safetensors_file import write_tensors
-from ..vae import LATENTS_MEAN, LATENTS_STD
-from .vae_clips import ClipCrops, Phase
 from ..train.loop import Task
 from ..train.optim import Muon
-from .vae_pca_init import initialise_principal
 from ..train.recipe import Recipe, parse_recipe
+from ..vae import LATENTS_MEAN, LATENTS_STD
+from .vae_clips import ClipCrops, Phase
 from .vae_network import AttentionBlock, Downsample, ResidualBlock, Upsample, WholeClipVAE, read_whole_clip_vae, skip_empty_branches
+from .vae_pca_init import initialise_principal
 
 PATH_CHANNELS = 7  # +RGB, -RGB, constant
 LOG_FLOOR = 1e-5  # under a clip's mean square error, 56 dB: what is near perfect asks for no more
@@ -55,8 +55,9 @@ class VAETask(Task):
     def __init__(self, recipe: VAERecipe):
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
-        self.dataset = ClipCrops(Path(recipe.output_dir), recipe.num_clips, recipe.num_steps,
-                                 tuple(Phase(*phase) for phase in recipe.phases), recipe.seed, recipe.natural_share)
+        self.dataset = ClipCrops(
+            Path(recipe.output_dir), recipe.num_clips, recipe.num_steps, tuple(Phase(*phase) for phase in recipe.phases), recipe.seed, recipe.natural_share
+        )
         self.vae = read_whole_clip_vae(recipe.start_from) if recipe.start_from else WholeClipVAE(recipe.dim)
         if recipe.num_basis_clips and not recipe.start_from:
             initialise_principal(self.vae, as_video(self.clips(recipe.num_basis_clips)))
@@ -73,8 +74,7 @@ class VAETask(Task):
         chosen = {id(p) for p in matrices}
         self.optimizers = {
             "muon": Muon(matrices, lr=recipe.muon_lr),
-            "adamw": torch.optim.AdamW([p for p in learned if id(p) not in chosen], lr=recipe.adamw_lr,
-                                       betas=(0.9, 0.99), weight_decay=0.0),
+            "adamw": torch.optim.AdamW([p for p in learned if id(p) not in chosen], lr=recipe.adamw_lr, betas=(0.9, 0.99), weight_decay=0.0),
         }
         self.bounds = [(weight, weight.detach().norm() * recipe.max_growth) for weight in stream_weights(self.vae) if weight.requires_grad]
 
@@ -108,8 +108,11 @@ class VAETask(Task):
         weights = {key: value.clone() for key, value in self.vae.state_dict().items()}
         if not self.recipe.start_from:
             fold_statistics(weights, *self.latent_statistics())
-        write_tensors(path, {key: value.half() for key, value in weights.items()},
-                      {"format": "pt", "mive.about": f"Wan 2.1 VAE layout, dim {self.recipe.dim}", **self.recipe.about})
+        write_tensors(
+            path,
+            {key: value.half() for key, value in weights.items()},
+            {"format": "pt", "mive.about": f"Wan 2.1 VAE layout, dim {self.recipe.dim}", **self.recipe.about},
+        )
 
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each latent channel, (C,) each, over clips of the pool."""
@@ -208,7 +211,7 @@ def _carry(conv: nn.Module, *taps: Tensor, shares: int | None = None) -> None:
     """Sets the taps (out, in) to an identity that adds up to one, over faint random weights; the path is exact."""
     conv.weight.mul_(0.3)
     for start in range(0, conv.weight.shape[0], taps[0].shape[0]):
-        conv.weight[start:start + PATH_CHANNELS] = 0
+        conv.weight[start : start + PATH_CHANNELS] = 0
     conv.bias.zero_()
     for tap in taps:
         n = min(tap.shape)

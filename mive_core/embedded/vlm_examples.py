@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import PRESETS
-from ..prompt import build_inputs, chat_text, sample_frames
 from ..formats.safetensors_file import read_tensors
+from ..prompt import build_inputs, chat_text, sample_frames
 from ..types import VLMInputs
-from .synthetic import PHRASINGS, VOCABULARIES, EditLabels, SyntheticEdit
-from .synthetic import phrasing
+from .synthetic import PHRASINGS, VOCABULARIES, EditLabels, SyntheticEdit, phrasing
 
 CONFIG = PRESETS["tiny"]
 HEADS = "heads.safetensors"
@@ -117,8 +116,15 @@ def pad(inputs: Sequence[VLMInputs], pad_token: int) -> VLMInputs:
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(one, name) for one in inputs])
 
-    return VLMInputs(rows("input_ids", pad_token), rows("attention_mask", 0), rows("mm_token_type_ids", 0), joined("pixel_values"),
-                     joined("image_grid_thw"), joined("pixel_values_videos"), joined("video_grid_thw"))
+    return VLMInputs(
+        rows("input_ids", pad_token),
+        rows("attention_mask", 0),
+        rows("mm_token_type_ids", 0),
+        joined("pixel_values"),
+        joined("image_grid_thw"),
+        joined("pixel_values_videos"),
+        joined("video_grid_thw"),
+    )
 
 
 class Heads(nn.Module):
@@ -147,8 +153,12 @@ class Heads(nn.Module):
         seen_first, seen_last = (states[kinds == 2].view(len(last), -1, states.shape[-1]) for states in (first, last))
         seen_first, asked = self.first_norm(seen_first), self.first_norm(first[batch, marker])
         meant = (self.offered(seen_first) @ self.asked(asked).unsqueeze(-1)).squeeze(-1) / MATCH_WIDTH**0.5 + self.bias(asked)
-        return Readings(*({field: head(state) for field, head in self.words.items()} for state in (last[batch, marker], end)),
-                        meant, self.first(seen_first), self.last(seen_last))
+        return Readings(
+            *({field: head(state) for field, head in self.words.items()} for state in (last[batch, marker], end)),
+            meant,
+            self.first(seen_first),
+            self.last(seen_last),
+        )
 
 
 def load_heads(folder: Path, width: int) -> Heads:
@@ -172,8 +182,10 @@ class Readings:
 def losses(readings: Readings, truth: Lesson, weights: Sequence[float]) -> dict[str, Tensor]:
     """Scalars: heard, words, meant, where, becomes, first (its where and colour), and their sum under the weights as 'loss'."""
     first, last = readings.first, readings.last
-    heard, words = (torch.stack([F.cross_entropy(logits[field], truth.labels[:, i]) for i, field in enumerate(VOCABULARIES)]).mean()
-                    for logits in (readings.heard, readings.words))
+    heard, words = (
+        torch.stack([F.cross_entropy(logits[field], truth.labels[:, i]) for i, field in enumerate(VOCABULARIES)]).mean()
+        for logits in (readings.heard, readings.words)
+    )
     found = {
         "heard": heard,
         "words": words,

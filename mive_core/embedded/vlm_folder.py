@@ -9,13 +9,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ..prompt import CHAT_TEMPLATE
 
 VOCAB_SIZE = 896
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-                  "<|image_pad|>", "<|video_pad|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 FIRST_SPECIAL = VOCAB_SIZE - len(SPECIAL_TOKENS)
 TOKEN_IDS = {token: FIRST_SPECIAL + i for i, token in enumerate(SPECIAL_TOKENS)}
 # words are split as Qwen's tokenizer splits them: contractions, words, single digits, punctuation, spaces
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 MODEL = {
     "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -56,23 +57,31 @@ MODEL = {
         "deepstack_visual_indexes": [1],
     },
 }
-PIXELS = {
-    "patch_size": 8, "temporal_patch_size": 2, "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-}
+PIXELS = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 PROCESSORS = {
     "preprocessor_config.json": {
-        **PIXELS, "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor",
+        **PIXELS,
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
         "size": {"shortest_edge": 32 * 32, "longest_edge": 1024 * 16 * 16},
     },
     "video_preprocessor_config.json": {
-        **PIXELS, "video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor",
+        **PIXELS,
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "processor_class": "Qwen3VLProcessor",
         "size": {"shortest_edge": 2 * 32 * 32, "longest_edge": 2 * 4096 * 16 * 16},
-        "min_frames": 4, "max_frames": 768, "fps": 2,
+        "min_frames": 4,
+        "max_frames": 768,
+        "fps": 2,
     },
     "tokenizer_config.json": {
-        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "unk_token": None, "bos_token": None, "model_max_length": 32768, "add_prefix_space": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "bos_token": None,
+        "model_max_length": 32768,
+        "add_prefix_space": False,
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
     },
 }
@@ -91,13 +100,11 @@ def train_tokenizer(phrases: Iterable[str]) -> Tokenizer:
     """A byte-level BPE of exactly VOCAB_SIZE entries whose special tokens come last, as in Qwen's own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=FIRST_SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=FIRST_SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(phrases, trainer)
     tokenizer.add_tokens(list(_fillers(FIRST_SPECIAL - tokenizer.get_vocab_size())))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])

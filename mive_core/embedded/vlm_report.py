@@ -1,6 +1,6 @@
 """Measures what the tiny VLM's states say of edits it has not seen.
 
-    python -m mive_core.embedded.vlm_report --output results/embedded/vlm.json
+python -m mive_core.embedded.vlm_report --output results/embedded/vlm.json
 """
 
 import argparse
@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..vlm import VLM
-from .vlm_examples import Heads, Lesson, batch_of, example, load_heads, overlap
 from .synthetic import KINDS, VOCABULARIES, PairedEdits
+from .vlm_examples import Heads, Lesson, batch_of, example, load_heads, overlap
 from .vlm_task import read
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "vlm"
@@ -34,8 +34,7 @@ def measure(vlm: VLM, heads: Heads, split: str, num_clips: int, kinds: tuple[str
         found["mask_iou_affinity_layer_1"] += overlap(said.meant, truth.edited).tolist()
         error = (said.last[..., 1:] - truth.after).abs().mean(-1)
         found["colour_error_edited"] += ((error * truth.edited).sum(1) / truth.edited.sum(1).clamp(min=1e-6)).tolist()
-    return {"clips": num_clips, **{f"{field}_accuracy": mean(hits) for field, hits in words.items()},
-            **{name: mean(values) for name, values in found.items()}}
+    return {"clips": num_clips, **{f"{field}_accuracy": mean(hits) for field, hits in words.items()}, **{name: mean(values) for name, values in found.items()}}
 
 
 def lessons(vlm: VLM, split: str, num_clips: int, kinds: tuple[str, ...] | None) -> Iterator[Lesson]:

@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..formats.safetensors_file import write_tensors
-from ..types import VLMInputs
-from ..vlm import VLM, WEIGHTS, load_processor, new_model, tap
-from .vlm_examples import (HEADS, Example, Heads, Lesson, Readings, Sentences, as_typed, batch_of, example, load_heads, losses, misheard,
-                      phrases, sentences_of)
 from ..train.loop import Task
 from ..train.recipe import Recipe, parse_recipe
+from ..types import VLMInputs
+from ..vlm import VLM, WEIGHTS, load_processor, new_model, tap
 from .synthetic import PairedEdits
+from .vlm_examples import HEADS, Example, Heads, Lesson, Readings, Sentences, as_typed, batch_of, example, load_heads, losses, misheard, phrases, sentences_of
 from .vlm_folder import write_tiny_folder
 
 LOCAL_EDITS = ("recolour", "replace", "remove", "add")

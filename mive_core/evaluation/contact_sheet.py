@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..media.paths import check_output, written_beside
 from ..media.fit import cover
+from ..media.paths import check_output, written_beside
 from ..types import EditRequest
 
 NUM_COLUMNS = 6
@@ -29,8 +29,9 @@ class Band:
     rows: tuple[tuple[str, np.ndarray], ...]  # label, (columns, h, w, 3) uint8; the first is the source
 
 
-def make_band(request: EditRequest, edited: Tensor, target: Tensor | None = None, *, notes: Sequence[str] = (),
-              title: str | None = None, cell_side: int = 160) -> Band:
+def make_band(
+    request: EditRequest, edited: Tensor, target: Tensor | None = None, *, notes: Sequence[str] = (), title: str | None = None, cell_side: int = 160
+) -> Band:
     """Picks NUM_COLUMNS moments and scales them so that the longer side is `cell_side`.
 
     edited and target (F, H, W, 3) in 0..1, as the request's source. The title is the instruction where none is given.
@@ -38,16 +39,20 @@ def make_band(request: EditRequest, edited: Tensor, target: Tensor | None = None
     source = request.source
     columns = np.unique(np.linspace(0, len(source.frames) - 1, NUM_COLUMNS).round().astype(int))
     rows = [("source", source.frames), ("ours", edited)] + ([("truth", target)] if target is not None else [])
-    return Band(request.instruction if title is None else title, tuple(notes), tuple(columns / source.fps),
-                _cells(request.reference[None], cell_side)[0],
-                tuple((label, _cells(frames[columns], cell_side)) for label, frames in rows))
+    return Band(
+        request.instruction if title is None else title,
+        tuple(notes),
+        tuple(columns / source.fps),
+        _cells(request.reference[None], cell_side)[0],
+        tuple((label, _cells(frames[columns], cell_side)) for label, frames in rows),
+    )
 
 
 def draw_sheet(bands: Sequence[Band], heading: str = "", across: int = 1) -> Image.Image:
     """Bands in `across` columns under one heading; sheets of one band need no heading."""
     pictures = [_draw_band(band) for band in bands]
     top = MARGIN + (34 if heading else 0)
-    lines = [pictures[i:i + across] for i in range(0, len(pictures), across)]
+    lines = [pictures[i : i + across] for i in range(0, len(pictures), across)]
     width = max(sum(picture.width + MARGIN for picture in line) for line in lines) + MARGIN
     sheet = Image.new("RGB", (width, top + sum(max(p.height for p in line) + MARGIN for line in lines)), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -90,7 +95,7 @@ def _draw_band(band: Band) -> Image.Image:
     _draw_row(picture, draw, top, "reference", band.reference[None])
     left = LABEL_WIDTH + width + 3 * GAP
     notes = [line for note in band.notes for line in _wrapped(note, _font(12), total - left, num_lines=2)]
-    notes = notes[:max(1, height // 16)]
+    notes = notes[: max(1, height // 16)]
     draw.multiline_text((left, top + (height - 16 * len(notes)) // 2), "\n".join(notes), FAINT, _font(12), spacing=4)
     for label, cells in others:
         top += height + GAP
@@ -122,7 +127,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, num_lines: int
     words, lines = text[:1000].split(), []
     while words and len(lines) < num_lines - 1:
         count = 1
-        while count < len(words) and font.getlength(" ".join(words[:count + 1])) <= width:
+        while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
             count += 1
         lines.append(_clipped(" ".join(words[:count]), font, width))
         words = words[count:]

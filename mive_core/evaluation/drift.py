@@ -50,10 +50,12 @@ def describe_drift(drift: Drift) -> str:
         return "nothing is kept: the mask covers every frame"
     colors = ", ".join(f"{name} {color[:, i].nanmean():+.1f}" for i, (name, _) in enumerate(CHANNELS))
     worst = int(torch.where(kept.isnan(), -1.0, kept).argmax())
-    return (f"{len(kept)} frames, in levels of 255\n"
-            f"kept region: changes by {known.mean():.2f} on average, most in frame {worst} ({kept[worst]:.2f})\n"
-            f"colour: {colors} on average\n"
-            f"from the first frame to the last: kept {kept[-1] - kept[0]:+.2f}")
+    return (
+        f"{len(kept)} frames, in levels of 255\n"
+        f"kept region: changes by {known.mean():.2f} on average, most in frame {worst} ({kept[worst]:.2f})\n"
+        f"colour: {colors} on average\n"
+        f"from the first frame to the last: kept {kept[-1] - kept[0]:+.2f}"
+    )
 
 
 def draw_drift(drift: Drift) -> Image.Image:
@@ -82,8 +84,7 @@ def _plot(draw: ImageDraw.ImageDraw, top: int, title: str, values: np.ndarray, c
     for frame in sorted({0, last // 2, len(values) - 1}):
         draw.text((LEFT + frame / last * (WIDTH - LEFT - RIGHT), bottom + 6), str(frame), INK, font, anchor="mt")
     for line, color in zip(values.T, colors):
-        points = [(LEFT + i / last * (WIDTH - LEFT - RIGHT), bottom - (v - low) / (high - low) * (bottom - top))
-                  for i, v in enumerate(line) if np.isfinite(v)]
+        points = [(LEFT + i / last * (WIDTH - LEFT - RIGHT), bottom - (v - low) / (high - low) * (bottom - top)) for i, v in enumerate(line) if np.isfinite(v)]
         if len(points) > 1:
             draw.line(points, color, 2)
         for x, y in points:

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from ..config import MiVEConfig
 from ..errors import UserError
 from ..media.paths import check_output_folder, written_beside, written_folder
+from ..media.video import write_video
+from ..types import Clip, EditRequest, PairedEdit
 from .contact_sheet import Band, make_band, write_sheet
 from .object_match import likeness
-from ..types import Clip, EditRequest, PairedEdit
-from ..media.video import write_video
 
 PSNR_CAP = 100.0
 REFERENCE_MODES = ("given", "source_frame")
@@ -49,8 +49,7 @@ class EvaluationSettings:
     instruction_mode: str = "given"  # wrong: another clip's instruction; empty: none
 
     def __post_init__(self):
-        for what, got, known in (("reference_mode", self.reference_mode, REFERENCE_MODES),
-                                 ("instruction_mode", self.instruction_mode, INSTRUCTION_MODES)):
+        for what, got, known in (("reference_mode", self.reference_mode, REFERENCE_MODES), ("instruction_mode", self.instruction_mode, INSTRUCTION_MODES)):
             if got not in known:
                 raise UserError("unknown mode", where=what, got=repr(got), expected=" or ".join(known))
 
@@ -66,8 +65,15 @@ class Editor(Protocol):
     def edit(self, request: EditRequest, *, steps, cfg, shift, seed, progress) -> Clip: ...
 
 
-def evaluate(pipeline: Editor, pairs: Sequence[PairedEdit], output_dir: str | Path, settings: EvaluationSettings = EvaluationSettings(),
-             *, groups: Mapping[str, Sequence[str]] | None = None, command: str = "") -> dict:
+def evaluate(
+    pipeline: Editor,
+    pairs: Sequence[PairedEdit],
+    output_dir: str | Path,
+    settings: EvaluationSettings = EvaluationSettings(),
+    *,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    command: str = "",
+) -> dict:
     """Edits every pair, writes report.json, sheet.png, sheets/ (8 clips a page) and edited/ (videos) -> the report.
 
     `groups` names each pair's kind, edit, ... for the report's `by_kind`, `by_edit`, ...; `command` is what a reader runs to get this report.
@@ -84,12 +90,25 @@ def evaluate(pipeline: Editor, pairs: Sequence[PairedEdit], output_dir: str | Pa
             request = asked(pair.request, settings, pairs, index)
             edited, seconds = timed_edit(pipeline, request, settings)
             write_video(folder / "edited" / f"{index:03d}.mp4", edited)
-            row = {"name": pair.name, **{group: names[index] for group, names in groups.items()}, "instruction": request.instruction, "seed": settings.seed,
-                   **score(pipeline, pair, edited.frames), "seconds": seconds}
+            row = {
+                "name": pair.name,
+                **{group: names[index] for group, names in groups.items()},
+                "instruction": request.instruction,
+                "seed": settings.seed,
+                **score(pipeline, pair, edited.frames),
+                "seconds": seconds,
+            }
             rows.append(row)
             bands.append(make_band(request, edited.frames, pair.target, notes=notes(row), cell_side=96))
-        report = {**summary(rows), **{f"by_{group}": by_group(rows, group) for group in groups}, "command": command, "settings": asdict(settings), "psnr_cap": PSNR_CAP,
-                  "config": asdict(pipeline.config), "per_clip": rows}
+        report = {
+            **summary(rows),
+            **{f"by_{group}": by_group(rows, group) for group in groups},
+            "command": command,
+            "settings": asdict(settings),
+            "psnr_cap": PSNR_CAP,
+            "config": asdict(pipeline.config),
+            "per_clip": rows,
+        }
         write_json(folder / "report.json", report)
         _write_sheets(folder, bands, report)
     return report
@@ -119,8 +138,14 @@ def wrong_instruction(own: str, pairs: Sequence[PairedEdit], index: int) -> str:
 def timed_edit(pipeline: Editor, request: EditRequest, settings: EvaluationSettings) -> tuple[Clip, float]:
     """The edited clip and the seconds it took."""
     start = time.perf_counter()
-    edited = pipeline.edit(request, steps=settings.steps, cfg=settings.cfg, shift=settings.shift, seed=settings.seed,
-                           progress=lambda steps: tqdm(steps, desc="steps", leave=False, disable=None))
+    edited = pipeline.edit(
+        request,
+        steps=settings.steps,
+        cfg=settings.cfg,
+        shift=settings.shift,
+        seed=settings.seed,
+        progress=lambda steps: tqdm(steps, desc="steps", leave=False, disable=None),
+    )
     return edited, time.perf_counter() - start
 
 
@@ -129,17 +154,32 @@ def score(pipeline: Editor, pair: PairedEdit, edited: Tensor) -> dict:
     """Figures of one clip, edited (F, H, W, 3), and of the baselines; None where there is no truth or no such region."""
     if pair.target is None:
         nothing = dict.fromkeys(FIGURES)
-        return {"edited_fraction": None, "edit_done": None, "edit_done_ceiling": None, "alike": None, "alike_ceiling": None, **nothing, **{name: nothing for name in BASELINES}}
+        return {
+            "edited_fraction": None,
+            "edit_done": None,
+            "edit_done_ceiling": None,
+            "alike": None,
+            "alike_ceiling": None,
+            **nothing,
+            **dict.fromkeys(BASELINES, nothing),
+        }
     source, target = pair.request.source.frames, pair.target
     mask = torch.ones(target.shape[:3], dtype=torch.bool) if pair.mask is None else pair.mask
-    outcomes = {"vae_ceiling": pipeline.vae.decode(pipeline.vae.encode(target)), "copy_source": source,
-                "repeat_reference": pair.request.reference.expand_as(target)}
+    outcomes = {
+        "vae_ceiling": pipeline.vae.decode(pipeline.vae.encode(target)),
+        "copy_source": source,
+        "repeat_reference": pair.request.reference.expand_as(target),
+    }
     done = {"edit_done": edit_done(edited, source, target), "edit_done_ceiling": edit_done(outcomes["vae_ceiling"], source, target)}
     for name, frames in (("alike", edited), ("alike_ceiling", outcomes["vae_ceiling"])):
         found = likeness(frames, source, target, mask, pair.colour)
         done[name] = {"right": found.right, **asdict(found)}
-    return {"edited_fraction": mask.float().mean().item(), **done, **in_and_out(edited, target, mask),
-            **{name: in_and_out(frames, target, mask) for name, frames in outcomes.items()}}
+    return {
+        "edited_fraction": mask.float().mean().item(),
+        **done,
+        **in_and_out(edited, target, mask),
+        **{name: in_and_out(frames, target, mask) for name, frames in outcomes.items()},
+    }
 
 
 def edit_done(frames: Tensor, source: Tensor, target: Tensor) -> float | None:
@@ -171,8 +211,11 @@ def psnr(frames: Tensor, target: Tensor, region: Tensor) -> float | None:
 
 def summary(rows: Sequence[dict]) -> dict:
     """Means over the clips that have a figure, and how many those are."""
-    means = {"clips": len(rows), "clips_with_target": sum(row["psnr_edited"] is not None or row["psnr_kept"] is not None for row in rows),
-             "clips_with_kept": sum(row["psnr_kept"] is not None for row in rows)}
+    means = {
+        "clips": len(rows),
+        "clips_with_target": sum(row["psnr_edited"] is not None or row["psnr_kept"] is not None for row in rows),
+        "clips_with_kept": sum(row["psnr_kept"] is not None for row in rows),
+    }
     for key in FIGURES:
         means[key] = mean([row[key] for row in rows])
     for key, done in (("clips_right", "edit_done"), ("clips_right_ceiling", "edit_done_ceiling")):
@@ -199,11 +242,11 @@ def notes(row: dict) -> tuple[str, ...]:
     lines = [" · ".join(text for text in (row["name"], row.get("kind"), row.get("edit")) if text)]
     if row["psnr_edited"] is not None:
         right = "" if row["edit_done"] is None else "right, " if row["edit_done"] >= RIGHT else "not right, "
-        lines.append(f"{right}edited {row['psnr_edited']:.1f} dB (copy {_db(row['copy_source']['psnr_edited'])}, "
-                     f"ceiling {_db(row['vae_ceiling']['psnr_edited'])})")
+        lines.append(
+            f"{right}edited {row['psnr_edited']:.1f} dB (copy {_db(row['copy_source']['psnr_edited'])}, ceiling {_db(row['vae_ceiling']['psnr_edited'])})"
+        )
     if row["psnr_kept"] is not None:
-        lines.append(f"kept {row['psnr_kept']:.1f} dB (repeat {_db(row['repeat_reference']['psnr_kept'])}, "
-                     f"ceiling {_db(row['vae_ceiling']['psnr_kept'])})")
+        lines.append(f"kept {row['psnr_kept']:.1f} dB (repeat {_db(row['repeat_reference']['psnr_kept'])}, ceiling {_db(row['vae_ceiling']['psnr_kept'])})")
     return tuple(line for line in lines if line)
 
 
@@ -219,7 +262,7 @@ def _write_sheets(folder: Path, bands: Sequence[Band], report: dict) -> None:
     if len(bands) > PAGE_CLIPS:
         (folder / "sheets").mkdir()
         for page, start in enumerate(range(0, len(bands), PAGE_CLIPS)):
-            write_sheet(folder / "sheets" / f"{page:02d}.png", bands[start:start + PAGE_CLIPS], across=2)
+            write_sheet(folder / "sheets" / f"{page:02d}.png", bands[start : start + PAGE_CLIPS], across=2)
 
 
 def _db(value: float | None) -> str:

@@ -60,7 +60,9 @@ def likeness(edited: Tensor, source: Tensor, target: Tensor, mask: Tensor, colou
     if not both.any():
         return Likeness(NO_COLOUR, 1.0, 0.0)
     distance = (centres(found) - centres(truth)).norm(dim=1) / min(truth.shape[1:])
-    return Likeness((mean_colour(edited, found) - mean_colour(target, truth)).norm().item(), distance[both].mean().item(), overlap[either >= least].mean().item())
+    return Likeness(
+        (mean_colour(edited, found) - mean_colour(target, truth)).norm().item(), distance[both].mean().item(), overlap[either >= least].mean().item()
+    )
 
 
 def find(frames: Tensor, colour: tuple[float, float, float], region: Tensor) -> Tensor:

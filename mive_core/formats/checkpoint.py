@@ -34,6 +34,7 @@ WAN_TO_DIFFUSERS = {
     ".modulation": ".scale_shift_table",
 }
 
+
 def rename(keys: dict[str, Tensor], table: dict[str, str], backwards: bool = False) -> dict[str, Tensor]:
     """Keys of one family -> the other's, by the longest entry of the table that fits; others keep their names."""
     pairs = [(b, a) if backwards else (a, b) for a, b in table.items()]
@@ -44,8 +45,7 @@ def rename(keys: dict[str, Tensor], table: dict[str, str], backwards: bool = Fal
     return renamed
 
 
-def save_dit(path: str | Path, state: dict[str, Tensor], config: MiVEConfig, dtype: torch.dtype | None = None,
-             metadata: dict[str, str] | None = None) -> None:
+def save_dit(path: str | Path, state: dict[str, Tensor], config: MiVEConfig, dtype: torch.dtype | None = None, metadata: dict[str, str] | None = None) -> None:
     """A MiVE DiT's weights -> one safetensors file whose metadata carries the whole config."""
     tensors = {k: v if dtype is None else v.to(dtype) for k, v in state.items()}
     write_tensors(Path(path), tensors, {**(metadata or {}), **config.to_metadata()})
@@ -59,13 +59,21 @@ def read_config(path: Path) -> MiVEConfig:
     family = family_of(keys)
     if family != "a MiVE DiT":
         missing = [k for k in ("context.fuse.weight", "context.projections.0.weight") if k not in keys]
-        raise UserError(f"this looks like {family}", where=path, got=f"no {', '.join(missing)}", expected="a MiVE DiT",
-                        fix="a MiVE DiT is what `mive train` writes")
+        raise UserError(
+            f"this looks like {family}", where=path, got=f"no {', '.join(missing)}", expected="a MiVE DiT", fix="a MiVE DiT is what `mive train` writes"
+        )
     return MiVEConfig.from_metadata(metadata, where=path)
 
 
-def load_dit(path: str | Path, *, operations=torch.nn, attention: AttentionFn, dtype: torch.dtype = torch.float32,
-             device: torch.device | str = "cpu", float8: str = "scaled_back") -> MiVEDiT:
+def load_dit(
+    path: str | Path,
+    *,
+    operations=torch.nn,
+    attention: AttentionFn,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    float8: str = "scaled_back",
+) -> MiVEDiT:
     """A MiVE checkpoint (file, folder or sharded index) -> the model, in eval mode. Every key must fit, and no other be there.
 
     One tensor at a time goes to its place: beside the model none is held. `float8`, one of float8.MODES, says what becomes of
@@ -109,9 +117,12 @@ def check_fit(path: Path, got: dict[str, tuple], expected: dict[str, tuple]) -> 
     """Raises UserError unless both have the same keys and shapes."""
     missing, unexpected = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
     if missing or unexpected:
-        raise UserError("the keys do not fit the config in the file's metadata", where=path,
-                        got=f"{len(missing)} missing ({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})",
-                        expected=f"{len(expected)} keys")
+        raise UserError(
+            "the keys do not fit the config in the file's metadata",
+            where=path,
+            got=f"{len(missing)} missing ({', '.join(missing[:3])}), {len(unexpected)} unexpected ({', '.join(unexpected[:3])})",
+            expected=f"{len(expected)} keys",
+        )
     wrong = next((k for k in expected if got[k] != expected[k]), None)
     if wrong is not None:
         raise UserError(f"{wrong} does not fit the config in the file's metadata", where=path, got=got[wrong], expected=expected[wrong])
@@ -131,8 +142,13 @@ def inspect(path: str | Path) -> dict:
     shapes = {k: v for h in headers for k, v in h.shapes.items()}
     metadata = {k: v for h in headers for k, v in h.metadata.items()}
     dtypes = sorted({d for h in headers for d in h.dtypes.values()})
-    report = {"family": family_of(shapes).split(" ", 1)[1], "tensors": len(shapes), "dtype": dtypes,
-              "parameters": sum(torch.Size(s).numel() for s in shapes.values()), "bytes": sum(h.path.stat().st_size for h in headers)}
+    report = {
+        "family": family_of(shapes).split(" ", 1)[1],
+        "tensors": len(shapes),
+        "dtype": dtypes,
+        "parameters": sum(torch.Size(s).numel() for s in shapes.values()),
+        "bytes": sum(h.path.stat().st_size for h in headers),
+    }
     if report["family"] == "MiVE DiT":
         config = MiVEConfig.from_metadata(metadata, where=path)
         report |= {"config": json.loads(config.to_metadata()["mive.config"]), "layers": list(config.layers), "vlm": config.vlm}

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import WAN_TO_DIFFUSERS, check_fit, rename, shapes_of
 from ..config import VLM_SIZES, MiVEConfig
 from ..errors import UserError
-from ..media.paths import check_input
 from ..layers import parse_layers
-from .safetensors_file import (DTYPES, WAN_FAMILY, FileBytes, TensorFile, bytes_of, family_of, is_scale, read_headers, read_scaled, resolve,
-                      stream_tensors)
+from ..media.paths import check_input
+from .checkpoint import WAN_TO_DIFFUSERS, check_fit, rename, shapes_of
+from .safetensors_file import DTYPES, WAN_FAMILY, FileBytes, TensorFile, bytes_of, family_of, is_scale, read_headers, read_scaled, resolve, stream_tensors
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole ComfyUI checkpoints
 LEFT_OUT = re.compile(r"(^|\.)(cross_attn|attn2|norm3|norm2|text_embedding|condition_embedder\.text_embedder)\.")
@@ -26,8 +25,15 @@ DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 SEED = 0  # of the condition tokens' projection
 
 
-def init_from_wan(source: str | Path, destination: str | Path, *, layers: str = "first+last", vlm: str = "8b",
-                  dtype: torch.dtype | None = None, progress: Callable[[int, int], None] | None = None) -> MiVEConfig:
+def init_from_wan(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    layers: str = "first+last",
+    vlm: str = "8b",
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MiVEConfig:
     """Reads a Wan2.1-T2V file, sharded index or diffusers folder, writes one MiVE file, returns its config.
 
     `dtype` None keeps the source's; fp8 and what GGUF has quantised become bf16. Holds one tensor at a time, and tells `progress` which of how many it is at;
@@ -99,8 +105,17 @@ def config_of(path: Path, shapes: dict[str, tuple[int, ...]], layers: str, vlm: 
     if channels != 16:
         raise UserError("this Wan is not made for text to video", where=path, got=f"{channels} input channels", expected="16 (Wan2.1-T2V)")
     num_blocks = 1 + max(int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match)
-    return MiVEConfig(width=width, num_heads=max(width // HEAD_DIM, 1), ffn_width=ffn_width, num_blocks=num_blocks, freq_dim=freq_dim,
-                      vlm=f"Qwen3-VL-{vlm.upper()}", vlm_width=vlm_width, vlm_num_layers=vlm_layers, layers=parse_layers(layers, vlm_layers))
+    return MiVEConfig(
+        width=width,
+        num_heads=max(width // HEAD_DIM, 1),
+        ffn_width=ffn_width,
+        num_blocks=num_blocks,
+        freq_dim=freq_dim,
+        vlm=f"Qwen3-VL-{vlm.upper()}",
+        vlm_width=vlm_width,
+        vlm_num_layers=vlm_layers,
+        layers=parse_layers(layers, vlm_layers),
+    )
 
 
 def fresh_tensor(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

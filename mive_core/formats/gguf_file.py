@@ -23,9 +23,23 @@ MAX_COUNT = 1_000_000  # of tensors, of entries; a vocabulary has fewer
 MAX_DIMENSIONS = 4
 ALIGNMENT_KEY, SHAPE_KEY = "general.alignment", "comfy.gguf.orig_shape."  # the second holds shapes that GGUF's four dimensions cannot
 # number in the file -> name, numbers in a block, bytes of a block
-TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
-         8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
-         20: ("IQ4_NL", 32, 18), 23: ("IQ4_XS", 256, 136)}
+TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    30: ("BF16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    20: ("IQ4_NL", 32, 18),
+    23: ("IQ4_XS", 256, 136),
+}
 QUANTISED = {name: (block, size) for name, block, size in TYPES.values() if block > 1}
 
 
@@ -37,8 +51,13 @@ class Reader:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.file.tell():
-            raise UserError("the file is truncated", where=self.path, got=f"{self.size} bytes", expected=f"at least {self.file.tell() + count} bytes",
-                            fix="download it again")
+            raise UserError(
+                "the file is truncated",
+                where=self.path,
+                got=f"{self.size} bytes",
+                expected=f"at least {self.file.tell() + count} bytes",
+                fix="download it again",
+            )
         return self.file.read(count)
 
     def number(self, letter: str):
@@ -76,8 +95,12 @@ def read_outside(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
         magic = reader.take(4)
         version = reader.number("I") if magic == MAGIC else None
         if version not in VERSIONS:
-            raise UserError("this is no GGUF file that can be read", where=path, got=f"{magic!r}, version {version}",
-                            expected=f"{MAGIC!r}, version {' or '.join(map(str, VERSIONS))}")
+            raise UserError(
+                "this is no GGUF file that can be read",
+                where=path,
+                got=f"{magic!r}, version {version}",
+                expected=f"{MAGIC!r}, version {' or '.join(map(str, VERSIONS))}",
+            )
         num_tensors, num_entries = reader.count("tensors"), reader.count("entries")
         entries = {}
         for _ in range(num_entries):
@@ -92,8 +115,12 @@ def read_outside(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
         if end > reader.size:
             raise UserError("the file is truncated", where=path, got=f"{reader.size} bytes", expected=f"{end} bytes", fix="download it again")
     texts = {key: value for key, value in entries.items() if isinstance(value, str)}
-    return ({key: shape for key, (shape, *_) in found.items()}, {key: name for key, (_, name, *_) in found.items()}, texts,
-            {key: (start + first, start + first + size) for key, (_, _, first, size) in found.items()})
+    return (
+        {key: shape for key, (shape, *_) in found.items()},
+        {key: name for key, (_, name, *_) in found.items()},
+        texts,
+        {key: (start + first, start + first + size) for key, (_, _, first, size) in found.items()},
+    )
 
 
 def _tensors(reader: Reader, num_tensors: int, entries: dict) -> Iterator[tuple[str, tuple[tuple[int, ...], str, int, int]]]:
@@ -101,8 +128,12 @@ def _tensors(reader: Reader, num_tensors: int, entries: dict) -> Iterator[tuple[
     for _ in range(num_tensors):
         name, num_dimensions = reader.text(), reader.number("I")
         if num_dimensions > MAX_DIMENSIONS:
-            raise UserError("this GGUF file has a tensor of too many dimensions", where=reader.path, got=f"{name} with {num_dimensions}",
-                            expected=f"at most {MAX_DIMENSIONS}")
+            raise UserError(
+                "this GGUF file has a tensor of too many dimensions",
+                where=reader.path,
+                got=f"{name} with {num_dimensions}",
+                expected=f"at most {MAX_DIMENSIONS}",
+            )
         sides = [reader.number("Q") for _ in range(num_dimensions)]
         kind, first = reader.number("I"), reader.number("Q")
         if kind not in TYPES:
@@ -110,8 +141,9 @@ def _tensors(reader: Reader, num_tensors: int, entries: dict) -> Iterator[tuple[
         numbers, (label, block, size) = math.prod(sides), TYPES[kind]
         shape = tuple(entries.get(SHAPE_KEY + name, sides[::-1]))
         if (sides or [1])[0] % block or any(not isinstance(side, int) for side in shape) or math.prod(shape) != numbers:
-            raise UserError("this GGUF file's shapes do not hold together", where=reader.path, got=f"{name} of {shape} in {sides} as {label}",
-                            fix="download it again")
+            raise UserError(
+                "this GGUF file's shapes do not hold together", where=reader.path, got=f"{name} of {shape} in {sides} as {label}", fix="download it again"
+            )
         yield name, (shape, label, first, numbers // block * size)
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import UserError
 from . import gguf_file
 from .checkpoint import check_whole, read_config
-from ..errors import UserError
 from .float8 import to_float8
 from .safetensors_file import DTYPES, FLOAT8, FileBytes, bytes_of, is_scale, read_headers, read_tensor, resolve, stream_tensors
 
@@ -40,8 +40,9 @@ def quantize(source: str | Path, destination: str | Path, form: str = "fp8_scale
     check_whole(path, {key: file.shapes[key] for key, file in where.items()}, config)
     small = [key for key, file in where.items() if file.dtypes[key] in FLOAT8 | gguf_file.QUANTISED.keys() or is_scale(key)]
     if small:
-        raise UserError("the checkpoint is in 8 bits already, or fewer", where=path, got=f"{small[0]} as {where[small[0]].dtypes[small[0]]}",
-                        expected="16 or 32 bits")
+        raise UserError(
+            "the checkpoint is in 8 bits already, or fewer", where=path, got=f"{small[0]} as {where[small[0]].dtypes[small[0]]}", expected="16 or 32 bits"
+        )
     note = torch.frombuffer(bytearray(json.dumps({"format": name}).encode()), dtype=torch.uint8)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, file in where.items():

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from . import gguf_file
 from ..config import METADATA_KEY
 from ..errors import UserError
 from ..media.paths import check_input, written_beside
+from . import gguf_file
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -97,8 +97,9 @@ def resolve(path: str | Path, default_name: str) -> Path:
 def read_header(path: Path) -> TensorFile:
     """Checks a safetensors or GGUF file from the outside. Raises UserError for pickles, pages, archives and truncated files."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise UserError("pickle files are never opened, because opening one runs its code", where=path,
-                        expected="a .safetensors file", fix="convert it with its own tool")
+        raise UserError(
+            "pickle files are never opened, because opening one runs its code", where=path, expected="a .safetensors file", fix="convert it with its own tool"
+        )
     if path.suffix.lower() == gguf_file.SUFFIX:
         return TensorFile(path, *gguf_file.read_outside(path))
     size = path.stat().st_size
@@ -119,8 +120,13 @@ def read_header(path: Path) -> TensorFile:
     metadata = header.pop("__metadata__", {})
     expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if expected != size:
-        raise UserError("the file is truncated" if size < expected else "the file is longer than its header says", where=path,
-                        got=f"{size} bytes", expected=f"{expected} bytes", fix="download it again")
+        raise UserError(
+            "the file is truncated" if size < expected else "the file is longer than its header says",
+            where=path,
+            got=f"{size} bytes",
+            expected=f"{expected} bytes",
+            fix="download it again",
+        )
     places = {k: tuple(8 + header_size + offset for offset in v["data_offsets"]) for k, v in header.items()}
     if METADATA_KEY in header and header.pop(METADATA_KEY)["dtype"] == "U8":  # as hosts store it that keep metadata to themselves
         first, last = places.pop(METADATA_KEY)
@@ -196,8 +202,9 @@ def is_scale(key: str) -> bool:
     return key.endswith((*SCALES, *SCALE_NOTES))
 
 
-def stream_tensors(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], produce: Callable[[str], Tensor | FileBytes],
-                   metadata: dict[str, str]) -> None:
+def stream_tensors(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], produce: Callable[[str], Tensor | FileBytes], metadata: dict[str, str]
+) -> None:
     """One safetensors file, whole or not at all, holding one tensor at a time in memory: produce(key) gives each in turn.
 
     What is produced as FileBytes goes from file to file. layout: the dtype and the shape of each. Raises UserError where the

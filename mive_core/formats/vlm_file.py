@@ -31,7 +31,10 @@ def config_of(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
         vocabulary, width = shapes["language_model.embed_tokens.weight"]
         head = shapes["language_model.layers.0.self_attn.q_norm.weight"][0]
         text = {
-            "vocab_size": vocabulary, "hidden_size": width, "head_dim": head, "num_hidden_layers": _depth(shapes, "language_model.layers."),
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "head_dim": head,
+            "num_hidden_layers": _depth(shapes, "language_model.layers."),
             "intermediate_size": shapes["language_model.layers.0.mlp.gate_proj.weight"][0],
             "num_attention_heads": shapes["language_model.layers.0.self_attn.q_proj.weight"][0] // head,
             "num_key_value_heads": shapes["language_model.layers.0.self_attn.k_proj.weight"][0] // head,
@@ -39,20 +42,38 @@ def config_of(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
         inner, _, frames, patch, _ = shapes["visual.patch_embed.proj.weight"]
         depth = _depth(shapes, "visual.blocks.")
         vision = {
-            "depth": depth, "hidden_size": inner, "patch_size": patch, "temporal_patch_size": frames, "out_hidden_size": width,
-            "intermediate_size": shapes["visual.blocks.0.mlp.linear_fc1.weight"][0], "num_position_embeddings": shapes["visual.pos_embed.weight"][0],
+            "depth": depth,
+            "hidden_size": inner,
+            "patch_size": patch,
+            "temporal_patch_size": frames,
+            "out_hidden_size": width,
+            "intermediate_size": shapes["visual.blocks.0.mlp.linear_fc1.weight"][0],
+            "num_position_embeddings": shapes["visual.pos_embed.weight"][0],
         }
     except (KeyError, ValueError, IndexError) as error:
         raise UserError("this is no whole Qwen3-VL", where=path, got=f"no {error.args[0]}", expected="language model and vision tower in one file") from error
     if depth not in DEEPSTACK or 2 * sum(MROPE_SECTION) != head or (frames, patch) != (PIXELS["temporal_patch_size"], PIXELS["patch_size"]):
-        raise UserError("this is no published Qwen3-VL", where=path, got=f"{depth} vision layers, heads of {head}, patches of {patch}",
-                        expected=f"{' or '.join(map(str, DEEPSTACK))} vision layers, heads of {2 * sum(MROPE_SECTION)}, patches of {PIXELS['patch_size']}",
-                        fix="load it as a Hugging Face folder, with its config.json")
-    common = {"rope_theta": ROPE_THETA, "rms_norm_eps": 1e-6, "max_position_embeddings": 262_144,
-              "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": MROPE_SECTION}}
-    return {"text_config": {**text, **common},
-            "vision_config": {**vision, "num_heads": VISION_HEADS, "spatial_merge_size": MERGE, "deepstack_visual_indexes": DEEPSTACK[depth]},
-            "image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+        raise UserError(
+            "this is no published Qwen3-VL",
+            where=path,
+            got=f"{depth} vision layers, heads of {head}, patches of {patch}",
+            expected=f"{' or '.join(map(str, DEEPSTACK))} vision layers, heads of {2 * sum(MROPE_SECTION)}, patches of {PIXELS['patch_size']}",
+            fix="load it as a Hugging Face folder, with its config.json",
+        )
+    common = {
+        "rope_theta": ROPE_THETA,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 262_144,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": MROPE_SECTION},
+    }
+    return {
+        "text_config": {**text, **common},
+        "vision_config": {**vision, "num_heads": VISION_HEADS, "spatial_merge_size": MERGE, "deepstack_visual_indexes": DEEPSTACK[depth]},
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": VIDEO_TOKEN,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+    }
 
 
 def read_repack(path: Path, dtype: torch.dtype) -> tuple[dict, dict[str, Tensor]]:

@@ -55,8 +55,7 @@ def check_frames(frames: Tensor, where: str) -> Tensor:
 
 def check_size(width: int, height: int, where: str) -> None:
     if not (MIN_SIDE <= width <= MAX_SIDE and MIN_SIDE <= height <= MAX_SIDE):
-        raise UserError("the picture's size is out of bounds", where=where, got=f"{width}x{height}",
-                        expected=f"sides of {MIN_SIDE} to {MAX_SIDE} px")
+        raise UserError("the picture's size is out of bounds", where=where, got=f"{width}x{height}", expected=f"sides of {MIN_SIDE} to {MAX_SIDE} px")
 
 
 def check_request_size(size: tuple[int, int]) -> None:
@@ -64,16 +63,16 @@ def check_request_size(size: tuple[int, int]) -> None:
     width, height = size
     fit = (_nearest(width), _nearest(height))
     if fit != (width, height):
-        raise UserError("the model takes sides that are multiples of 16", where="size", got=f"{width}x{height}",
-                        expected=f"{fit[0]}x{fit[1]}, the nearest that fits")
+        raise UserError(
+            "the model takes sides that are multiples of 16", where="size", got=f"{width}x{height}", expected=f"{fit[0]}x{fit[1]}, the nearest that fits"
+        )
 
 
 def check_request_frames(num_frames: int) -> None:
     """A number of frames asked for by name. Raises UserError unless it is 4n+1."""
     if num_frames < 1 or num_frames % 4 != 1:
         lower = max(1, (num_frames - 1) // 4 * 4 + 1)
-        raise UserError("the model takes 4n+1 frames", where="frames", got=num_frames,
-                        expected=f"{lower} or {lower + 4}, the nearest that fit")
+        raise UserError("the model takes 4n+1 frames", where="frames", got=num_frames, expected=f"{lower} or {lower + 4}, the nearest that fit")
 
 
 def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | None = None, where: str = "source") -> Clip:
@@ -88,12 +87,17 @@ def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | 
     if num_frames is not None:
         check_request_frames(num_frames)
         if 0 < len(frames) < num_frames:
-            raise UserError("the clip is shorter than asked", where=where, got=f"{len(frames)} frames",
-                            expected=f"{num_frames}", fix=f"ask for {trimmed(len(frames))} or fewer")
+            raise UserError(
+                "the clip is shorter than asked",
+                where=where,
+                got=f"{len(frames)} frames",
+                expected=f"{num_frames}",
+                fix=f"ask for {trimmed(len(frames))} or fewer",
+            )
         frames = frames[:num_frames]
     elif len(frames) and len(frames) != trimmed(len(frames)):
         warnings.warn(f"{where}: the model takes 4n+1 frames; {len(frames)} are trimmed to {trimmed(len(frames))}", stacklevel=2)
-        frames = frames[:trimmed(len(frames))]
+        frames = frames[: trimmed(len(frames))]
     frames = check_frames(frames, where)
     if size is not None:
         check_request_size(size)
@@ -101,8 +105,9 @@ def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | 
         width, height = frames.shape[2], frames.shape[1]
         size = (_nearest(width), _nearest(height))
         if size != (width, height):
-            warnings.warn(f"{where}: the model takes sides that are multiples of 16; {width}x{height} is scaled and "
-                          f"cropped to {size[0]}x{size[1]}", stacklevel=2)
+            warnings.warn(
+                f"{where}: the model takes sides that are multiples of 16; {width}x{height} is scaled and cropped to {size[0]}x{size[1]}", stacklevel=2
+            )
     return Clip(cover(frames, size), clip.fps)
 
 
@@ -121,8 +126,10 @@ def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "refere
     (width, height), shape = source_size or size, image.shape
     ratio = width / height * shape[1] / shape[2]
     if min(ratio, 1 / ratio) < 0.9:
-        warnings.warn(f"{where}: {shape[2]}x{shape[1]} is cropped at the centre to the shape of {size[0]}x{size[1]}; "
-                      "it should be the source's first frame, edited", stacklevel=2)
+        warnings.warn(
+            f"{where}: {shape[2]}x{shape[1]} is cropped at the centre to the shape of {size[0]}x{size[1]}; it should be the source's first frame, edited",
+            stacklevel=2,
+        )
     return cover(image, size)[0]
 
 
@@ -139,8 +146,10 @@ def cover(frames: Tensor, size: tuple[int, int]) -> Tensor:
     scale = max(width / frames.shape[2], height / frames.shape[1])
     scaled = (max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale)))
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    pictures = [functional.interpolate(frame.movedim(-1, 0)[None], scaled, mode="bicubic", antialias=True)[0, :, top:top + height, left:left + width]
-                for frame in frames]  # one at a time: the enlarged clip is never held whole
+    pictures = [
+        functional.interpolate(frame.movedim(-1, 0)[None], scaled, mode="bicubic", antialias=True)[0, :, top : top + height, left : left + width]
+        for frame in frames
+    ]  # one at a time: the enlarged clip is never held whole
     return torch.stack(pictures).movedim(1, -1).clamp(0, 1).contiguous()
 
 

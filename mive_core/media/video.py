@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
-from .paths import check_input, check_output, written_beside
-from .fit import as_rgb, check_frames, check_size
 from ..types import Clip
+from .fit import as_rgb, check_frames, check_size
+from .paths import check_input, check_output, written_beside
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
@@ -58,11 +58,9 @@ def read_image(path: str | os.PathLike, *, what: str = "image") -> Tensor:
     except UserError:
         raise
     except Image.UnidentifiedImageError:
-        raise UserError("is not an image that can be read", where=where, got=_looks_like(path),
-                        expected="PNG, JPEG or WebP") from None
+        raise UserError("is not an image that can be read", where=where, got=_looks_like(path), expected="PNG, JPEG or WebP") from None
     except UNREADABLE_IMAGE as error:
-        raise UserError(f"the image is damaged or too large ({error})", where=where, got=_looks_like(path),
-                        fix="save it again") from None
+        raise UserError(f"the image is damaged or too large ({error})", where=where, got=_looks_like(path), fix="save it again") from None
     return as_rgb(torch.from_numpy(pixels), where)
 
 
@@ -107,17 +105,16 @@ def _image_pixels(image: Image.Image) -> np.ndarray:
 
 def _read_folder(folder: Path, what: str, num_frames: int | None) -> Tensor:
     where = f"{what} {str(folder)!r}"
-    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")),
-                   key=_natural)
+    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")), key=_natural)
     if not paths:
-        raise UserError("the folder holds no frames", where=where, got=f"{len(list(folder.iterdir()))} other entries",
-                        expected=" or ".join(IMAGE_SUFFIXES))
+        raise UserError("the folder holds no frames", where=where, got=f"{len(list(folder.iterdir()))} other entries", expected=" or ".join(IMAGE_SUFFIXES))
     frames = []
     for path in paths[:num_frames]:
         frames.append(read_image(path, what=f"{what}'s frame"))
         if frames[-1].shape != frames[0].shape:
-            raise UserError("the frames differ in size", where=f"{what} {str(path)!r}", got=_size(frames[-1]),
-                            expected=f"{_size(frames[0])}, as {paths[0].name} has")
+            raise UserError(
+                "the frames differ in size", where=f"{what} {str(path)!r}", got=_size(frames[-1]), expected=f"{_size(frames[0])}, as {paths[0].name} has"
+            )
         _check_memory(len(frames), frames[0].shape[0], frames[0].shape[1], where)
     return torch.stack(frames)
 
@@ -141,13 +138,22 @@ def _read_file(path: Path, what: str, fps: float, num_frames: int | None) -> Cli
                 if num_frames is not None and len(frames) >= num_frames:
                     break
     except (av.FFmpegError, OSError) as error:
-        raise UserError(f"is not a video that can be read ({_reason(error)})", where=where,
-                        got=f"{_looks_like(path)}, {len(frames)} frames decoded", expected="a whole video file") from None
+        raise UserError(
+            f"is not a video that can be read ({_reason(error)})",
+            where=where,
+            got=f"{_looks_like(path)}, {len(frames)} frames decoded",
+            expected="a whole video file",
+        ) from None
     if not frames:
         raise UserError("the video holds 0 frames", where=where, got=_looks_like(path), expected="1 or more")
     if num_packets < declared and num_frames is None:  # packets, as an edit list may hide frames of a whole file
-        raise UserError("the file is truncated", where=where, got=f"{num_packets} frames in {_looks_like(path)}",
-                        expected=f"{declared} frames", fix="copy it again, or ask for fewer frames")
+        raise UserError(
+            "the file is truncated",
+            where=where,
+            got=f"{num_packets} frames in {_looks_like(path)}",
+            expected=f"{declared} frames",
+            fix="copy it again, or ask for fewer frames",
+        )
     if any(pixels.shape != frames[0].shape for pixels in frames):
         raise UserError("the picture changes its size inside the video", where=where)
     pixels = torch.from_numpy(np.stack(frames[:num_frames])).float().div_(255)
@@ -191,8 +197,12 @@ def _eight_bit(frame: Tensor) -> np.ndarray:
 def _check_memory(num_frames: int, height: int, width: int, where: str) -> None:
     limit = MAX_CLIP_BYTES // (height * width * 12)
     if num_frames > limit:
-        raise UserError("the clip is too long to be held in memory", where=where,
-                        got=f"more than {limit} frames of {width}x{height}", fix="give the number of frames, or a smaller video")
+        raise UserError(
+            "the clip is too long to be held in memory",
+            where=where,
+            got=f"more than {limit} frames of {width}x{height}",
+            fix="give the number of frames, or a smaller video",
+        )
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:

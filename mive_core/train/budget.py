@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..formats.checkpoint import shapes_of
 from ..config import PRESETS, MiVEConfig
-from ..errors import UserError
 from ..cost.flops import Layout, dit_flops, training_flops
 from ..cost.memory import weight_bytes
-from .throughput import PEAK_TFLOPS
+from ..errors import UserError
+from ..formats.checkpoint import shapes_of
 from .flow_matching import DTYPES, VelocityRecipe
+from .throughput import PEAK_TFLOPS
 
 # Bytes of one block's activations while it runs backward, for each of (N D) and (N F): counted, see tests. What is kept of each block
 # comes on top, its input of N D numbers. By bytes of a number, and whether weights have gradients.
@@ -55,9 +55,14 @@ def memory_of(recipe: VelocityRecipe, config: MiVEConfig, num_tokens: int, num_p
     kept = 0 if recipe.offload else kept_bytes(config, rows, number)
     wide, inner = WORKING[number, not recipe.lora_rank]
     optimizer = trained * ADAM if recipe.optimizer == "adamw" else trained // (4 if recipe.lora_rank else itemsize) * ADAM_8BIT
-    return Memory(weights=(frozen // share) + (trained if recipe.lora_rank else 0), gradients=trained // share, optimizer=optimizer // share,
-                  averages=trained // share if recipe.ema else 0, activations=kept + rows * (wide * config.width + inner * config.ffn_width),
-                  in_flight=IN_FLIGHT * block_size(config) * number if recipe.sharded else 0)
+    return Memory(
+        weights=(frozen // share) + (trained if recipe.lora_rank else 0),
+        gradients=trained // share,
+        optimizer=optimizer // share,
+        averages=trained // share if recipe.ema else 0,
+        activations=kept + rows * (wide * config.width + inner * config.ffn_width),
+        in_flight=IN_FLIGHT * block_size(config) * number if recipe.sharded else 0,
+    )
 
 
 def block_size(config: MiVEConfig) -> int:
@@ -94,15 +99,42 @@ def scale(preset: str = "14b", *, card: str = "H100", share_of_peak: float = 0.4
         counted, recomputed = training_flops(config, layout), dit_flops(config, layout)
         memory, longest = memory_of(recipe, config, layout.num_tokens, count), longest_sequence(recipe, config, count, CARDS[card])
         moved = (2 + 2 + 4) * weight_bytes(config, 1) * (count - 1) / count
-        seconds = {"computing": (counted + recomputed) / (peak * share_of_peak), "moving": moved / (NVLINK if count <= PER_NODE else INFINIBAND),
-                   "offloading": 2 * kept_bytes(config, layout.num_tokens, 2) / HOST if offload else 0.0}
+        seconds = {
+            "computing": (counted + recomputed) / (peak * share_of_peak),
+            "moving": moved / (NVLINK if count <= PER_NODE else INFINIBAND),
+            "offloading": 2 * kept_bytes(config, layout.num_tokens, 2) / HOST if offload else 0.0,
+        }
         step = max(seconds.values())
-        rows.append({"size": list(size), "frames": num_frames, "tokens": layout.num_tokens, "cards": count, "offload": offload, "memory": vars(memory),
-                     "memory_bytes": memory.total, "fits": memory.total + RESERVED <= CARDS[card], "flops_counted": counted, "flops_recomputed": recomputed,
-                     "moved_bytes": moved, "seconds": seconds, "seconds_a_step": step, "mfu": counted / peak / step, "clips_an_hour": 3600 * count / step,
-                     "longest_sequence": longest, "frames_of_it": frames_of(size, longest)})
-    return {"preset": preset, "card": card, "card_bytes": CARDS[card], "peak_flops": peak, "assumed_share_of_peak": share_of_peak,
-            "assumed_bytes_a_second": {"within_a_node": NVLINK, "between_nodes": INFINIBAND, "main_memory": HOST}, "rows": rows}
+        rows.append(
+            {
+                "size": list(size),
+                "frames": num_frames,
+                "tokens": layout.num_tokens,
+                "cards": count,
+                "offload": offload,
+                "memory": vars(memory),
+                "memory_bytes": memory.total,
+                "fits": memory.total + RESERVED <= CARDS[card],
+                "flops_counted": counted,
+                "flops_recomputed": recomputed,
+                "moved_bytes": moved,
+                "seconds": seconds,
+                "seconds_a_step": step,
+                "mfu": counted / peak / step,
+                "clips_an_hour": 3600 * count / step,
+                "longest_sequence": longest,
+                "frames_of_it": frames_of(size, longest),
+            }
+        )
+    return {
+        "preset": preset,
+        "card": card,
+        "card_bytes": CARDS[card],
+        "peak_flops": peak,
+        "assumed_share_of_peak": share_of_peak,
+        "assumed_bytes_a_second": {"within_a_node": NVLINK, "between_nodes": INFINIBAND, "main_memory": HOST},
+        "rows": rows,
+    }
 
 
 def kept_bytes(config: MiVEConfig, num_tokens: int, itemsize: int) -> int:

@@ -17,15 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ..formats.checkpoint import read_config
 from ..config import MiVEConfig
-from ..data.journal import mark_of
 from ..data.executor import UNUSABLE, Spread, ahead, spread
-from ..errors import UserError
-from ..media.paths import check_output_folder, sweep, written_beside
+from ..data.journal import mark_of
 from ..data.manifest import ManifestEntry, load_entry, read_source
-from ..pipeline import check_device, check_vlm
+from ..errors import UserError
+from ..formats.checkpoint import read_config
 from ..formats.safetensors_file import read_header, resolve, shard_files, write_tensors
+from ..media.paths import check_output_folder, sweep, written_beside
+from ..pipeline import check_device, check_vlm
 from ..types import Clip, PairedEdit
 from ..vae import VAE
 from ..vlm import VLM, WEIGHTS
@@ -163,8 +163,15 @@ class ShardWorker:
         return {}
 
 
-def cache(entries: Sequence[ManifestEntry], encoders: Encoders, folder: str | Path, settings: CacheSettings = CacheSettings(),
-          say: Callable[[str], None] = lambda text: None, how: Spread = Spread(), load: Callable[[], Encoders] | None = None) -> dict:
+def cache(
+    entries: Sequence[ManifestEntry],
+    encoders: Encoders,
+    folder: str | Path,
+    settings: CacheSettings = CacheSettings(),
+    say: Callable[[str], None] = lambda text: None,
+    how: Spread = Spread(),
+    load: Callable[[], Encoders] | None = None,
+) -> dict:
     """Computes what is missing of the cache -> its index.
 
     A pair that cannot be used is skipped, counted and named in the index. `load` gives each worker on Ray encoders of its own. Raises
@@ -206,12 +213,18 @@ def check_same(folder: Path, contract: dict) -> None:
         existing = read_index(folder)["contract"]
         differing = [key for key in contract if existing.get(key) != contract[key]]
         if differing:
-            raise UserError("the folder holds a cache that was made otherwise", where=folder, got=f"{differing[0]} {existing.get(differing[0])}",
-                            expected=f"{contract[differing[0]]}", fix="choose another folder, or remove that one")
+            raise UserError(
+                "the folder holds a cache that was made otherwise",
+                where=folder,
+                got=f"{differing[0]} {existing.get(differing[0])}",
+                expected=f"{contract[differing[0]]}",
+                fix="choose another folder, or remove that one",
+            )
 
 
-def check_space(folder: Path, missing: Sequence[Shard], num_shards: int, encoders: Encoders, settings: CacheSettings,
-                say: Callable[[str], None]) -> dict[int, dict[str, Tensor]]:
+def check_space(
+    folder: Path, missing: Sequence[Shard], num_shards: int, encoders: Encoders, settings: CacheSettings, say: Callable[[str], None]
+) -> dict[int, dict[str, Tensor]]:
     """Says how many bytes the missing of the shards will take, judged by their first usable pair -> its features, by its line.
 
     Raises UserError where the disk has no room for them, and where no shard is there and no pair can be used.
@@ -227,13 +240,19 @@ def check_space(folder: Path, missing: Sequence[Shard], num_shards: int, encoder
     free = shutil.disk_usage(folder).free
     say(f"about {size * count / 1e9:.3g} GB for {count} pairs, {size / 1e6:.3g} MB each; {free / 1e9:.3g} GB are free")
     if size * count * FREE_DISK > free:
-        raise UserError("the disk is too small for the cache", where=folder, got=f"{free} bytes free", expected=f"about {size * count}",
-                        fix="free some space, or store the states in fp8")
+        raise UserError(
+            "the disk is too small for the cache",
+            where=folder,
+            got=f"{free} bytes free",
+            expected=f"about {size * count}",
+            fix="free some space, or store the states in fp8",
+        )
     return {line: features}
 
 
-def usable(shard: Shard, encoders: Encoders, settings: CacheSettings, skipped: list[dict],
-           known: dict[int, dict[str, Tensor]] | None = None) -> Iterator[tuple[int, ManifestEntry, dict[str, Tensor]]]:
+def usable(
+    shard: Shard, encoders: Encoders, settings: CacheSettings, skipped: list[dict], known: dict[int, dict[str, Tensor]] | None = None
+) -> Iterator[tuple[int, ManifestEntry, dict[str, Tensor]]]:
     """Line, entry and features of those pairs that can be used; the others are added to `skipped`, with the reason."""
     known = known or {}
     read_one = lambda pair: None if pair[0] in known else read_pair(pair[1], settings)
@@ -252,8 +271,18 @@ def write_shard(shard: Shard, encoders: Encoders, settings: CacheSettings, known
     for line, entry, features in usable(shard, encoders, settings, skipped, known):
         key = f"{line:08d}"
         tensors |= {f"{key}.{name}": value.cpu() for name, value in features.items()}
-        kept.append(asdict(CacheEntry(shard.path.name, key, entry.name, tuple(features["target"].shape[1:]), features["states"].shape[1],
-                                      features["negative"].shape[1] if settings.negative else 0)))
+        kept.append(
+            asdict(
+                CacheEntry(
+                    shard.path.name,
+                    key,
+                    entry.name,
+                    tuple(features["target"].shape[1:]),
+                    features["states"].shape[1],
+                    features["negative"].shape[1] if settings.negative else 0,
+                )
+            )
+        )
     report = {"fingerprint": shard.mark, "entries": kept, "skipped": skipped}
     write_tensors(shard.path, tensors or {"empty": torch.zeros(1)}, {METADATA_KEY: json.dumps(report)})
 
@@ -269,8 +298,13 @@ def report_of(shard: Shard) -> dict | None:
 
 
 def write_index(folder: Path, contract: dict, reports: Sequence[dict]) -> dict:
-    index = {"contract": contract, "pairs": sum(len(r["entries"]) for r in reports), "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
-             "skipped": [item for r in reports for item in r["skipped"]], "entries": [item for r in reports for item in r["entries"]]}
+    index = {
+        "contract": contract,
+        "pairs": sum(len(r["entries"]) for r in reports),
+        "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+        "skipped": [item for r in reports for item in r["skipped"]],
+        "entries": [item for r in reports for item in r["entries"]],
+    }
     if not index["entries"]:
         raise UserError("none of the pairs can be used", where=folder, got=index["skipped"][0]["why"])
     with written_beside(folder / INDEX) as partial:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..formats.safetensors_file import write_tensors
-from .optim import packed, unpacked
 from .distributed import Ranks, placed_like, whole
+from .optim import packed, unpacked
 
 METADATA_KEY = "mive.training"
 PATTERN = "step_*.safetensors"
@@ -23,13 +23,25 @@ class OtherRecipe(UserError):
     """The checkpoints in a folder were written with other settings: the fields that `differ`."""
 
     def __init__(self, folder: Path, differ: list[str]):
-        super().__init__("the checkpoint there was written by another recipe", where=folder, got="different " + ", ".join(differ),
-                         fix="choose another output_dir, or remove that folder to start anew")
+        super().__init__(
+            "the checkpoint there was written by another recipe",
+            where=folder,
+            got="different " + ", ".join(differ),
+            fix="choose another output_dir, or remove that folder to start anew",
+        )
         self.differ = differ
 
 
-def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Mapping[str, Tensor],
-         optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict, keep: int, ranks: Ranks = Ranks()) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    averages: Mapping[str, Tensor],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    recipe: dict,
+    keep: int,
+    ranks: Ranks = Ranks(),
+) -> Path:
     """Everything that the step after `step` needs; older checkpoints beyond `keep` are removed.
 
     All processes call it, since each may hold a part of every tensor; the first one writes.
@@ -59,8 +71,15 @@ def save(folder: Path, step: int, modules: Mapping[str, nn.Module], averages: Ma
     return path
 
 
-def restore(folder: Path, modules: Mapping[str, nn.Module], averages: dict[str, Tensor],
-            optimizers: Mapping[str, torch.optim.Optimizer], recipe: dict, defaults: dict, free: frozenset[str] = frozenset()) -> int:
+def restore(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    averages: dict[str, Tensor],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    recipe: dict,
+    defaults: dict,
+    free: frozenset[str] = frozenset(),
+) -> int:
     """Loads the newest complete checkpoint and returns the first step to do, 0 where there is none; what a crash left unfinished is removed.
 
     A field that the checkpoint does not know counts as its default, one of `free` does not count. Raises OtherRecipe where it was
@@ -113,8 +132,13 @@ def check_shapes(folder: Path, stored: Mapping[str, tuple], current: Mapping[str
     for key in sorted(stored.keys() | current.keys()):
         got, expected = stored.get(key), tuple(current[key].shape) if key in current else None
         if got != expected:
-            raise UserError("the checkpoint there is of other shapes", where=folder, got=f"{key} of {got}" if got else f"no {key}", expected=expected or "nothing of that name",
-                            fix="choose another output_dir, or remove that folder to start anew")
+            raise UserError(
+                "the checkpoint there is of other shapes",
+                where=folder,
+                got=f"{key} of {got}" if got else f"no {key}",
+                expected=expected or "nothing of that name",
+                fix="choose another output_dir, or remove that folder to start anew",
+            )
 
 
 def _entries(values: Iterable[tuple[str, object]], optimizer: torch.optim.Optimizer) -> dict[int, dict]:
@@ -145,4 +169,4 @@ def _newest(folder: Path) -> tuple[Stored | None, dict | None]:
 
 def _below(names: Iterable[str], prefix: str) -> list[str]:
     """What follows the prefix in the names that have it."""
-    return [name[len(prefix):] for name in names if name.startswith(prefix)]
+    return [name[len(prefix) :] for name in names if name.startswith(prefix)]

@@ -12,16 +12,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..formats.checkpoint import load_dit, read_config
 from ..config import MiVEConfig
 from ..errors import UserError
-from ..pipeline import EMBEDDED
+from ..formats.checkpoint import load_dit, read_config
 from ..formats.safetensors_file import resolve
+from ..pipeline import EMBEDDED
 from .cache import CacheEntry, read_index, restored
+from .flow_matching import DTYPES, VelocityRecipe, VelocityTask, check, training_attention
 from .loop import step_seed
 from .objective import EditFeatures, stacked
 from .recipe import parse_recipe
-from .flow_matching import DTYPES, VelocityRecipe, VelocityTask, check, training_attention
 
 OPEN_SHARDS = 8
 WEIGHT_DTYPES = ("fp32", "bf16")
@@ -80,7 +80,9 @@ class CachedBatches(Dataset):
             names = [key for key in file.keys() if key.startswith(f"{entry.key}.")]
             tensors = {key.split(".", 1)[1]: file.get_tensor(key) for key in names}
         except (OSError, SafetensorError) as error:
-            raise UserError("a shard of the cache cannot be read", where=path, got=str(error), fix="run `mive data cache` again: only what is missing is computed") from None
+            raise UserError(
+                "a shard of the cache cannot be read", where=path, got=str(error), fix="run `mive data cache` again: only what is missing is computed"
+            ) from None
         if "target" not in tensors:
             raise UserError("a shard of the cache lacks a pair", where=path, got=f"no {entry.key}", fix="run `mive data cache` again")
         states = {name: restored(name, tensors) for name in ("states", "negative") if name in tensors}
@@ -129,11 +131,20 @@ def check_own(recipe: EditRecipe, where: object) -> None:
 def check_cache(folder: str, config: MiVEConfig) -> dict:
     """A cache's contract. Raises UserError unless it was made for the checkpoint's layers and VLM."""
     contract = read_index(folder)["contract"]
-    for key, wanted in (("layers", list(config.resolved_layers)), ("vlm_width", config.vlm_width), ("vlm_num_layers", config.vlm_num_layers),
-                        ("latent_format", config.latent_format)):
+    for key, wanted in (
+        ("layers", list(config.resolved_layers)),
+        ("vlm_width", config.vlm_width),
+        ("vlm_num_layers", config.vlm_num_layers),
+        ("latent_format", config.latent_format),
+    ):
         if contract.get(key) != wanted:
-            raise UserError(f"the cache was made for other {key}", where=folder, got=contract.get(key), expected=wanted,
-                            fix="run `mive data cache` with the checkpoint that is to be trained")
+            raise UserError(
+                f"the cache was made for other {key}",
+                where=folder,
+                got=contract.get(key),
+                expected=wanted,
+                fix="run `mive data cache` with the checkpoint that is to be trained",
+            )
     return contract
 
 
@@ -143,10 +154,17 @@ def check_caches(recipe: EditRecipe, config: MiVEConfig) -> None:
     for folder, contract in contracts.items():
         expected = contracts[recipe.caches[0]]["models"]
         if contract["models"] != expected:
-            raise UserError("the cache was made by another VAE or VLM than the first one", where=folder, got=f"models {contract['models']}",
-                            expected=f"{expected}, as {recipe.caches[0]}", fix="run `mive data cache` with the same models for all")
+            raise UserError(
+                "the cache was made by another VAE or VLM than the first one",
+                where=folder,
+                got=f"models {contract['models']}",
+                expected=f"{expected}, as {recipe.caches[0]}",
+                fix="run `mive data cache` with the same models for all",
+            )
         if recipe.condition_dropout and folder in recipe.caches and not contract.get("negative"):
-            raise UserError("condition_dropout needs the states of an empty instruction", where=folder, fix="run `mive data cache --negative` into another folder")
+            raise UserError(
+                "condition_dropout needs the states of an empty instruction", where=folder, fix="run `mive data cache --negative` into another folder"
+            )
 
 
 def build(values: dict, where: object = None) -> EditTask:

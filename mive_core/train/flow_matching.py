@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..attention import AttentionFn, attention_of, matmul_attention
-from ..formats.checkpoint import save_dit
+from ..cost.flops import Layout, dit_flops, training_flops
 from ..dit import MiVEDiT
 from ..errors import UserError
-from ..cost.flops import Layout, dit_flops, training_flops
 from ..flow import shift_time
+from ..formats.checkpoint import save_dit
 from ..pipeline import check_compiler, check_device
 from . import blocks
+from .distributed import whole
 from .loop import Task
 from .lora import TARGETS, add_lora, as_module, save_lora
-from .throughput import Work
 from .objective import EditFeatures, first_draft, velocity_losses
 from .optim import Muon, adamw_8bit
-from .distributed import whole
 from .recipe import Recipe
+from .throughput import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIME_SAMPLINGS = ("uniform", "logit_normal")
@@ -119,8 +119,7 @@ class VelocityTask(Task):
         keep = torch.is_autocast_cache_enabled() and not self.recipe.recompute
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.recipe.bf16, cache_enabled=keep):
             drafts = first_draft(self.model, batch, states, noise[:num_drafted]) if num_drafted else None
-            return velocity_losses(self.model, batch, states, noise, t, self.recipe.edited_weight, self.channels, drafts,
-                                   self.recipe.log_floor)
+            return velocity_losses(self.model, batch, states, noise, t, self.recipe.edited_weight, self.channels, drafts, self.recipe.log_floor)
 
     def num_drafted(self, batch_size: int) -> int:
         return round(self.recipe.draft_share * batch_size)
@@ -187,8 +186,11 @@ def check(recipe: VelocityRecipe, where: object = None) -> None:
     if unknown:
         raise UserError("a LoRA cannot sit there", where=where, got=", ".join(unknown), expected=", ".join(TARGETS))
     for wrong, what, fix in (
-        (recipe.draft_share and not 1 <= round(recipe.draft_share * recipe.batch_size) <= recipe.batch_size,
-         "draft_share is no part of a batch", "give a share of 0 to 1 that is a clip or more of batch_size"),
+        (
+            recipe.draft_share and not 1 <= round(recipe.draft_share * recipe.batch_size) <= recipe.batch_size,
+            "draft_share is no part of a batch",
+            "give a share of 0 to 1 that is a clip or more of batch_size",
+        ),
         (recipe.log_floor < 0, "log_floor is an error, which is never below zero", "set log_floor to 0 for no logarithm"),
         (recipe.sharded and recipe.lora_rank, "a LoRA is not sharded: its weights are few, and each process holds the frozen ones", "set sharded to false"),
         (recipe.time_rate and recipe.lora_rank, "a LoRA leaves the time layers as they are", "leave time_rate out"),

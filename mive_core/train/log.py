@@ -44,7 +44,9 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"could not be written ({error.strerror or error})", where=folder, fix="check space and permissions; the run goes on from its last checkpoint") from error
+        raise UserError(
+            f"could not be written ({error.strerror or error})", where=folder, fix="check space and permissions; the run goes on from its last checkpoint"
+        ) from error
 
 
 def forget(path: Path, first: int) -> None:

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import checkpoints
-from .log import Log
-from .throughput import Meter, Work, peak_flops
 from .distributed import Ranks, whole
+from .log import Log
 from .recipe import Recipe, defaults_of, fingerprint
+from .throughput import Meter, Work, peak_flops
 
 
 class Task:
@@ -65,8 +65,14 @@ class Validation(Protocol):
         """Figures, and a picture of them that the first process wrote."""
 
 
-def run(task: Task, *, stop_at: int | None = None, ranks: Ranks = Ranks(), watch: Callable[[int, dict[str, Tensor]], None] | None = None,
-        validation: Validation | None = None) -> None:
+def run(
+    task: Task,
+    *,
+    stop_at: int | None = None,
+    ranks: Ranks = Ranks(),
+    watch: Callable[[int, dict[str, Tensor]], None] | None = None,
+    validation: Validation | None = None,
+) -> None:
     """Trains from the newest checkpoint in `output_dir`, or from step 0, and exports at the end.
 
     `stop_at` ends the run before that step, without a checkpoint, as a crash would. Of several processes the first one writes.
@@ -133,7 +139,9 @@ def export_newest(task: Task, path: Path) -> int:
     """Exports the newest checkpoint of an unfinished run; returns the number of steps it has done."""
     averages = _copies(task)
     recipe = task.recipe
-    num_steps = checkpoints.restore(Path(recipe.output_dir), task.modules, averages, task.optimizers, plan_of(recipe, Ranks()), _defaults(recipe), recipe.free_fields)
+    num_steps = checkpoints.restore(
+        Path(recipe.output_dir), task.modules, averages, task.optimizers, plan_of(recipe, Ranks()), _defaults(recipe), recipe.free_fields
+    )
     _exchange(task, averages)
     task.export(path)
     return num_steps
@@ -187,7 +195,9 @@ def _batches(task: Task, first: int, last: int, ranks: Ranks) -> Iterator[list]:
 
 
 def _progress(recipe: Recipe, first: int, last: int, ranks: Ranks) -> Iterator[int]:
-    return tqdm(range(first, last), desc=f"train {recipe.task}", initial=first, total=recipe.num_steps, unit="step", mininterval=5.0, disable=not ranks.is_first)
+    return tqdm(
+        range(first, last), desc=f"train {recipe.task}", initial=first, total=recipe.num_steps, unit="step", mininterval=5.0, disable=not ranks.is_first
+    )
 
 
 def _set_rate(group: dict, rate: float) -> None:

@@ -15,6 +15,7 @@ from ..flow import FlowSample, flow_path
 
 TIME_PARTS = 5  # of 0..1, whose errors are told apart
 
+
 @dataclass(frozen=True)
 class EditFeatures:
     """One paired edit as the DiT sees it."""
@@ -46,8 +47,17 @@ def latent_mask(mask: Tensor) -> Tensor:
     return torch.cat([first, rest], dim=1)[0]
 
 
-def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor, t: Tensor, edited_weight: float,
-                    channels: Tensor | float = 1.0, drafts: Tensor | None = None, log_floor: float = 0.0) -> dict[str, Tensor]:
+def velocity_losses(
+    model: MiVEDiT,
+    batch: EditFeatures,
+    states: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    edited_weight: float,
+    channels: Tensor | float = 1.0,
+    drafts: Tensor | None = None,
+    log_floor: float = 0.0,
+) -> dict[str, Tensor]:
     """Weighted squared error of the velocity (loss), the unweighted one inside and outside the mask (edited, kept), and by t.
 
     noise (B, C, T, Y, X), t (B,); `channels` (C,) or one number weighs latent channels. `drafts` (n, C, T, Y, X) take the place of the
@@ -66,8 +76,12 @@ def velocity_losses(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: 
     else:
         weight = 1 + (edited_weight - 1) * batch.mask
         loss = (weight * error).sum() / weight.sum()
-    return {"loss": loss, "edited": mean_where(batch.mask, error), "kept": mean_where(1 - batch.mask, error),
-            **by_time(error.detach().flatten(1).mean(dim=1), t)}
+    return {
+        "loss": loss,
+        "edited": mean_where(batch.mask, error),
+        "kept": mean_where(1 - batch.mask, error),
+        **by_time(error.detach().flatten(1).mean(dim=1), t),
+    }
 
 
 def log_loss(mask: Tensor, error: Tensor, edited_weight: float, floor: float) -> Tensor:

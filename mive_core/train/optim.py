@@ -4,7 +4,7 @@ Muon: convolution weights are flattened to (out, in * taps). Each step moves a w
 its own norm, so one rate fits layers of all sizes.
 """
 
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,7 @@ class Muon(torch.optim.Optimizer):
     `dtype` is that of the products.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float = 3e-3, momentum: float = 0.95, floor: float = 0.1,
-                 dtype: torch.dtype = torch.float32):
+    def __init__(self, weights: Iterable[nn.Parameter], lr: float = 3e-3, momentum: float = 0.95, floor: float = 0.1, dtype: torch.dtype = torch.float32):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "floor": floor})
         self.dtype = dtype
 

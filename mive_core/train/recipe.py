@@ -1,9 +1,10 @@
 """A training recipe: one YAML file, read into one frozen dataclass."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Mapping, TypeVar
+from typing import TypeVar
 
 import yaml
 
@@ -45,8 +46,22 @@ class Recipe:
 
 
 # Fields that no step depends on.
-FREE_FIELDS = frozenset({"device", "num_accumulated", "output_dir", "export", "version", "num_threads", "num_workers", "checkpoint_every_s", "num_checkpoints",
-                         "log_every", "wandb", "peak_tflops"})
+FREE_FIELDS = frozenset(
+    {
+        "device",
+        "num_accumulated",
+        "output_dir",
+        "export",
+        "version",
+        "num_threads",
+        "num_workers",
+        "checkpoint_every_s",
+        "num_checkpoints",
+        "log_every",
+        "wandb",
+        "peak_tflops",
+    }
+)
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -97,5 +112,6 @@ def fingerprint(recipe: Recipe) -> dict:
 
 def defaults_of(recipe: Recipe) -> dict:
     """The same fields' defaults: what a checkpoint that is older than a field was trained with."""
-    return json.loads(json.dumps({field.name: field.default for field in fields(recipe)
-                                  if field.default is not MISSING and field.name not in recipe.free_fields}))
+    return json.loads(
+        json.dumps({field.name: field.default for field in fields(recipe) if field.default is not MISSING and field.name not in recipe.free_fields})
+    )

@@ -8,8 +8,21 @@ from dataclasses import dataclass
 import torch
 
 PEAK_TFLOPS = {  # by a part of the card's name: dense products in bfloat16, summed in float32
-    "B200": 2250, "H200": 989, "H100": 989, "H100 PCIe": 756, "H20": 148, "A100": 312, "A10": 125, "A10G": 70, "L40S": 362, "L40": 181, "L4": 121,
-    "RTX 6000 Ada": 364, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
+    "B200": 2250,
+    "H200": 989,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H20": 148,
+    "A100": 312,
+    "A10": 125,
+    "A10G": 70,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 6000 Ada": 364,
+    "RTX 5090": 210,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
 }
 
 

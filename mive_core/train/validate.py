@@ -12,24 +12,24 @@ import torch
 from PIL import Image
 
 from ..config import MiVEConfig
-from ..evaluation.loss_curve import draw_losses, read_losses
+from ..data.manifest import ManifestEntry, read_manifest
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluationSettings, evaluate, summary
-from ..media.paths import check_input, written_beside
+from ..evaluation.loss_curve import draw_losses, read_losses
 from ..flow import schedule
-from ..data.manifest import ManifestEntry, read_manifest
-from ..pipeline import EMBEDDED, Pipeline
 from ..formats.safetensors_file import resolve
+from ..media.paths import check_input, written_beside
+from ..pipeline import EMBEDDED, Pipeline
 from ..types import Clip, Condition, EditLatents, EditRequest, PairedEdit
 from ..vae import VAE
 from . import blocks
 from .cache import CacheEntry, CacheSettings, read_index, read_pair
+from .distributed import Ranks
 from .edit_task import CachedBatches, check_cache
+from .flow_matching import VelocityRecipe, VelocityTask
 from .log import FILES
 from .loop import Task
 from .objective import EditFeatures, stacked, velocity_losses
-from .distributed import Ranks
-from .flow_matching import VelocityRecipe, VelocityTask
 
 FOLDER = "validation"  # in output_dir: a folder a step
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the loss is measured
@@ -54,8 +54,12 @@ class HeldOut(Sequence):
         self.reader = CachedBatches((cache,), 1, 0)
         for entry in self.entries:
             if int(entry.key) >= len(self.lines) or self.line(entry).name != entry.name:
-                raise UserError("the validation's cache was not made of its manifest", where=cache, got=f"line {int(entry.key) + 1}, {entry.name!r}",
-                                fix="run `mive data cache` with the held-out manifest")
+                raise UserError(
+                    "the validation's cache was not made of its manifest",
+                    where=cache,
+                    got=f"line {int(entry.key) + 1}, {entry.name!r}",
+                    fix="run `mive data cache` with the held-out manifest",
+                )
 
     def line(self, entry: CacheEntry) -> ManifestEntry:
         return self.lines[int(entry.key)]
@@ -102,14 +106,21 @@ class TrainedEditor:
         return self.pipeline.vae
 
     @torch.no_grad()  # no inference mode: weights that processes share would stay in it
-    def edit(self, request: CachedRequest, *, steps: int | None, cfg: float | None, shift: float | None, seed: int,
-             progress: Callable[[Iterable], Iterable]) -> Clip:
+    def edit(
+        self, request: CachedRequest, *, steps: int | None, cfg: float | None, shift: float | None, seed: int, progress: Callable[[Iterable], Iterable]
+    ) -> Clip:
         config, features = self.config, request.features.to(self.recipe.device)
         states = [features.states] + ([features.negative] if config.cfg != 1.0 and features.negative is not None else [])
         conditions = [Condition(of, config.resolved_layers) for of in states]
         with torch.autocast(torch.device(self.recipe.device).type, torch.bfloat16, enabled=self.recipe.bf16):
-            latents = self.pipeline.denoise(EditLatents(features.source, features.reference), conditions, schedule(steps or config.steps, config.shift),
-                                            config.cfg if len(conditions) > 1 else 1.0, seed, progress)
+            latents = self.pipeline.denoise(
+                EditLatents(features.source, features.reference),
+                conditions,
+                schedule(steps or config.steps, config.shift),
+                config.cfg if len(conditions) > 1 else 1.0,
+                seed,
+                progress,
+            )
         return Clip(self.vae.decode(latents), request.source.fps)
 
 
@@ -168,7 +179,8 @@ class Validation:
         lines = [json.loads(line) for line in validated.read_text(encoding="utf-8").splitlines()] if validated.is_file() else []
         lines.append({"step": step, **newest})
         curves = {"training loss": read_losses(folder / FILES["train"])} | {
-            f"validation {name}": {line["step"]: line[name] for line in lines if line.get(name) is not None} for name in ("loss", "psnr_edited", "psnr_kept")}
+            f"validation {name}": {line["step"]: line[name] for line in lines if line.get(name) is not None} for name in ("loss", "psnr_edited", "psnr_kept")
+        }
         pictures = [draw_losses(values, name) for name, values in curves.items() if values]
         page = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)))
         for number, picture in enumerate(pictures):

@@ -33,12 +33,17 @@ def states_of(cond: dict, config: MiVEConfig) -> Tensor:
     if missing:
         raise UserError(f"the conditioning has no {' and no '.join(missing)}", fix="put the MiVE Reference Latents node between MiVE Encode and the sampler")
     if len(layers) != len(config.layers):
-        raise UserError("the DiT was not made for that many layers", got=f"{len(layers)} ({_listed(layers)})",
-                        expected=f"{len(config.layers)} ({_listed(config.resolved_layers)})", fix="choose them in MiVE Layer Select")
+        raise UserError(
+            "the DiT was not made for that many layers",
+            got=f"{len(layers)} ({_listed(layers)})",
+            expected=f"{len(config.layers)} ({_listed(config.resolved_layers)})",
+            fix="choose them in MiVE Layer Select",
+        )
     states = rearrange(cond["cross_attn"], "b s (k d) -> b k s d", k=len(layers))
     if states.shape[-1] != config.vlm_width:
-        raise UserError("the DiT was made for another VLM", got=f"{cond.get(VLM_NAME)} of width {states.shape[-1]}",
-                        expected=f"{config.vlm} of width {config.vlm_width}")
+        raise UserError(
+            "the DiT was made for another VLM", got=f"{cond.get(VLM_NAME)} of width {states.shape[-1]}", expected=f"{config.vlm} of width {config.vlm_width}"
+        )
     return states
 
 

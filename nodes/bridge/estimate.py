@@ -30,9 +30,12 @@ def describe_cost(num_frames: int, height: int, width: int, steps: int, patcher=
     flops = config.num_blocks * block_flops(config, layout.num_tokens) + edge_flops(config, layout, ours=True)
     seconds = flops / measure_speed(patcher.load_device, patcher.model.get_dtype_inference())
     free = comfy.model_management.get_free_memory(patcher.load_device)
-    return [*lines, f"memory: {_size(weights)} of weights and at most {_size(activations)} for one step; {_size(free)} free on {patcher.load_device}",
-            describe_ends(config, num_frames, height, width, layout.num_condition, config.max_video_tokens + num_reference),
-            f"time: at best {seconds:.2g} s a step, {steps * seconds:.2g} s for {steps} steps; twice that where cfg is not 1"]
+    return [
+        *lines,
+        f"memory: {_size(weights)} of weights and at most {_size(activations)} for one step; {_size(free)} free on {patcher.load_device}",
+        describe_ends(config, num_frames, height, width, layout.num_condition, config.max_video_tokens + num_reference),
+        f"time: at best {seconds:.2g} s a step, {steps * seconds:.2g} s for {steps} steps; twice that where cfg is not 1",
+    ]
 
 
 def describe_ends(config: MiVEConfig, num_frames: int, height: int, width: int, num_tokens: int, num_visual: int) -> str:

@@ -11,11 +11,11 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
-from ...mive_core.formats.checkpoint import check_whole
 from ...mive_core.config import METADATA_KEY
+from ...mive_core.formats.checkpoint import check_whole
 from .lora import HostedDynamicPatcher, HostedPatcher
-from .model import MiVESupport
 from .metadata import config_of
+from .model import MiVESupport
 
 
 def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: bool = False, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
@@ -36,8 +36,10 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
     device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     if dtype is None:
         dtype = comfy.model_management.unet_dtype(
-            model_params=comfy.utils.calculate_parameters(state), supported_dtypes=list(support.supported_inference_dtypes),
-            weight_dtype=None if support.quant_config else comfy.utils.weight_dtype(state))
+            model_params=comfy.utils.calculate_parameters(state),
+            supported_dtypes=list(support.supported_inference_dtypes),
+            weight_dtype=None if support.quant_config else comfy.utils.weight_dtype(state),
+        )
     cast = comfy.model_management.unet_manual_cast(None if support.quant_config else dtype, device, support.supported_inference_dtypes)
     support.set_inference_dtype(dtype, cast, device=device)
     support.optimizations["fp8"] = fp8_matmul

@@ -14,8 +14,8 @@ import comfy.model_patcher
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Size, Tensor
 
-from ...mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
 from ...mive_core.errors import UserError
+from ...mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
 from .messages import logger
 
 ROOT = "diffusion_model."  # of the DiT's weights in ComfyUI
@@ -63,7 +63,7 @@ def targets_of(keys: Iterable[str]) -> dict[str, str]:
     targets = {}
     for key in keys:
         wan = key.removeprefix(ROOT)
-        diffusers, = rename({wan: None}, WAN_TO_DIFFUSERS)
+        (diffusers,) = rename({wan: None}, WAN_TO_DIFFUSERS)
         for name in (wan.removesuffix(".weight"), diffusers.removesuffix(".weight")):
             targets |= {prefix + name: key for prefix in PREFIXES} | {prefix + name.replace(".", "_"): key for prefix in FLAT_PREFIXES}
     return targets
@@ -81,10 +81,20 @@ class FittingPatches:
         if not patches:
             raise UserError("no key of this LoRA fits the DiT", expected="names of Wan's self-attention and feed-forward layers", fix=FIX)
         if known and not fitting:
-            raise UserError("this LoRA was made for a DiT of another size", got=f"none of {len(known)} matrices of a fitting shape",
-                            expected=f"a width of {self.model.config.width}", fix=FIX)
+            raise UserError(
+                "this LoRA was made for a DiT of another size",
+                got=f"none of {len(known)} matrices of a fitting shape",
+                expected=f"a width of {self.model.config.width}",
+                fix=FIX,
+            )
         misshapen = f", {len(known) - len(fitting)} have another shape" if len(known) > len(fitting) else ""
-        logger.log(logging.INFO if fitting and not misshapen else logging.WARNING, "MiVE: a LoRA changes %d of the DiT's %d weights%s", len(fitting), len(weights), misshapen)
+        logger.log(
+            logging.INFO if fitting and not misshapen else logging.WARNING,
+            "MiVE: a LoRA changes %d of the DiT's %d weights%s",
+            len(fitting),
+            len(weights),
+            misshapen,
+        )
         return super().add_patches(fitting, strength_patch, strength_model)
 
 

@@ -14,11 +14,11 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ...mive_core.config import MiVEConfig
+from ...mive_core.cost.flops import Layout
+from ...mive_core.cost.memory import activation_bytes
 from ...mive_core.dit import MiVEDiT
 from ...mive_core.dit.blocks import Modulation
 from ...mive_core.errors import UserError
-from ...mive_core.cost.flops import Layout
-from ...mive_core.cost.memory import activation_bytes
 from .conditioning import GUIDES, states_of
 from .metadata import with_config
 
@@ -32,8 +32,9 @@ class HostedDiT(MiVEDiT):
         super().__init__(config, operations=operations, attention=optimized_attention, device=device, dtype=dtype)
         self.dtype = dtype
 
-    def forward(self, x: Tensor, t: Tensor, context=None, control=None, transformer_options={}, *,
-                source: Tensor, reference: Tensor, condition: Tensor, **kwargs) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, context=None, control=None, transformer_options={}, *, source: Tensor, reference: Tensor, condition: Tensor, **kwargs
+    ) -> Tensor:
         """x (B, C, T, Y, X), t (B,) in 0..1 -> velocity (B, C, T, Y, X), through the wrappers that patches have added."""
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._velocity, self, wrappers)
@@ -126,11 +127,16 @@ def check_shapes(noise: Tensor, source: Tensor, reference: Tensor) -> None:
     """Raises UserError unless source and reference lie over the latent that is to be sampled."""
     frames, height, width = noise.shape[2:]
     if source.shape[2:] != noise.shape[2:]:
-        raise UserError("the source and the latent differ", got=f"source latents of {_grid(source)}, a latent of {_grid(noise)}",
-                        expected="the same", fix="take the LATENT of the MiVE Reference Latents node that made the conditioning")
+        raise UserError(
+            "the source and the latent differ",
+            got=f"source latents of {_grid(source)}, a latent of {_grid(noise)}",
+            expected="the same",
+            fix="take the LATENT of the MiVE Reference Latents node that made the conditioning",
+        )
     if reference.shape[2:] != (1, height, width):
-        raise UserError("the reference and the latent differ", got=f"reference latents of {_grid(reference)}",
-                        expected=f"1 x {height} x {width} (frames x rows x columns)")
+        raise UserError(
+            "the reference and the latent differ", got=f"reference latents of {_grid(reference)}", expected=f"1 x {height} x {width} (frames x rows x columns)"
+        )
     if height % 2 or width % 2:
         raise UserError("the latent's sides are odd", got=_grid(noise), fix="choose sides in pixels that are multiples of 16")
 

@@ -7,17 +7,21 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path, PurePath
 
 import folder_paths
 
 from ...mive_core.errors import UserError
-from ...mive_core.pipeline import EMBEDDED
 from ...mive_core.formats.safetensors_file import VAE_FAMILY, VLM_FAMILY, read_header
+from ...mive_core.pipeline import EMBEDDED
 
 ASSETS = EMBEDDED["tiny"].parent  # embedded entries read `tiny/...`
-SAMPLES = {"bigbuckbunny_33f.mp4": "mive_sample.mp4", "neon.png": "mive_sample_neon.png", "pairs": "mive_sample_pairs"}  # what the workflows read: its name among the inputs
+SAMPLES = {
+    "bigbuckbunny_33f.mp4": "mive_sample.mp4",
+    "neon.png": "mive_sample_neon.png",
+    "pairs": "mive_sample_pairs",
+}  # what the workflows read: its name among the inputs
 LLM = "LLM"
 SUFFIX = ".safetensors"
 
@@ -52,8 +56,11 @@ def list_vlms() -> dict[str, Path]:
     found = {}
     for root in roots:
         folders = [path.parent for path in sorted({*root.glob("*/config.json"), *root.glob("*/*/config.json")})]
-        files = [path for path in sorted({*root.glob("*.safetensors"), *root.glob("*/*.safetensors")})
-                 if path.parent not in folders and path.is_file() and _is(path, VLM_FAMILY, path.stat().st_mtime)]
+        files = [
+            path
+            for path in sorted({*root.glob("*.safetensors"), *root.glob("*/*.safetensors")})
+            if path.parent not in folders and path.is_file() and _is(path, VLM_FAMILY, path.stat().st_mtime)
+        ]
         found |= {path.relative_to(root).as_posix(): path for path in (*folders, *files)}
     return found
 
@@ -65,7 +72,7 @@ def list_vaes() -> dict[str, Path]:
     return {name: path for name, path in found.items() if _is(path, VAE_FAMILY, path.stat().st_mtime)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is(path: Path, family: str, modified: float) -> bool:
     """Whether a file holds a model of that family; only its header is read, once for each time it was `modified`."""
     try:

@@ -16,12 +16,12 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...mive_core.formats.checkpoint import read_config
 from ...mive_core.config import MiVEConfig
 from ...mive_core.errors import UserError
+from ...mive_core.formats.checkpoint import read_config
+from ...mive_core.formats.safetensors_file import VLM_FAMILY, TensorFile, family_of, read_headers, resolve
 from ...mive_core.formats.vlm_file import name_of
 from ...mive_core.pipeline import check_vlm
-from ...mive_core.formats.safetensors_file import VLM_FAMILY, TensorFile, family_of, read_headers, resolve
 from ...mive_core.train.cache import CacheSettings, Encoders, digest_of
 from ...mive_core.types import Condition, EditRequest, PairedEdit
 from ...mive_core.vlm import WEIGHTS

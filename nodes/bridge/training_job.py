@@ -12,22 +12,29 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ...mive_core.evaluation.loss_curve import read_losses
-from ...mive_core.errors import UserError
-from ...mive_core.data.manifest import ManifestEntry
 from ...mive_core.data.folder import read_pairs
+from ...mive_core.data.manifest import ManifestEntry
+from ...mive_core.errors import UserError
+from ...mive_core.evaluation.loss_curve import read_losses
 from ...mive_core.media.remote import is_url
 from ...mive_core.train.cache import CacheSettings, cache, contract_of
+from ...mive_core.train.checkpoints import PATTERN, OtherRecipe
 from ...mive_core.train.edit_task import EditRecipe, EditTask
 from ...mive_core.train.loop import run
 from ...mive_core.train.lora import check_peft
-from ...mive_core.train.checkpoints import PATTERN, OtherRecipe
 from .messages import logged, logger, show
 from .training import HostedEncoders, OutOfMemory, alone, make_room
 
 LOG = "log.jsonl"
-INPUTS = {"lora_rank": "rank", "lora_alpha": "alpha", "start_from": "model", "caches": "pairs, vlm, vae, width, height or length", "bf16": "dtype",
-          "weight_dtype": "dtype", "float8": "dtype"}  # where a recipe's field has another name on the node
+INPUTS = {
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "start_from": "model",
+    "caches": "pairs, vlm, vae, width, height or length",
+    "bf16": "dtype",
+    "weight_dtype": "dtype",
+    "float8": "dtype",
+}  # where a recipe's field has another name on the node
 SAID_EVERY = 0.5  # seconds
 
 
@@ -69,7 +76,12 @@ class Job:
             raise UserError("the file is there already", where="lora_name", got=self.lora.name, fix="choose another name, or delete the file")
         entries = read_pairs(self.pairs)
         if any(is_url(place) for entry in entries for place in (entry.source, entry.target, entry.reference, entry.mask)):
-            raise UserError("the manifest names a URL", where=self.pairs, expected="files in ComfyUI's input folder", fix="download them, or run `mive data cache` and `mive train`")
+            raise UserError(
+                "the manifest names a URL",
+                where=self.pairs,
+                expected="files in ComfyUI's input folder",
+                fix="download them, or run `mive data cache` and `mive train`",
+            )
         return entries
 
     def forget(self) -> None:
@@ -103,8 +115,18 @@ class Job:
         return folder, skipped
 
     def _trained(self, node, cached: str, device: str) -> None:
-        recipe = EditRecipe(task="edit", start_from=str(self.model), caches=(cached,), output_dir=str(self.folder), export=str(self.lora), device=device,
-                            num_threads=0, num_workers=0, log_every=1, **self.recipe)
+        recipe = EditRecipe(
+            task="edit",
+            start_from=str(self.model),
+            caches=(cached,),
+            output_dir=str(self.folder),
+            export=str(self.lora),
+            device=device,
+            num_threads=0,
+            num_workers=0,
+            log_every=1,
+            **self.recipe,
+        )
         progress = None
 
         def watch(step: int, losses: dict[str, torch.Tensor]) -> None:
@@ -112,7 +134,9 @@ class Job:
             progress = progress or Progress(node, "step", recipe.num_steps, step)
             loss = float(losses["loss"])
             if not math.isfinite(loss):
-                raise UserError("the loss is no longer finite", where=f"step {step + 1}", got=loss, fix="set resume to 'start anew' and lower the learning rate")
+                raise UserError(
+                    "the loss is no longer finite", where=f"step {step + 1}", got=loss, fix="set resume to 'start anew' and lower the learning rate"
+                )
             progress.advance(f": loss {loss:.4f}")
 
         self.lora.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +144,12 @@ class Job:
             run(EditTask(recipe), watch=watch)
         except OtherRecipe as error:
             differ = ", ".join(dict.fromkeys(INPUTS.get(field, field) for field in error.differ))
-            raise UserError("the training of that name was begun with other settings", where="lora_name", got=f"another {differ}",
-                            fix="set resume to 'start anew', or choose another name") from None
+            raise UserError(
+                "the training of that name was begun with other settings",
+                where="lora_name",
+                got=f"another {differ}",
+                fix="set resume to 'start anew', or choose another name",
+            ) from None
 
     def losses(self) -> dict[int, float]:
         return read_losses(self.folder / LOG)

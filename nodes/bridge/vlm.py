@@ -49,8 +49,7 @@ class HostedVLM:
         cast_at_use(vlm.model)
         for layer in (*vlm.model.language_model.layers, *vlm.model.visual.blocks):  # on a CPU one reading takes minutes
             layer.register_forward_pre_hook(lambda *_: comfy.model_management.throw_exception_if_processing_interrupted())
-        patcher = comfy.model_patcher.ModelPatcher(Body(vlm.model), load_device=device,
-                                                   offload_device=comfy.model_management.text_encoder_offload_device())
+        patcher = comfy.model_patcher.ModelPatcher(Body(vlm.model), load_device=device, offload_device=comfy.model_management.text_encoder_offload_device())
         return cls(vlm, patcher)
 
     @property

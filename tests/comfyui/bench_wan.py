@@ -1,6 +1,6 @@
 """Our DiT as the pack builds it against ComfyUI's WanModel; writes JSON. Not a test: times belong into a benchmark.
 
-    python tests/comfyui/bench_wan.py --comfyui ~/comfy/ComfyUI --preset 1.3b --blocks 2 --tokens 2048 --output FILE.json
+python tests/comfyui/bench_wan.py --comfyui ~/comfy/ComfyUI --preset 1.3b --blocks 2 --tokens 2048 --output FILE.json
 """
 
 import argparse
@@ -12,8 +12,8 @@ import torch
 
 from mive_core.bench.against_diffusers import bench_dit, forward_of
 from mive_core.config import MiVEConfig
-from mive_core.dit import MiVEDiT
 from mive_core.cost.flops import NUM_TEXT_TOKENS, Layout
+from mive_core.dit import MiVEDiT
 
 
 def make_ours(config: MiVEConfig, layout: Layout):
@@ -27,9 +27,21 @@ def make_wan(config: MiVEConfig, num_tokens: int):
     import comfy.ops
     from comfy.ldm.wan.model import WanModel
 
-    model = filled(WanModel(dim=config.width, ffn_dim=config.ffn_width, freq_dim=config.freq_dim, text_dim=config.vlm_width,
-                            num_heads=config.num_heads, num_layers=config.num_blocks, in_dim=config.latent_channels,
-                            out_dim=config.latent_channels, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init))
+    model = filled(
+        WanModel(
+            dim=config.width,
+            ffn_dim=config.ffn_width,
+            freq_dim=config.freq_dim,
+            text_dim=config.vlm_width,
+            num_heads=config.num_heads,
+            num_layers=config.num_blocks,
+            in_dim=config.latent_channels,
+            out_dim=config.latent_channels,
+            device="cpu",
+            dtype=torch.float32,
+            operations=comfy.ops.disable_weight_init,
+        )
+    )
     noisy = torch.randn(1, config.latent_channels, 1, 2, 2 * num_tokens)
     text = torch.randn(1, NUM_TEXT_TOKENS, config.vlm_width)
     return lambda: model(noisy, torch.full((1,), 500.0), text)
@@ -58,10 +70,22 @@ def main() -> None:
     from comfy.cli_args import args
 
     args.cpu = True
-    figures = bench_dit(options.preset, tokens=options.tokens, blocks=options.blocks, repeats=options.repeats, threads=options.threads,
-                        make_ours=make_ours, make_rival=make_wan, rival="comfyui")
-    command = (f"python tests/comfyui/bench_wan.py --preset {options.preset}" + (f" --blocks {options.blocks}" if options.blocks else "")
-               + f" --tokens {options.tokens} --repeats {options.repeats}" + (f" --threads {options.threads}" if options.threads else ""))
+    figures = bench_dit(
+        options.preset,
+        tokens=options.tokens,
+        blocks=options.blocks,
+        repeats=options.repeats,
+        threads=options.threads,
+        make_ours=make_ours,
+        make_rival=make_wan,
+        rival="comfyui",
+    )
+    command = (
+        f"python tests/comfyui/bench_wan.py --preset {options.preset}"
+        + (f" --blocks {options.blocks}" if options.blocks else "")
+        + f" --tokens {options.tokens} --repeats {options.repeats}"
+        + (f" --threads {options.threads}" if options.threads else "")
+    )
     options.output.write_text(json.dumps({**figures, "command": f"{command} --output {options.output}"}, indent=2) + "\n")
 
 

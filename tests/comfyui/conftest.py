@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import save_file
 
 from mive_core.attention import torch_attention
-from mive_core.formats.checkpoint import save_dit
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
-from mive_core.pipeline import Pipeline
 from mive_core.embedded.vlm_folder import write_tiny_folder
+from mive_core.formats.checkpoint import save_dit
+from mive_core.pipeline import Pipeline
 from mive_core.types import Clip, EditRequest
 from mive_core.vlm import new_model
 
 sys.path.append(str(Path(__file__).parent))
-from serving import Server  # noqa: E402
+from serving import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 PHRASES = ["make the red circle blue", "remove the green square on the left", "turn the scene into night"]
@@ -69,14 +69,21 @@ def write_models(models: Path) -> None:
     from comfy.ldm.wan.vae import WanVAE
 
     torch.manual_seed(7)
-    config = replace(PRESETS["tiny"], width=192, num_heads=3, ffn_width=576, num_blocks=9, patch_size=(1, 2, 2))  # patches as Wan has them; the embedded DiT has others
+    config = replace(
+        PRESETS["tiny"], width=192, num_heads=3, ffn_width=576, num_blocks=9, patch_size=(1, 2, 2)
+    )  # patches as Wan has them; the embedded DiT has others
     dit = MiVEDiT(config, operations=torch.nn, attention=torch_attention)
     # non-zero everywhere, so that no path is silent
     state = {name: value + 0.02 * torch.randn_like(value) for name, value in dit.state_dict().items()}
     save_dit(models / "diffusion_models" / DIT, state, config)
     shapes = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]).state_dict()
-    save_file({name: torch.randn(t.shape) / max(t[0].numel(), 1) ** 0.5 if t.ndim > 1 and "gamma" not in name else 1 + 0.1 * torch.randn(t.shape)
-               for name, t in shapes.items()}, models / "vae" / VAE)
+    save_file(
+        {
+            name: torch.randn(t.shape) / max(t[0].numel(), 1) ** 0.5 if t.ndim > 1 and "gamma" not in name else 1 + 0.1 * torch.randn(t.shape)
+            for name, t in shapes.items()
+        },
+        models / "vae" / VAE,
+    )
     folder = models / "text_encoders" / VLM
     write_tiny_folder(folder, PHRASES)
     weights = {f"model.{name}": 0.2 * torch.randn_like(value) for name, value in new_model(folder).state_dict().items()}
@@ -124,6 +131,7 @@ class Pack:
 @pytest.fixture(scope="session")
 def pack(comfyui, base) -> Pack:
     import folder_paths
+
     import nodes
 
     for category in ("diffusion_models", "vae", "loras", "text_encoders"):
@@ -178,14 +186,12 @@ class Loaded:
 def loaded(pack, request_) -> Loaded:
     import nodes
 
-    model, = pack.run("MiVELoadDiT", model=DIT)
-    vlm, = pack.run("MiVELoadVLM", model=VLM)
-    vae, = nodes.VAELoader().load_vae(VAE)
+    (model,) = pack.run("MiVELoadDiT", model=DIT)
+    (vlm,) = pack.run("MiVELoadVLM", model=VLM)
+    (vae,) = nodes.VAELoader().load_vae(VAE)
     pictures = {"source": request_.source.frames, "reference": request_.reference[None]}
-    encoded = [pack.run("MiVEEncode", vlm=vlm, instruction=text, fps=request_.source.fps, **pictures)[0]
-               for text in (request_.instruction, "")]
-    positive, negative, latent = pack.run("MiVEReferenceLatents", positive=encoded[0], negative=encoded[1], vae=vae,
-                                          width=64, height=48, length=17, **pictures)
+    encoded = [pack.run("MiVEEncode", vlm=vlm, instruction=text, fps=request_.source.fps, **pictures)[0] for text in (request_.instruction, "")]
+    positive, negative, latent = pack.run("MiVEReferenceLatents", positive=encoded[0], negative=encoded[1], vae=vae, width=64, height=48, length=17, **pictures)
     return Loaded(model, vlm, vae, positive, negative, latent)
 
 

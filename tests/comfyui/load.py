@@ -1,6 +1,6 @@
 """Prompt after prompt through one real server, some cancelled and some bad: what grows. Writes JSON; minutes to hours, so it is no test.
 
-    python tests/comfyui/load.py --comfyui ~/comfy/ComfyUI --prompts 1000 --output FILE.json
+python tests/comfyui/load.py --comfyui ~/comfy/ComfyUI --prompts 1000 --output FILE.json
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
-from serving import Server  # noqa: E402
+from serving import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 100  # prompts
@@ -27,26 +27,64 @@ def prompt_of(number: int) -> tuple[dict, str]:
     Nothing but the loaders can be taken from the prompt before.
     """
     kind = "interrupted" if number % CANCELLED == 5 else "error" if number % BAD == 7 else "success"
-    inputs = {"1": pictures(number),
-              "2": ("MiVELoadDiT", {"model": "tiny/dit.safetensors", "weight_dtype": "default"}),
-              "3": ("MiVELoadVLM", {"model": "tiny/vlm", "dtype": "default", "device": "default"}),
-              "4": ("VAELoader", {"vae_name": "tiny/vae.safetensors"}),
-              "5": ("ImageFromBatch", {"image": ["1", 0], "batch_index": 0, "length": 1}),
-              "6": ("MiVEEncode", {"vlm": ["3", 0], "source": ["1", 0], "reference": ["5", 0], "instruction": f"make it night, {number}", "fps": 8.0, "sampled_fps": 2.0,
-                                   "max_video_tokens": 512}),
-              "7": ("MiVEReferenceLatents", {"positive": ["6", 0], "negative": ["6", 0], "vae": ["4", 0], "source": ["1", 0], "reference": ["5", 0],
-                                             "width": 48, "height": 32, "length": 9 if kind == "error" else 5}),  # 9: more frames than there are
-              "8": ("MiVESampler", {"model": ["2", 0], "positive": ["7", 0], "negative": ["7", 1],
-                                    "latent": ["7", 2], "seed": number, "steps": 1000 if kind == "interrupted" else 1, "cfg": 1.0, "shift": 0.0,
-                                    "sampler": "euler", "scheduler": "simple", "denoise": 1.0}),
-              "9": ("VAEDecode", {"samples": ["8", 0], "vae": ["4", 0]}),
-              "10": ("PreviewImage", {"images": ["9", 0]})}
+    inputs = {
+        "1": pictures(number),
+        "2": ("MiVELoadDiT", {"model": "tiny/dit.safetensors", "weight_dtype": "default"}),
+        "3": ("MiVELoadVLM", {"model": "tiny/vlm", "dtype": "default", "device": "default"}),
+        "4": ("VAELoader", {"vae_name": "tiny/vae.safetensors"}),
+        "5": ("ImageFromBatch", {"image": ["1", 0], "batch_index": 0, "length": 1}),
+        "6": (
+            "MiVEEncode",
+            {
+                "vlm": ["3", 0],
+                "source": ["1", 0],
+                "reference": ["5", 0],
+                "instruction": f"make it night, {number}",
+                "fps": 8.0,
+                "sampled_fps": 2.0,
+                "max_video_tokens": 512,
+            },
+        ),
+        "7": (
+            "MiVEReferenceLatents",
+            {
+                "positive": ["6", 0],
+                "negative": ["6", 0],
+                "vae": ["4", 0],
+                "source": ["1", 0],
+                "reference": ["5", 0],
+                "width": 48,
+                "height": 32,
+                "length": 9 if kind == "error" else 5,
+            },
+        ),  # 9: more frames than there are
+        "8": (
+            "MiVESampler",
+            {
+                "model": ["2", 0],
+                "positive": ["7", 0],
+                "negative": ["7", 1],
+                "latent": ["7", 2],
+                "seed": number,
+                "steps": 1000 if kind == "interrupted" else 1,
+                "cfg": 1.0,
+                "shift": 0.0,
+                "sampler": "euler",
+                "scheduler": "simple",
+                "denoise": 1.0,
+            },
+        ),
+        "9": ("VAEDecode", {"samples": ["8", 0], "vae": ["4", 0]}),
+        "10": ("PreviewImage", {"images": ["9", 0]}),
+    }
     return graph(inputs), kind
 
 
 def stock_prompt_of(number: int) -> tuple[dict, str]:
     """As many nodes, all of them ComfyUI's own: what a server keeps of any prompt."""
-    chain = {str(i): ("ImageScale", {"image": [str(i - 1), 0], "upscale_method": "bilinear", "width": 48, "height": 32, "crop": "disabled"}) for i in range(2, 10)}
+    chain = {
+        str(i): ("ImageScale", {"image": [str(i - 1), 0], "upscale_method": "bilinear", "width": 48, "height": 32, "crop": "disabled"}) for i in range(2, 10)
+    }
     return graph({"1": pictures(number), **chain, "10": ("PreviewImage", {"images": ["9", 0]})}), "success"
 
 
@@ -117,10 +155,17 @@ def summary(rows: list[tuple[int, int, int]]) -> dict:
     memory = [kilobytes for kilobytes, _, _ in settled]
     part = max(len(memory) // 5, 1)
     first, last = (statistics.median(memory[side]) for side in (slice(0, part), slice(-part, None)))
-    return {"prompts": len(rows), "warm_up": WARM_UP, "kb_at_first": first, "kb_at_last": last,
-            "kb_a_prompt": round((last - first) / max(len(memory) - part, 1), 2), "kb_a_prompt_without_the_largest_jump": round(trend(memory), 2),
-            "threads": [min(t for _, t, _ in settled), max(t for _, t, _ in settled)], "files": [min(f for *_, f in settled), max(f for *_, f in settled)],
-            "kb_every_50": [rows[i][0] for i in range(0, len(rows), 50)]}
+    return {
+        "prompts": len(rows),
+        "warm_up": WARM_UP,
+        "kb_at_first": first,
+        "kb_at_last": last,
+        "kb_a_prompt": round((last - first) / max(len(memory) - part, 1), 2),
+        "kb_a_prompt_without_the_largest_jump": round(trend(memory), 2),
+        "threads": [min(t for _, t, _ in settled), max(t for _, t, _ in settled)],
+        "files": [min(f for *_, f in settled), max(f for *_, f in settled)],
+        "kb_every_50": [rows[i][0] for i in range(0, len(rows), 50)],
+    }
 
 
 def main() -> None:

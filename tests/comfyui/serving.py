@@ -31,8 +31,19 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log = base / "server.log"
-        command = [sys.executable, str(comfyui / "main.py"), "--cpu", "--base-directory", str(base), "--port", str(port),
-                   "--disable-auto-launch", "--disable-metadata", "--database-url", f"sqlite:///{base / 'comfyui.db'}"]
+        command = [
+            sys.executable,
+            str(comfyui / "main.py"),
+            "--cpu",
+            "--base-directory",
+            str(base),
+            "--port",
+            str(port),
+            "--disable-auto-launch",
+            "--disable-metadata",
+            "--database-url",
+            f"sqlite:///{base / 'comfyui.db'}",
+        ]
         process = subprocess.Popen(command, cwd=base, stdout=log.open("w"), stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         server = cls(process, f"http://127.0.0.1:{port}", log, base)
         deadline = time.monotonic() + PATIENCE

@@ -51,7 +51,7 @@ def test_guidance_is_split_over_two_devices(pack, loaded, seen, lora):
     model = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, "random.safetensors", 1.0)[0] if lora else loaded.model
     expected = sample(pack, loaded, model=model)
     both = split(model)
-    copy, = both.get_additional_models_with_key("multigpu")
+    (copy,) = both.get_additional_models_with_key("multigpu")
     assert copy.model is not both.model and type(copy) is type(both) and copy.load_device == SECOND
     watch = {"first": both.model, "second": copy.model}
     for name, which in watch.items():
@@ -64,6 +64,6 @@ def test_guidance_is_split_over_two_devices(pack, loaded, seen, lora):
 def test_the_node_leaves_one_device_alone(pack, loaded):
     from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 
-    model, = MultiGPUCFGSplitNode.execute(loaded.model, 2).args
+    (model,) = MultiGPUCFGSplitNode.execute(loaded.model, 2).args
     assert model.get_additional_models_with_key("multigpu") == []
     assert torch.equal(sample(pack, loaded, model=model), sample(pack, loaded))

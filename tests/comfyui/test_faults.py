@@ -16,12 +16,23 @@ def sample(pack, loaded, **changed) -> torch.Tensor:
 
 
 def read(pack, loaded, request_) -> torch.Tensor:
-    return pack.run("MiVEEncode", vlm=loaded.vlm, instruction="make it blue", fps=8.0, source=request_.source.frames, reference=request_.reference[None])[0][0][0]
+    return pack.run("MiVEEncode", vlm=loaded.vlm, instruction="make it blue", fps=8.0, source=request_.source.frames, reference=request_.reference[None])[0][0][
+        0
+    ]
 
 
 def encode(pack, loaded, request_) -> torch.Tensor:
-    positive, *_ = pack.run("MiVEReferenceLatents", positive=loaded.positive, negative=loaded.negative, vae=loaded.vae, source=request_.source.frames,
-                            reference=request_.reference[None], width=64, height=48, length=17)
+    positive, *_ = pack.run(
+        "MiVEReferenceLatents",
+        positive=loaded.positive,
+        negative=loaded.negative,
+        vae=loaded.vae,
+        source=request_.source.frames,
+        reference=request_.reference[None],
+        width=64,
+        height=48,
+        length=17,
+    )
     return positive[0][1]["mive_source_latents"]
 
 
@@ -109,8 +120,9 @@ def broken(loaded):
 @torch.inference_mode()
 def test_numbers_that_are_none_never_become_a_black_video(pack, loaded):
     """By our sampler and by the stock ones alike."""
-    import nodes
     from comfy_extras import nodes_custom_sampler as custom
+
+    import nodes
 
     model, said = broken(loaded), "the latents are no longer finite"
     plain = sample(pack, loaded)
@@ -118,9 +130,9 @@ def test_numbers_that_are_none_never_become_a_black_video(pack, loaded):
         sample(pack, loaded, model=model)
     with pytest.raises(ValueError, match=said):
         nodes.KSampler().sample(model, 0, 2, 1.0, "euler", "simple", loaded.positive, loaded.negative, loaded.latent)
-    guider, = custom.BasicGuider.execute(model, loaded.positive).args
-    sigmas, = custom.BasicScheduler.execute(model, "simple", 2, 1.0).args
-    euler, = custom.KSamplerSelect.execute("euler").args
+    (guider,) = custom.BasicGuider.execute(model, loaded.positive).args
+    (sigmas,) = custom.BasicScheduler.execute(model, "simple", 2, 1.0).args
+    (euler,) = custom.KSamplerSelect.execute("euler").args
     with pytest.raises(ValueError, match=said):
         custom.SamplerCustomAdvanced.execute(custom.Noise_RandomNoise(1), guider, euler, sigmas, loaded.latent)
     assert torch.equal(sample(pack, loaded), plain)
@@ -132,4 +144,4 @@ def test_transformers_that_cannot_read_qwen3_vl(pack, monkeypatch, found):
     monkeypatch.setitem(sys.modules, "transformers", found)
     with pytest.raises(ValueError) as caught:
         pack.run("MiVELoadVLM", model="Qwen3-VL-random")
-    assert 'transformers>=4.57' in str(caught.value) and "pip install" in str(caught.value)
+    assert "transformers>=4.57" in str(caught.value) and "pip install" in str(caught.value)

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from conversion import to_prompt
-from load import WARM_UP as LONG_WARM_UP, held, summary, trend
+from load import WARM_UP as LONG_WARM_UP
+from load import held, summary, trend
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "mive_quickstart.json"
 NUM_PROMPTS, WARM_UP = 50, 10
@@ -13,7 +14,7 @@ MOST_KB_A_PROMPT = 100  # far under what one kept latent, picture or condition o
 
 def test_fifty_prompts_leave_no_trend(server):
     prompt = to_prompt(json.loads(WORKFLOW.read_text()), server.get("/object_info"))
-    sampler, = (node["inputs"] for node in prompt.values() if node["class_type"] == "MiVESampler")
+    (sampler,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "MiVESampler")
     history = []
     for seed in range(NUM_PROMPTS):
         sampler.update(seed=100 + seed, steps=1)

@@ -11,11 +11,25 @@ from mive_core.errors import UserError
 WIDTH, FFN, RANK = 192, 576, 4
 LAYERS = {"self_attn.q": (WIDTH, WIDTH), "self_attn.o": (WIDTH, WIDTH), "ffn.0": (FFN, WIDTH)}  # shared with Wan: outputs, inputs
 CROSS = {"cross_attn.k": (WIDTH, WIDTH), "cross_attn.v": (WIDTH, WIDTH)}
-DIFFUSERS = {"self_attn.q": "attn1.to_q", "self_attn.o": "attn1.to_out.0", "ffn.0": "ffn.net.0.proj", "cross_attn.k": "attn2.to_k", "cross_attn.v": "attn2.to_v"}
+DIFFUSERS = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.o": "attn1.to_out.0",
+    "ffn.0": "ffn.net.0.proj",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+}
 
 
-def lora(name: str = "diffusion_model.blocks.{block}.{layer}", down: str = "lora_A.weight", up: str = "lora_B.weight", layers: dict = {**LAYERS, **CROSS},
-         width: int = WIDTH, diffusers: bool = False, flat: bool = False, alpha: bool = False) -> dict[str, torch.Tensor]:
+def lora(
+    name: str = "diffusion_model.blocks.{block}.{layer}",
+    down: str = "lora_A.weight",
+    up: str = "lora_B.weight",
+    layers: dict = {**LAYERS, **CROSS},
+    width: int = WIDTH,
+    diffusers: bool = False,
+    flat: bool = False,
+    alpha: bool = False,
+) -> dict[str, torch.Tensor]:
     """Blocks 0 and 8, the same numbers under whatever names."""
     made = {}
     for block in (0, 8):
@@ -68,8 +82,13 @@ def velocity(model) -> torch.Tensor:
 
     comfy.model_management.load_models_gpu([model])
     torch.manual_seed(1)
-    arguments = dict(x=torch.randn(1, 16, 5, 6, 8), t=torch.tensor([0.5]), source=torch.randn(1, 16, 5, 6, 8),
-                     reference=torch.randn(1, 16, 1, 6, 8), condition=torch.randn(1, 9, WIDTH))
+    arguments = dict(
+        x=torch.randn(1, 16, 5, 6, 8),
+        t=torch.tensor([0.5]),
+        source=torch.randn(1, 16, 5, 6, 8),
+        reference=torch.randn(1, 16, 1, 6, 8),
+        condition=torch.randn(1, 9, WIDTH),
+    )
     with torch.inference_mode():
         return model.model.diffusion_model(**arguments)
 
@@ -81,7 +100,9 @@ def test_every_spelling_lands_on_the_same_weights(pack, loaded, write, spelling)
     got, report = pack.run("MiVELoadLoRA", model=loaded.model, lora_name=write(tensors))
     assert set(got.patches) == {f"diffusion_model.blocks.{block}.{layer}.weight" for block in (0, 8) for layer in LAYERS}
     left = sum("cross_attn" in key or "attn2" in key for key in tensors)
-    assert report == f"made.safetensors: {len(tensors) - left} of {len(tensors)} keys fit, {left} do not: {left} of the cross-attention, which MiVE does not have"
+    assert (
+        report == f"made.safetensors: {len(tensors) - left} of {len(tensors)} keys fit, {left} do not: {left} of the cross-attention, which MiVE does not have"
+    )
     plain, only_shared = velocity(loaded.model), velocity(expected)
     assert (only_shared - plain).abs().max() > 1e-3 and torch.equal(velocity(got), only_shared)
 
@@ -91,21 +112,28 @@ def test_the_stock_loader_takes_the_common_spellings(loaded, write, spelling, ca
     import nodes
 
     with caplog.at_level(logging.INFO):
-        got, = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, write(lora(**SPELLINGS[spelling])), 1.0)
+        (got,) = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, write(lora(**SPELLINGS[spelling])), 1.0)
     assert len(got.patches) == 2 * len(LAYERS) and "MiVE: a LoRA changes 6 of the DiT's" in caplog.text
     assert "lora key not loaded" in caplog.text  # ComfyUI's own words for each key of the cross-attention
 
 
-@pytest.mark.parametrize("tensors, said", [
-    (lora(layers=CROSS), "no key of this LoRA fits the DiT"),
-    (lora("lora_unet_down_blocks_{block}_{layer}", flat=True), "no key of this LoRA fits the DiT"),
-    (lora(width=2 * WIDTH), "this LoRA was made for a DiT of another size; got none of 6 matrices of a fitting shape; expected a width of 192"),
-], ids=["cross-attention alone", "another model's", "another size's"])
+@pytest.mark.parametrize(
+    "tensors, said",
+    [
+        (lora(layers=CROSS), "no key of this LoRA fits the DiT"),
+        (lora("lora_unet_down_blocks_{block}_{layer}", flat=True), "no key of this LoRA fits the DiT"),
+        (lora(width=2 * WIDTH), "this LoRA was made for a DiT of another size; got none of 6 matrices of a fitting shape; expected a width of 192"),
+    ],
+    ids=["cross-attention alone", "another model's", "another size's"],
+)
 def test_a_lora_that_does_not_fit_is_an_error(pack, loaded, write, tensors, said):
     import nodes
 
     name = write(tensors)
-    for load in (lambda: pack.run("MiVELoadLoRA", model=loaded.model, lora_name=name), lambda: nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, name, 1.0)):
+    for load in (
+        lambda: pack.run("MiVELoadLoRA", model=loaded.model, lora_name=name),
+        lambda: nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, name, 1.0),
+    ):
         with pytest.raises(ValueError) as caught:
             load()
         assert type(caught.value).__name__ == UserError.__name__ and said in str(caught.value)
@@ -113,7 +141,11 @@ def test_a_lora_that_does_not_fit_is_an_error(pack, loaded, write, tensors, said
 
 def test_one_matrix_of_another_shape_is_left_out(pack, loaded, write, caplog):
     """Wan's patch embedding has half of MiVE's inputs: its difference must neither stop the sampling nor be forced on the weight."""
-    tensors = {**lora(layers=LAYERS), "diffusion_model.patch_embedding.diff": torch.randn(WIDTH, 16, 1, 2, 2), "diffusion_model.patch_embedding.diff_b": torch.randn(WIDTH)}
+    tensors = {
+        **lora(layers=LAYERS),
+        "diffusion_model.patch_embedding.diff": torch.randn(WIDTH, 16, 1, 2, 2),
+        "diffusion_model.patch_embedding.diff_b": torch.randn(WIDTH),
+    }
     got, report = pack.run("MiVELoadLoRA", model=loaded.model, lora_name=write(tensors))
     assert "1 have another shape" in caplog.text
     assert report == f"made.safetensors: {len(tensors) - 1} of {len(tensors)} keys fit, 1 do not: 1 of other layers or shapes"
@@ -126,7 +158,7 @@ def test_clones_still_look(loaded, write, caplog):
     import nodes
 
     loader = nodes.LoraLoaderModelOnly()
-    twice, = loader.load_lora_model_only(loader.load_lora_model_only(loaded.model, write(lora()), 0.5)[0], "made.safetensors", 0.5)
+    (twice,) = loader.load_lora_model_only(loader.load_lora_model_only(loaded.model, write(lora()), 0.5)[0], "made.safetensors", 0.5)
     assert type(twice) is type(loaded.model) and all(len(patches) == 2 for patches in twice.patches.values())
     with pytest.raises(ValueError, match="no key of this LoRA fits"):
         loader.load_lora_model_only(twice, write(lora(layers=CROSS), "cross.safetensors"), 1.0)
@@ -136,8 +168,8 @@ def test_models_are_merged_as_ever(pack, loaded):
     """The stock merge nodes come through the same door, one weight at a time."""
     from comfy_extras.nodes_model_merging import ModelMergeSimple
 
-    other, = pack.run("MiVELoadDiT", model="random.safetensors")
-    merged, = ModelMergeSimple().merge(loaded.model, other, 0.5)
+    (other,) = pack.run("MiVELoadDiT", model="random.safetensors")
+    (merged,) = ModelMergeSimple().merge(loaded.model, other, 0.5)
     assert len(merged.patches) == len(loaded.model.model.diffusion_model.state_dict())
     assert (velocity(merged) - velocity(loaded.model)).abs().max() < 1e-4
 
@@ -165,7 +197,7 @@ def test_with_dynamic_vram_the_patcher_still_looks(pack, loaded, monkeypatch):
     import comfy.model_patcher
 
     monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
-    model, = pack.run("MiVELoadDiT", model="random.safetensors")
+    (model,) = pack.run("MiVELoadDiT", model="random.safetensors")
     assert type(model) is type(loaded.model) and not model.is_dynamic()
     theirs = pack.submodule("nodes.bridge.lora").HostedDynamicPatcher
     assert issubclass(theirs, comfy.model_patcher.ModelPatcherDynamic) and theirs.add_patches is type(model).add_patches

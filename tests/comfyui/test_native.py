@@ -15,7 +15,7 @@ def test_compiled_equals_plain(pack, loaded):
     from comfy_extras.nodes_torch_compile import TorchCompileModel
     from torch._inductor.exc import InductorError
 
-    compiled, = TorchCompileModel.execute(loaded.model, "inductor").args
+    (compiled,) = TorchCompileModel.execute(loaded.model, "inductor").args
     try:
         result = sample(pack, loaded, model=compiled)
     except InductorError as error:
@@ -28,7 +28,7 @@ def test_blocks_are_skipped_and_replaced_by_patches(pack, loaded):
     from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
     plain = sample(pack, loaded)
-    skipping, = SkipLayerGuidanceDiT.execute(loaded.model, 2.0, 0.0, 1.0, "1, 2", "").args
+    (skipping,) = SkipLayerGuidanceDiT.execute(loaded.model, 2.0, 0.0, 1.0, "1, 2", "").args
     assert (sample(pack, loaded, model=skipping) - plain).abs().max() > 1e-3
     seen = []
 
@@ -48,8 +48,13 @@ def test_weights_left_behind_are_brought_over_when_used(pack, loaded, base):
     """On a card with room for a tenth of the weights, most stay in main memory and every layer casts its own."""
     model = pack.submodule("nodes.bridge.load").load_dit(base / "models" / "diffusion_models" / "random.safetensors", disable_dynamic=True)
     plain = model.model.diffusion_model
-    arguments = dict(x=torch.randn(1, 16, 5, 6, 8), t=torch.tensor([0.5]), source=torch.randn(1, 16, 5, 6, 8),
-                     reference=torch.randn(1, 16, 1, 6, 8), condition=torch.randn(1, 9, model.model.config.width))
+    arguments = dict(
+        x=torch.randn(1, 16, 5, 6, 8),
+        t=torch.tensor([0.5]),
+        source=torch.randn(1, 16, 5, 6, 8),
+        reference=torch.randn(1, 16, 1, 6, 8),
+        condition=torch.randn(1, 9, model.model.config.width),
+    )
     expected = plain(**arguments)
     model.load(torch.device("cpu"), lowvram_model_memory=model.model_size() // 10)
     casting = [module for module in plain.modules() if getattr(module, "comfy_cast_weights", False)]

@@ -32,6 +32,7 @@ def guides(pack, loaded, **changed):
 
 # Layer Select
 
+
 @pytest.mark.parametrize("preset, layers", [("first + last (paper)", (1, 4)), ("first", (1,)), ("last", (4,))])
 def test_layer_presets(pack, loaded, preset, layers):
     choice, text = pack.run("MiVELayerSelect", preset=preset, vlm=loaded.vlm)
@@ -58,6 +59,7 @@ def test_layers_that_the_vlm_lacks(pack, loaded):
 
 # Encode
 
+
 def encoded(pack, loaded, **changed):
     inputs = dict(vlm=loaded.vlm, source=clip(), reference=clip(1), instruction="make it blue", fps=8.0)
     return pack.run("MiVEEncode", **{**inputs, **changed})[0]
@@ -65,7 +67,7 @@ def encoded(pack, loaded, **changed):
 
 def test_chosen_layers_travel_with_their_numbers(pack, loaded):
     choice, _ = pack.run("MiVELayerSelect", preset="custom", custom="0:5")
-    (states, values), = encoded(pack, loaded, layers=choice)
+    ((states, values),) = encoded(pack, loaded, layers=choice)
     assert values["mive_layers"] == (0, 1, 2, 3, 4) and states.shape[-1] == 5 * 128 and states.dtype == torch.float32
 
 
@@ -79,13 +81,16 @@ def test_instruction_may_be_anything(pack, loaded, caplog):
     assert "is ignored" in caplog.text and short[0][0].shape[1] < 2000
 
 
-@pytest.mark.parametrize("changed, said", [
-    ({"source": clip()[:0]}, "source: the clip holds 0 frames"),
-    ({"reference": clip(2)}, "reference: one reference is needed; got 2 images"),
-    ({"reference": clip(1, 1, 1)}, "reference: the picture's size is out of bounds; got 1x1"),
-    ({"reference": clip(1, 20000, 16)}, "16x20000"),
-    ({"source": clip().index_fill(0, torch.tensor(3), float("nan"))}, "NaN or infinite pixels; got frame 3"),
-])
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"source": clip()[:0]}, "source: the clip holds 0 frames"),
+        ({"reference": clip(2)}, "reference: one reference is needed; got 2 images"),
+        ({"reference": clip(1, 1, 1)}, "reference: the picture's size is out of bounds; got 1x1"),
+        ({"reference": clip(1, 20000, 16)}, "16x20000"),
+        ({"source": clip().index_fill(0, torch.tensor(3), float("nan"))}, "NaN or infinite pixels; got frame 3"),
+    ],
+)
 def test_bad_pictures(pack, loaded, changed, said):
     inputs = dict(vlm=loaded.vlm, source=clip(), reference=clip(1), instruction="", fps=8.0)
     assert said in refused(pack, "MiVEEncode", **{**inputs, **changed})
@@ -101,6 +106,7 @@ def test_mended_pictures_are_told_of(pack, loaded, caplog):
 
 
 # Reference Latents and the sampler
+
 
 def test_another_vae_is_refused(pack, loaded):
     """A picture's VAE takes the frames for a batch of pictures and gives latents of four channels."""
@@ -125,7 +131,7 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(pack, loaded):
 def test_one_frame_works(pack, loaded):
     positive, negative, latent = pack.run("MiVEReferenceLatents", **guides(pack, loaded, source=clip(1), length=1))
     assert latent["samples"].shape == (1, 16, 1, 6, 8)
-    result, = pack.run("MiVESampler", model=loaded.model, positive=positive, negative=negative, latent=latent, steps=1)
+    (result,) = pack.run("MiVESampler", model=loaded.model, positive=positive, negative=negative, latent=latent, steps=1)
     assert result["samples"].isfinite().all()
 
 
@@ -133,12 +139,15 @@ def sampler(loaded, **changed) -> dict:
     return {**dict(model=loaded.model, positive=loaded.positive, negative=loaded.negative, latent=loaded.latent, steps=1), **changed}
 
 
-@pytest.mark.parametrize("changed, said", [
-    ({"cfg": float("nan")}, "cfg: the guidance scale must be a number; got nan"),
-    ({"shift": float("inf")}, "shift: the timestep shift must be a positive number; got inf"),
-    ({"latent": {"samples": torch.zeros(1, 16, 3, 6, 8)}}, "source latents of 5 x 6 x 8 (frames x rows x columns), a latent of 3 x 6 x 8"),
-    ({"latent": {"samples": torch.zeros(1, 16, 5, 8, 8)}}, "a latent of 5 x 8 x 8"),
-])
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"cfg": float("nan")}, "cfg: the guidance scale must be a number; got nan"),
+        ({"shift": float("inf")}, "shift: the timestep shift must be a positive number; got inf"),
+        ({"latent": {"samples": torch.zeros(1, 16, 3, 6, 8)}}, "source latents of 5 x 6 x 8 (frames x rows x columns), a latent of 3 x 6 x 8"),
+        ({"latent": {"samples": torch.zeros(1, 16, 5, 8, 8)}}, "a latent of 5 x 8 x 8"),
+    ],
+)
 def test_bad_settings_of_the_sampler(pack, loaded, changed, said):
     assert said in refused(pack, "MiVESampler", **sampler(loaded, **changed))
 
@@ -150,7 +159,9 @@ def test_foreign_wires_are_named(pack, loaded):
     assert "expected the output of the MiVE Encode node" in refused(pack, "MiVESampler", **sampler(loaded, positive=text))
     assert "positive: this conditioning was not made for MiVE" in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, positive=text))
     unguided = [[loaded.positive[0][0], {k: v for k, v in loaded.positive[0][1].items() if "latents" not in k}]]
-    assert "the conditioning has no source and no reference; put the MiVE Reference Latents node" in refused(pack, "MiVESampler", **sampler(loaded, positive=unguided))
+    assert "the conditioning has no source and no reference; put the MiVE Reference Latents node" in refused(
+        pack, "MiVESampler", **sampler(loaded, positive=unguided)
+    )
     other = ModelPatcher(torch.nn.Linear(2, 2), torch.device("cpu"), torch.device("cpu"))
     assert "this MODEL is not MiVE's; got Linear" in refused(pack, "MiVESampler", **sampler(loaded, model=other))
 
@@ -176,6 +187,7 @@ def test_the_stock_sampler_says_the_same(loaded):
 
 
 # Loaders
+
 
 def test_missing_files_are_refused_with_the_folder(pack):
     for name, folder in (("MiVELoadDiT", "models/diffusion_models"), ("MiVELoadVLM", "models/text_encoders")):
@@ -271,6 +283,7 @@ def test_embedded_files_are_offered(pack):
 
 # Preflight and drift
 
+
 def test_preflight_trims_and_pads(pack, caplog):
     video, width, height, length, report = pack.run("MiVEPreflight", video=clip(16, 50, 70))
     assert (width, height, length) == (64, 48, 13) and video.shape == (13, 48, 64, 3)
@@ -290,7 +303,10 @@ def test_preflight_counts_the_models_cost(pack, loaded):
     report = pack.run("MiVEPreflight", video=clip(), model=loaded.model, steps=6)[-1]
     assert "of weights" in report and "s for 6 steps" in report
     num_frames, height, width, _ = clip().shape
-    assert f"to decode with Wan's VAE {vae_decode_bytes(num_frames, height, width, 2) / 2**20:.0f} MB whole" in report and "beside Qwen3-VL-tiny's weights" in report
+    assert (
+        f"to decode with Wan's VAE {vae_decode_bytes(num_frames, height, width, 2) / 2**20:.0f} MB whole" in report
+        and "beside Qwen3-VL-tiny's weights" in report
+    )
 
 
 def test_drift_report(pack):
@@ -314,24 +330,38 @@ def test_one_file_is_read_with_comfyuis_tokenizer(pack, base, body, request_):
     save_file({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2)}, folder / "t5.safetensors")
     offered = pack.submodule("nodes.bridge.paths").list_vlms()
     assert "qwen3vl_bf16.safetensors" in offered and "t5.safetensors" not in offered
-    vlm, = pack.run("MiVELoadVLM", model="qwen3vl_bf16.safetensors", dtype="fp32")
-    conditioning, = pack.run("MiVEEncode", vlm=vlm, instruction=request_.instruction, fps=8.0, source=request_.source.frames,
-                             reference=request_.reference[None])
+    (vlm,) = pack.run("MiVELoadVLM", model="qwen3vl_bf16.safetensors", dtype="fp32")
+    (conditioning,) = pack.run(
+        "MiVEEncode", vlm=vlm, instruction=request_.instruction, fps=8.0, source=request_.source.frames, reference=request_.reference[None]
+    )
     states, values = conditioning[0]
     assert values["mive_layers"] == (1, 2) and states.shape[2] == 2 * 64 and states.isfinite().all()
 
 
 # Init From Wan
 
+
 @pytest.fixture
 def wan(pack):
     """A Wan T2V checkpoint of random numbers, two blocks of the narrowest head, as ComfyUI's own model names its weights."""
-    from comfy.ldm.wan.model import WanModel
     import comfy.ops
+    from comfy.ldm.wan.model import WanModel
 
     torch.manual_seed(2)
-    model = WanModel(dim=128, ffn_dim=256, freq_dim=32, text_dim=16, in_dim=16, out_dim=16, num_heads=1, num_layers=2, model_type="t2v",
-                     device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    model = WanModel(
+        dim=128,
+        ffn_dim=256,
+        freq_dim=32,
+        text_dim=16,
+        in_dim=16,
+        out_dim=16,
+        num_heads=1,
+        num_layers=2,
+        model_type="t2v",
+        device="cpu",
+        dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init,
+    )
     state = {key: torch.randn(value.shape) * 0.05 for key, value in model.state_dict().items()}
     folder = pack.base / "models" / "diffusion_models"
     save_file(state, folder / "wan_t2v.safetensors")
@@ -344,8 +374,8 @@ def test_a_wan_file_becomes_one_that_mive_loads(pack, wan, monkeypatch):
 
     shown = []
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, total=None, preview=None: shown.append((value, total)))
-    name, = pack.run("MiVEInitFromWan", model="wan_t2v.safetensors", filename="mive_from_wan.safetensors", vlm="2b", layers="first+last")
-    model, = pack.run("MiVELoadDiT", model=name)
+    (name,) = pack.run("MiVEInitFromWan", model="wan_t2v.safetensors", filename="mive_from_wan.safetensors", vlm="2b", layers="first+last")
+    (model,) = pack.run("MiVELoadDiT", model=name)
     got = model.model.diffusion_model.state_dict()
     shared = [key for key in got if key in wan and key != "patch_embedding.weight"]
     assert len(shared) > 30 and all(torch.equal(got[key], wan[key]) for key in shared)
@@ -365,8 +395,20 @@ def test_an_interrupted_conversion_leaves_no_file(pack, wan):
     assert not [path.name for path in (pack.base / "models" / "diffusion_models").iterdir() if "broken" in path.name]
 
 
-@pytest.mark.parametrize("name", ["../out.safetensors", "a/b.safetensors", "a\\b.safetensors", ".safetensors", "out.ckpt", "/tmp/out.safetensors", "C:\\x.safetensors",
-                                  "a\0.safetensors", "a\ud800.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../out.safetensors",
+        "a/b.safetensors",
+        "a\\b.safetensors",
+        ".safetensors",
+        "out.ckpt",
+        "/tmp/out.safetensors",
+        "C:\\x.safetensors",
+        "a\0.safetensors",
+        "a\ud800.safetensors",
+    ],
+)
 def test_a_name_that_leaves_the_folder_is_refused_when_the_prompt_is_checked(pack, name):
     assert "no plain name" in pack.node("MiVEInitFromWan").validate_inputs(filename=name, layers="first+last", vlm="2b")
 

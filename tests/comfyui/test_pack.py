@@ -9,8 +9,19 @@ from pathlib import Path
 import pytest
 
 SNAPSHOT = Path(__file__).parent / "schemas.json"
-IDS = ["MiVELoadVLM", "MiVELayerSelect", "MiVEEncode", "MiVELoadDiT", "MiVEReferenceLatents", "MiVESampler", "MiVEPreflight", "MiVEDriftReport",
-       "MiVEInitFromWan", "MiVELoadLoRA", "MiVETrainLoRA"]
+IDS = [
+    "MiVELoadVLM",
+    "MiVELayerSelect",
+    "MiVEEncode",
+    "MiVELoadDiT",
+    "MiVEReferenceLatents",
+    "MiVESampler",
+    "MiVEPreflight",
+    "MiVEDriftReport",
+    "MiVEInitFromWan",
+    "MiVELoadLoRA",
+    "MiVETrainLoRA",
+]
 
 
 def test_loads_without_a_warning(pack):
@@ -37,7 +48,8 @@ def described(pack) -> dict:
         schema = pack.node(name).define_schema()
         found[name] = {
             "inputs": [[i.id, i.io_type, bool(i.optional), *(getattr(i, key, None) for key in ("default", "min", "max", "step"))] for i in schema.inputs],
-            "outputs": [o.io_type for o in schema.outputs]}
+            "outputs": [o.io_type for o in schema.outputs],
+        }
     return json.loads(json.dumps(found))
 
 
@@ -58,7 +70,7 @@ args.cpu = True
 import nodes, asyncio, comfy_api.latest, comfy_extras.nodes_model_advanced
 before = set(sys.modules)
 start = time.process_time()
-assert asyncio.run(nodes.load_custom_node({str(base / 'custom_nodes' / 'mive')!r}))
+assert asyncio.run(nodes.load_custom_node({str(base / "custom_nodes" / "mive")!r}))
 seconds = time.process_time() - start
 new = {{name.split('.')[0] for name in set(sys.modules) - before}}
 assert not new & {{'transformers', 'diffusers', 'av', 'yaml', 'sklearn', 'skimage'}}, new

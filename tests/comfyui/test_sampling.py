@@ -22,13 +22,15 @@ def sample(pack, loaded, **changed) -> torch.Tensor:
 @torch.inference_mode()
 def stock(loaded, shift: float = 3.0, **changed) -> torch.Tensor:
     """ModelSamplingSD3 and KSampler."""
-    import nodes
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
+    import nodes
+
     given = settings(loaded, **changed)
-    model, = ModelSamplingSD3().patch(given["model"], shift)
-    return nodes.KSampler().sample(model, given["seed"], given["steps"], given["cfg"], "euler", "simple", given["positive"],
-                                   given["negative"], given["latent"])[0]["samples"]
+    (model,) = ModelSamplingSD3().patch(given["model"], shift)
+    return nodes.KSampler().sample(
+        model, given["seed"], given["steps"], given["cfg"], "euler", "simple", given["positive"], given["negative"], given["latent"]
+    )[0]["samples"]
 
 
 def test_condition_equals_the_librarys(pack, loaded, pipeline, request_):
@@ -44,9 +46,11 @@ def test_budgets_are_those_of_the_vlm(pack, loaded, pipeline, request_):
     request = EditRequest(Clip(frames, 8.0), frames[0], "make the red circle blue and the green square yellow " * 12)
     with pytest.warns(UserWarning, match="got 240 tokens, expected at most 48"):
         expected = pipeline.vlm.condition(request, pipeline.config)
-    (states, _), = pack.run("MiVEEncode", vlm=loaded.vlm, instruction=request.instruction, fps=8.0, source=frames, reference=frames[:1])[0]
+    ((states, _),) = pack.run("MiVEEncode", vlm=loaded.vlm, instruction=request.instruction, fps=8.0, source=frames, reference=frames[:1])[0]
     assert torch.equal(states, expected.states.movedim(1, 2).flatten(2))
-    (more, _), = pack.run("MiVEEncode", vlm=loaded.vlm, instruction=request.instruction, fps=8.0, source=frames, reference=frames[:1], max_video_tokens=1024)[0]
+    ((more, _),) = pack.run("MiVEEncode", vlm=loaded.vlm, instruction=request.instruction, fps=8.0, source=frames, reference=frames[:1], max_video_tokens=1024)[
+        0
+    ]
     assert more.shape[1] > states.shape[1]
 
 
@@ -76,7 +80,7 @@ def test_frames_equal_the_librarys(pack, loaded, pipeline, request_, cfg):
 
     expected = pipeline.edit(request_, steps=STEPS, cfg=cfg, shift=3.0, seed=11).frames
     with torch.inference_mode():
-        got, = nodes.VAEDecode().decode(loaded.vae, {"samples": sample(pack, loaded, cfg=cfg, shift=3.0)})
+        (got,) = nodes.VAEDecode().decode(loaded.vae, {"samples": sample(pack, loaded, cfg=cfg, shift=3.0)})
     assert got.shape == expected.shape and expected.std() > 0.01
     assert (got - expected).abs().max() <= TOLERANCE
 
@@ -94,9 +98,9 @@ def test_shift_is_the_checkpoints_own_where_none_is_given(pack, loaded, pipeline
 def test_custom_sampler_equals_ksampler(pack, loaded):
     from comfy_extras import nodes_custom_sampler as custom
 
-    guider, = custom.CFGGuider.execute(loaded.model, loaded.positive, loaded.negative, 2.5).args
-    sigmas, = custom.BasicScheduler.execute(loaded.model, "simple", STEPS, 1.0).args
-    euler, = custom.KSamplerSelect.execute("euler").args
+    (guider,) = custom.CFGGuider.execute(loaded.model, loaded.positive, loaded.negative, 2.5).args
+    (sigmas,) = custom.BasicScheduler.execute(loaded.model, "simple", STEPS, 1.0).args
+    (euler,) = custom.KSamplerSelect.execute("euler").args
     got = custom.SamplerCustomAdvanced.execute(custom.Noise_RandomNoise(11), guider, euler, sigmas, loaded.latent).args[0]["samples"]
     assert torch.equal(got, sample(pack, loaded, cfg=2.5))
 
@@ -110,10 +114,10 @@ def test_same_seed_is_bit_identical(pack, loaded):
 def test_batch_of_two_equals_two_runs(pack, loaded):
     import nodes
 
-    latent, = nodes.RepeatLatentBatch().repeat(loaded.latent, 2)
+    (latent,) = nodes.RepeatLatentBatch().repeat(loaded.latent, 2)
     both = sample(pack, loaded, latent=latent, cfg=2.5)
     for index in range(2):
-        one, = nodes.LatentFromBatch().frombatch({**latent, "batch_index": [0, 1]}, index, 1)
+        (one,) = nodes.LatentFromBatch().frombatch({**latent, "batch_index": [0, 1]}, index, 1)
         assert (both[index] - sample(pack, loaded, latent=one, cfg=2.5)[0]).abs().max() <= TOLERANCE
     assert not torch.allclose(both[0], both[1])
 
@@ -151,7 +155,7 @@ def test_context_windows(pack, loaded, monkeypatch):
     """Each window sees its own part of the source and the whole reference."""
     from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 
-    model, = WanContextWindowsManualNode.execute(loaded.model, 9, 5, "standard_static", 1, False, "pyramid", False).args
+    (model,) = WanContextWindowsManualNode.execute(loaded.model, 9, 5, "standard_static", 1, False, "pyramid", False).args
     seen = []
     dit = loaded.model.model.diffusion_model
     hook = dit.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args[0].shape[2], kwargs["source"], kwargs["reference"])), with_kwargs=True)
@@ -170,7 +174,7 @@ def test_context_windows(pack, loaded, monkeypatch):
 def test_one_window_over_all_changes_nothing(pack, loaded):
     from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 
-    model, = WanContextWindowsManualNode.execute(loaded.model, 17, 5, "standard_static", 1, False, "pyramid", False).args
+    (model,) = WanContextWindowsManualNode.execute(loaded.model, 17, 5, "standard_static", 1, False, "pyramid", False).args
     assert torch.equal(sample(pack, loaded, model=model), sample(pack, loaded))
 
 
@@ -179,7 +183,7 @@ def test_easycache_skips_steps(pack, loaded):
     from comfy_extras.nodes_easycache import EasyCacheNode
 
     calls = []
-    model, = EasyCacheNode.execute(loaded.model, 5.0, 0.0, 1.0, False).args
+    (model,) = EasyCacheNode.execute(loaded.model, 5.0, 0.0, 1.0, False).args
     hook = loaded.model.model.diffusion_model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     try:
         result = sample(pack, loaded, model=model, steps=10)
@@ -193,7 +197,7 @@ def test_lora_on_shared_layers(pack, loaded):
     """A Wan LoRA lands on the layers MiVE shares with Wan, and comes off again."""
     import nodes
 
-    model, = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, LORA, 1.0)
+    (model,) = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, LORA, 1.0)
     assert len(model.patches) == 2
     plain = sample(pack, loaded)
     assert (sample(pack, loaded, model=model) - plain).abs().max() > 1e-3
@@ -202,7 +206,7 @@ def test_lora_on_shared_layers(pack, loaded):
 
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
 def test_fp8_storage(pack, loaded, dtype):
-    model, = pack.run("MiVELoadDiT", model=DIT, weight_dtype=dtype)
+    (model,) = pack.run("MiVELoadDiT", model=DIT, weight_dtype=dtype)
     dit = model.model.diffusion_model
     assert dit.blocks[0].ffn[0].weight.dtype.itemsize == 1 and dit.blocks[0].modulation.dtype == torch.float32
     assert model.model_size() < 0.3 * loaded.model.model_size()
@@ -217,13 +221,13 @@ def test_a_quantised_file_stays_in_8_bits_and_takes_a_lora(pack, loaded, base):
 
     folder = base / "models" / "diffusion_models"
     quantize(folder / DIT, folder / "fp8_scaled.safetensors")
-    model, = pack.run("MiVELoadDiT", model="fp8_scaled.safetensors")
+    (model,) = pack.run("MiVELoadDiT", model="fp8_scaled.safetensors")
     layer = model.model.diffusion_model.blocks[0].ffn[0]
     assert layer.quant_format == "float8_e4m3fn" and layer.weight.shape == (576, 192)
     assert model.model_size() < 0.5 * loaded.model.model_size()
     plain, small = sample(pack, loaded), sample(pack, loaded, model=model)
     assert 0 < (small - plain).norm() / plain.norm() < 0.2
-    with_lora, = nodes.LoraLoaderModelOnly().load_lora_model_only(model, LORA, 1.0)
+    (with_lora,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, LORA, 1.0)
     assert (sample(pack, loaded, model=with_lora) - small).abs().max() > 1e-3
     assert torch.equal(sample(pack, loaded, model=model), small)
 

@@ -34,14 +34,16 @@ def with_lora(model):
 
 
 def sample(pack, loaded, model) -> torch.Tensor:
-    return pack.run("MiVESampler", model=model, positive=loaded.positive, negative=loaded.negative, latent=loaded.latent, seed=3, steps=2, cfg=1.0)[0]["samples"]
+    return pack.run("MiVESampler", model=model, positive=loaded.positive, negative=loaded.negative, latent=loaded.latent, seed=3, steps=2, cfg=1.0)[0][
+        "samples"
+    ]
 
 
 def test_a_model_with_a_lora_is_saved_and_loads_again(pack, loaded, save, base):
     patched = with_lora(loaded.model)
     expected = sample(pack, loaded, patched)
     name = save(patched, "baked")
-    again, = pack.run("MiVELoadDiT", model=name)
+    (again,) = pack.run("MiVELoadDiT", model=name)
     assert again.model.config == loaded.model.model.config
     assert torch.equal(sample(pack, loaded, again), expected)
     assert (expected - sample(pack, loaded, loaded.model)).abs().max() > 1e-3  # the LoRA is in it
@@ -52,8 +54,8 @@ def test_a_model_with_a_lora_is_saved_and_loads_again(pack, loaded, save, base):
 
 
 def test_a_saved_file_is_saved_again(pack, loaded, save):
-    again, = pack.run("MiVELoadDiT", model=save(loaded.model, "once"))
-    twice, = pack.run("MiVELoadDiT", model=save(again, "twice"))
+    (again,) = pack.run("MiVELoadDiT", model=save(loaded.model, "once"))
+    (twice,) = pack.run("MiVELoadDiT", model=save(again, "twice"))
     assert torch.equal(sample(pack, loaded, twice), sample(pack, loaded, loaded.model))
 
 
@@ -61,9 +63,9 @@ def test_scaled_fp8_with_a_lora_is_saved_and_loads_again(pack, loaded, save, bas
     """The matrices stay in 8 bits; those that the LoRA changed are scaled anew."""
     folder = base / "models" / "diffusion_models"
     quantize(folder / DIT, folder / "small.safetensors")
-    model, = pack.run("MiVELoadDiT", model="small.safetensors")
+    (model,) = pack.run("MiVELoadDiT", model="small.safetensors")
     expected = sample(pack, loaded, with_lora(model))
-    again, = pack.run("MiVELoadDiT", model=save(with_lora(model), "small"))
+    (again,) = pack.run("MiVELoadDiT", model=save(with_lora(model), "small"))
     assert again.model.diffusion_model.blocks[0].ffn[0].quant_format == "float8_e4m3fn" and again.model_size() < 0.5 * loaded.model.model_size()
     off, without = ((sample(pack, loaded, other) - expected).norm() for other in (again, model))
     assert off < 1e-3 < without

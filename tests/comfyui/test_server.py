@@ -16,8 +16,11 @@ from mive_core.media.video import read_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / "workflows" / "mive_quickstart.json"
-EMBEDDED = {"tiny/dit.safetensors": ("dit.safetensors", "random.safetensors"), "tiny/vae.safetensors": ("vae.safetensors", "random.safetensors"),
-            "tiny/vlm": ("vlm", "Qwen3-VL-random")}
+EMBEDDED = {
+    "tiny/dit.safetensors": ("dit.safetensors", "random.safetensors"),
+    "tiny/vae.safetensors": ("vae.safetensors", "random.safetensors"),
+    "tiny/vlm": ("vlm", "Qwen3-VL-random"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,9 @@ def said(entry: dict) -> dict:
 def test_starts_without_a_warning_of_ours(server):
     lines = server.log.read_text().splitlines()
     assert any("custom_nodes/mive" in line for line in lines)
-    assert not [line for line in lines if "mive" in line.lower() and ("warn" in line.lower() or "error" in line.lower() or "cannot" in line.lower() or "FAILED" in line)]
+    assert not [
+        line for line in lines if "mive" in line.lower() and ("warn" in line.lower() or "error" in line.lower() or "cannot" in line.lower() or "FAILED" in line)
+    ]
 
 
 def test_help_pages_and_templates_are_served(server):
@@ -59,7 +64,7 @@ def test_quickstart_runs_to_its_end(server, prompt):
     assert entry["status"]["status_str"] == "success", entry["status"]
     kinds = {prompt[node]["class_type"]: output for node, output in entry["outputs"].items()}
     assert {"SaveVideo", "MiVEPreflight", "MiVEDriftReport", "MiVELayerSelect"} <= kinds.keys()
-    saved, = kinds["SaveVideo"]["images"]
+    (saved,) = kinds["SaveVideo"]["images"]
     clip = read_clip(server.base / "output" / saved["subfolder"] / saved["filename"])
     assert clip.frames.shape == (17, 96, 96, 3) and clip.frames.std() > 0.01
     assert "17 frames of 96x96" in kinds["MiVEPreflight"]["text"][0]
@@ -73,7 +78,7 @@ def latents_of(server, prompt: dict, **changed) -> torch.Tensor:
     wanted = needed(prompt, "99")
     entry = server.run({number: node for number, node in prompt.items() if number in wanted})
     assert entry["status"]["status_str"] == "success", entry["status"]
-    saved, = entry["outputs"]["99"]["latents"]
+    (saved,) = entry["outputs"]["99"]["latents"]
     return load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
 
 
@@ -123,13 +128,16 @@ def test_interrupt_ends_at_once_and_leaves_nothing_behind(server, prompt):
     assert torch.equal(latents_of(server, prompt, seed=8), before)
 
 
-@pytest.mark.parametrize("kind, name, value, expected", [
-    ("MiVELoadDiT", "model", "gone.safetensors", "models/diffusion_models"),
-    ("MiVELoadVLM", "model", "../../etc", "models/text_encoders"),
-    ("MiVELayerSelect", "custom", "1,,2", "column 3"),
-    ("MiVESampler", "steps", 0, "min"),
-    ("MiVESampler", "sampler", "none", "not in list"),
-])
+@pytest.mark.parametrize(
+    "kind, name, value, expected",
+    [
+        ("MiVELoadDiT", "model", "gone.safetensors", "models/diffusion_models"),
+        ("MiVELoadVLM", "model", "../../etc", "models/text_encoders"),
+        ("MiVELayerSelect", "custom", "1,,2", "column 3"),
+        ("MiVESampler", "steps", 0, "min"),
+        ("MiVESampler", "sampler", "none", "not in list"),
+    ],
+)
 def test_bad_values_are_refused_when_the_prompt_is_checked(server, prompt, kind, name, value, expected):
     bad = copy.deepcopy(prompt)
     of(bad, kind)[name] = value
@@ -153,19 +161,24 @@ def test_after_an_error_the_next_prompt_succeeds(server, prompt):
     assert server.run(prompt)["status"]["status_str"] == "success"
 
 
-@pytest.mark.parametrize("node, kind, extra, said", [
-    ("8", "MiVELayerSelect", {"preset": "custom", "count": 4, "custom": "2,-1", "vlm": ["7", 0]}, b"layers 2, 4 of 4"),
-    ("9", "MiVEPreflight", {"video": ["5", 0], "width": 0, "height": 0, "length": 0, "policy": "trim"}, b"9 frames of 64x64;\ntokens: 48 target"),
-    ("10", "MiVELoadLoRA", {"model": ["6", 0], "lora_name": "random.safetensors", "strength_model": 1.0}, b"random.safetensors: all 4 keys fit"),
-])
+@pytest.mark.parametrize(
+    "node, kind, extra, said",
+    [
+        ("8", "MiVELayerSelect", {"preset": "custom", "count": 4, "custom": "2,-1", "vlm": ["7", 0]}, b"layers 2, 4 of 4"),
+        ("9", "MiVEPreflight", {"video": ["5", 0], "width": 0, "height": 0, "length": 0, "policy": "trim"}, b"9 frames of 64x64;\ntokens: 48 target"),
+        ("10", "MiVELoadLoRA", {"model": ["6", 0], "lora_name": "random.safetensors", "strength_model": 1.0}, b"random.safetensors: all 4 keys fit"),
+    ],
+)
 def test_what_a_node_found_is_on_its_face(server, node, kind, extra, said):
     """Seen in the browser: the text in a node's `ui` is drawn nowhere. What is drawn comes as a binary message, 3, over the socket."""
     import aiohttp
 
-    prompt = {"5": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 9, "color": 0}},
-              "6": {"class_type": "MiVELoadDiT", "inputs": {"model": "random.safetensors", "weight_dtype": "default"}},
-              "7": {"class_type": "MiVELoadVLM", "inputs": {"model": "tiny/vlm", "dtype": "fp32", "device": "cpu"}},
-              node: {"class_type": kind, "inputs": extra}}
+    prompt = {
+        "5": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 9, "color": 0}},
+        "6": {"class_type": "MiVELoadDiT", "inputs": {"model": "random.safetensors", "weight_dtype": "default"}},
+        "7": {"class_type": "MiVELoadVLM", "inputs": {"model": "tiny/vlm", "dtype": "fp32", "device": "cpu"}},
+        node: {"class_type": kind, "inputs": extra},
+    }
 
     async def texts() -> list[bytes]:
         async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=reader") as socket:
@@ -179,5 +192,5 @@ def test_what_a_node_found_is_on_its_face(server, node, kind, extra, said):
                     if event["type"] == "executing" and event["data"]["prompt_id"] == number and event["data"]["node"] is None:
                         return found
 
-    text, = asyncio.run(texts())
+    (text,) = asyncio.run(texts())
     assert said in text

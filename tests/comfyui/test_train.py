@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mive_core.embedded.heldout import drawn_pairs
 from mive_core.embedded.synthetic import PairedEdits
-from mive_core.types import Clip
 from mive_core.media.video import write_video
+from mive_core.types import Clip
 
 NODE, PAIRS, LORA = "MiVETrainLoRA", "drawn", "trained.safetensors"
 STEPS = 6
@@ -41,9 +41,24 @@ def folder(pack):
 @pytest.fixture
 def train(pack, folder):
     """Runs the node on the embedded models; what it has made is taken away afterwards."""
+
     def run(**changed) -> tuple:
-        inputs = dict(pairs=PAIRS, model="tiny/dit.safetensors", vlm="tiny/vlm", vae="tiny/vae.safetensors", lora_name=LORA, width=32, height=32, length=5, steps=STEPS,
-                      batch_size=2, learning_rate=1e-2, rank=4, dtype="fp32", seed=0)
+        inputs = dict(
+            pairs=PAIRS,
+            model="tiny/dit.safetensors",
+            vlm="tiny/vlm",
+            vae="tiny/vae.safetensors",
+            lora_name=LORA,
+            width=32,
+            height=32,
+            length=5,
+            steps=STEPS,
+            batch_size=2,
+            learning_rate=1e-2,
+            rank=4,
+            dtype="fp32",
+            seed=0,
+        )
         return pack.run(NODE, **{**inputs, **changed})
 
     yield run
@@ -78,8 +93,9 @@ def refused(train, **changed) -> str:
 def test_a_lora_is_trained_and_both_loaders_take_it(pack, train):
     """The loss falls, and an edit with the LoRA is another one: by its name in the stock loader and in ours, by its wire in the stock one."""
     import comfy.model_management
-    import nodes
     from comfy_extras.nodes_train import LoraModelLoader
+
+    import nodes
 
     name, lora, curve, report = train(steps=40)
     series = losses(pack)
@@ -87,17 +103,22 @@ def test_a_lora_is_trained_and_both_loaders_take_it(pack, train):
     assert name == LORA and report.startswith("trained.safetensors: rank 4, 2 pairs, 40 steps\nloss ")
     assert curve.shape == (1, 420, 960, 3) and curve.min() < 0.2
     assert same(lora, trained(pack)) and len(lora) == 2 * 6 * 12
-    model, = pack.run("MiVELoadDiT", model="tiny/dit.safetensors")
-    by_stock, = nodes.LoraLoaderModelOnly().load_lora_model_only(model, name, 1.0)
-    by_wire, = LoraModelLoader.execute(model, lora, 1.0).args
+    (model,) = pack.run("MiVELoadDiT", model="tiny/dit.safetensors")
+    (by_stock,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, name, 1.0)
+    (by_wire,) = LoraModelLoader.execute(model, lora, 1.0).args
     ours, fit = pack.run("MiVELoadLoRA", model=model, lora_name=name)
     assert fit == "trained.safetensors: all 144 keys fit"
     velocities = []
     for patched in (model, by_stock, by_wire, ours):
         comfy.model_management.load_models_gpu([patched])
         torch.manual_seed(1)
-        arguments = dict(x=torch.randn(1, 16, 2, 4, 4), t=torch.tensor([0.5]), source=torch.randn(1, 16, 2, 4, 4), reference=torch.randn(1, 16, 1, 4, 4),
-                         condition=torch.randn(1, 9, patched.model.config.width))
+        arguments = dict(
+            x=torch.randn(1, 16, 2, 4, 4),
+            t=torch.tensor([0.5]),
+            source=torch.randn(1, 16, 2, 4, 4),
+            reference=torch.randn(1, 16, 1, 4, 4),
+            condition=torch.randn(1, 9, patched.model.config.width),
+        )
         with torch.inference_mode():
             velocities.append(patched.model.diffusion_model(**arguments))
     plain, *others = velocities
@@ -115,9 +136,24 @@ def test_the_librarys_trainer_gives_the_same_lora(pack, folder, train, tmp_path)
     models = Path(pack.base / "custom_nodes" / "mive" / "mive_core" / "assets" / "tiny")
     encoders = Encoders.load(models)
     cache(read_pairs(folder), encoders, tmp_path / "cache", CacheSettings(((32, 32, 5),)))
-    run(EditTask(EditRecipe(task="edit", start_from=str(models / "dit.safetensors"), caches=(str(tmp_path / "cache"),), output_dir=str(tmp_path / "run"),
-                            export=str(tmp_path / "lora.safetensors"), num_steps=STEPS, batch_size=2, learning_rate=1e-2, lora_rank=4, num_warmup_steps=20,
-                            num_workers=0, time_shift=encoders.config.shift)))
+    run(
+        EditTask(
+            EditRecipe(
+                task="edit",
+                start_from=str(models / "dit.safetensors"),
+                caches=(str(tmp_path / "cache"),),
+                output_dir=str(tmp_path / "run"),
+                export=str(tmp_path / "lora.safetensors"),
+                num_steps=STEPS,
+                batch_size=2,
+                learning_rate=1e-2,
+                lora_rank=4,
+                num_warmup_steps=20,
+                num_workers=0,
+                time_shift=encoders.config.shift,
+            )
+        )
+    )
     alone, ours = load_file(tmp_path / "lora.safetensors"), trained(pack)
     assert alone.keys() == ours.keys()
     for key in ours:
@@ -178,7 +214,7 @@ def test_out_of_memory_reaches_comfyui_and_the_rerun_is_clean(pack, train, monke
     import comfy.model_management
 
     train(lora_name="trained_whole.safetensors")
-    module, owner, name = (("nodes.bridge.vlm", "HostedVLM", "condition") if phase == "reading" else ("mive_core.train.edit_task", "EditTask", "loss"))
+    module, owner, name = ("nodes.bridge.vlm", "HostedVLM", "condition") if phase == "reading" else ("mive_core.train.edit_task", "EditTask", "loss")
     whole, calls = getattr(getattr(pack.submodule(module), owner), name), []
 
     def failing(*args):
@@ -201,8 +237,10 @@ def test_more_steps_go_on_and_other_settings_do_not(pack, train):
     train(steps=STEPS, lora_name="trained_whole.safetensors")
     assert same(trained(pack), trained(pack, "trained_whole.safetensors"))
     message = refused(train, rank=2, width=48, learning_rate=1e-3)
-    assert message == ("lora_name: the training of that name was begun with other settings; got another pairs, vlm, vae, width, height or length, learning_rate, rank; "
-                       "set resume to 'start anew', or choose another name")
+    assert message == (
+        "lora_name: the training of that name was begun with other settings; got another pairs, vlm, vae, width, height or length, learning_rate, rank; "
+        "set resume to 'start anew', or choose another name"
+    )
     train(rank=2, resume="start anew", steps=2)
     assert len(losses(pack)) == 2 and all(tensor.shape[0] == 2 for key, tensor in trained(pack).items() if "lora_A" in key)
 
@@ -256,6 +294,7 @@ def test_the_bar_and_the_face_follow(pack, train, monkeypatch):
 
 # Bad input
 
+
 def spoil(folder: Path, how: str) -> None:
     if how == "empty":
         for path in sorted(folder.rglob("*.mp4")):
@@ -272,13 +311,16 @@ def spoil(folder: Path, how: str) -> None:
             (folder / "source" / f"{name}.mp4").write_bytes(b"<html>gone</html>")
 
 
-@pytest.mark.parametrize("how, said", [
-    ("empty", "the folder holds no pairs; got a.txt, instruction.txt, source, target; expected source/NAME.mp4, target/NAME.mp4 and NAME.txt"),
-    ("no target", "a source has no target of its name; got b.mp4"),
-    ("no words", "a pair has no instruction; got no words in b.txt; expected a text for each pair, or instruction.txt for all"),
-    ("shorter targets", "none of the pairs can be used; got 2, the first of which says: target"),
-    ("pages", "is not a video that can be read"),
-])
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ("empty", "the folder holds no pairs; got a.txt, instruction.txt, source, target; expected source/NAME.mp4, target/NAME.mp4 and NAME.txt"),
+        ("no target", "a source has no target of its name; got b.mp4"),
+        ("no words", "a pair has no instruction; got no words in b.txt; expected a text for each pair, or instruction.txt for all"),
+        ("shorter targets", "none of the pairs can be used; got 2, the first of which says: target"),
+        ("pages", "is not a video that can be read"),
+    ],
+)
 def test_bad_pairs(pack, folder, train, how, said):
     spoil(folder, how)
     assert said in refused(train)
@@ -292,16 +334,22 @@ def test_one_bad_pair_is_left_out_and_named(pack, folder, train, caplog):
     assert "MiVE: the pair b is left out" in caplog.text
 
 
-@pytest.mark.parametrize("changed, said", [
-    ({"width": 40}, "size: the model takes sides that are multiples of 16; got 40x32"),
-    ({"length": 6}, "frames: the model takes 4n+1 frames; got 6"),
-    ({"length": 9}, "the clip is shorter than every bucket; got 5 frames; expected 9 or more"),
-    ({"learning_rate": float("nan")}, "learning_rate: this is no number to learn with; got nan"),
-    ({"alpha": float("inf")}, "alpha: this is no number to learn with; got inf"),
-    ({"lora_name": "../escaped.safetensors"}, "this is no plain name of a file"),
-    ({"lora_name": "random.safetensors"}, "lora_name: the file is there already; got random.safetensors; choose another name"),
-    ({"vlm": "Qwen3-VL-narrow"}, "the DiT was made for another VLM; got Qwen3-VL-narrow of width 64, 2 layers; expected Qwen3-VL-tiny of width 128, 4 layers"),
-])
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"width": 40}, "size: the model takes sides that are multiples of 16; got 40x32"),
+        ({"length": 6}, "frames: the model takes 4n+1 frames; got 6"),
+        ({"length": 9}, "the clip is shorter than every bucket; got 5 frames; expected 9 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate: this is no number to learn with; got nan"),
+        ({"alpha": float("inf")}, "alpha: this is no number to learn with; got inf"),
+        ({"lora_name": "../escaped.safetensors"}, "this is no plain name of a file"),
+        ({"lora_name": "random.safetensors"}, "lora_name: the file is there already; got random.safetensors; choose another name"),
+        (
+            {"vlm": "Qwen3-VL-narrow"},
+            "the DiT was made for another VLM; got Qwen3-VL-narrow of width 64, 2 layers; expected Qwen3-VL-tiny of width 128, 4 layers",
+        ),
+    ],
+)
 def test_bad_settings(pack, train, body, changed, said):
     path = pack.base / "models" / "text_encoders" / "Qwen3-VL-narrow.safetensors"
     if "vlm" in changed:
@@ -324,7 +372,7 @@ def test_a_loss_that_is_no_number_ends_the_training(pack, train):
 def test_without_peft_nothing_is_begun(pack, train, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     message = refused(train)
-    assert 'a LoRA needs the package peft' in message and 'pip install "peft>=0.17"' in message
+    assert "a LoRA needs the package peft" in message and 'pip install "peft>=0.17"' in message
     assert not run_folder(pack).exists()
 
 
@@ -339,12 +387,19 @@ def test_a_manifest_is_trained_on(pack, folder, train):
     assert "rank 4, 1 pairs, 2 steps" in report
 
 
-@pytest.mark.parametrize("changed, said", [
-    ({"pairs": "gone"}, "pairs: 'gone' is not there; expected a folder with source/NAME.mp4"), ({"pairs": "../drawn"}, "pairs: '../drawn' is not there"),
-    ({"model": "gone.safetensors"}, "model: 'gone.safetensors' is not there"), ({"vlm": "/etc"}, "vlm: '/etc' is not there"),
-    ({"vae": "random_lora.safetensors"}, "expected a .safetensors file of a Wan 2.1 VAE in models/vae"), ({"lora_name": "a/b.safetensors"}, "no plain name"),
-    ({"lora_name": "b.ckpt"}, "no plain name"), ({"lora_name": "C:\\b.safetensors"}, "no plain name"),
-])
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"pairs": "gone"}, "pairs: 'gone' is not there; expected a folder with source/NAME.mp4"),
+        ({"pairs": "../drawn"}, "pairs: '../drawn' is not there"),
+        ({"model": "gone.safetensors"}, "model: 'gone.safetensors' is not there"),
+        ({"vlm": "/etc"}, "vlm: '/etc' is not there"),
+        ({"vae": "random_lora.safetensors"}, "expected a .safetensors file of a Wan 2.1 VAE in models/vae"),
+        ({"lora_name": "a/b.safetensors"}, "no plain name"),
+        ({"lora_name": "b.ckpt"}, "no plain name"),
+        ({"lora_name": "C:\\b.safetensors"}, "no plain name"),
+    ],
+)
 def test_what_is_not_there_is_refused_when_the_prompt_is_checked(pack, folder, changed, said):
     given = {"pairs": PAIRS, "model": "tiny/dit.safetensors", "vlm": "tiny/vlm", "vae": "tiny/vae.safetensors", "lora_name": LORA}
     assert pack.node(NODE).validate_inputs(**given) is True

@@ -8,9 +8,26 @@ import pytest
 from safetensors.torch import load_file
 
 NAME = "trained_served.safetensors"
-TRAIN = {"pairs": "mive_sample_pairs", "model": "tiny/dit.safetensors", "vlm": "tiny/vlm", "vae": "tiny/vae.safetensors", "lora_name": NAME, "width": 32, "height": 32,
-         "length": 5, "steps": 4, "batch_size": 1, "learning_rate": 0.01, "rank": 4, "alpha": 0.0, "seed": 0, "gradient_checkpointing": False, "offload": False,
-         "dtype": "fp32", "resume": "continue"}
+TRAIN = {
+    "pairs": "mive_sample_pairs",
+    "model": "tiny/dit.safetensors",
+    "vlm": "tiny/vlm",
+    "vae": "tiny/vae.safetensors",
+    "lora_name": NAME,
+    "width": 32,
+    "height": 32,
+    "length": 5,
+    "steps": 4,
+    "batch_size": 1,
+    "learning_rate": 0.01,
+    "rank": 4,
+    "alpha": 0.0,
+    "seed": 0,
+    "gradient_checkpointing": False,
+    "offload": False,
+    "dtype": "fp32",
+    "resume": "continue",
+}
 
 
 @pytest.fixture
@@ -54,10 +71,13 @@ def test_cancel_saves_and_the_next_prompt_goes_on(server, folder):
 @pytest.mark.parametrize("loader", ["LoraLoaderModelOnly", "MiVELoadLoRA"])
 def test_the_name_of_the_new_file_goes_over_a_wire(server, folder, loader):
     """The file is not there when the prompt is checked, and in no dropdown; the loader behind finds it. It ends in weights of another kind than before."""
-    prompt = {**training(), "2": {"class_type": "MiVELoadDiT", "inputs": {"model": "tiny/dit.safetensors", "weight_dtype": "fp32"}},
-              "3": {"class_type": loader, "inputs": {"model": ["2", 0], "lora_name": ["1", 0], "strength_model": 1.0}},
-              "4": {"class_type": "ModelSave", "inputs": {"model": ["3", 0], "filename_prefix": "with_lora"}},
-              "5": {"class_type": "ModelSave", "inputs": {"model": ["2", 0], "filename_prefix": "without_lora"}}}
+    prompt = {
+        **training(),
+        "2": {"class_type": "MiVELoadDiT", "inputs": {"model": "tiny/dit.safetensors", "weight_dtype": "fp32"}},
+        "3": {"class_type": loader, "inputs": {"model": ["2", 0], "lora_name": ["1", 0], "strength_model": 1.0}},
+        "4": {"class_type": "ModelSave", "inputs": {"model": ["3", 0], "filename_prefix": "with_lora"}},
+        "5": {"class_type": "ModelSave", "inputs": {"model": ["2", 0], "filename_prefix": "without_lora"}},
+    }
     entry = server.run(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]
     with_it, without = (load_file(sorted((server.base / "output").glob(f"{name}_lora*.safetensors"))[-1]) for name in ("with", "without"))

@@ -3,27 +3,40 @@
 import torch
 
 from mive_core.data.manifest import export_pairs, read_manifest
+from mive_core.embedded.heldout import drawn_pairs
+from mive_core.embedded.synthetic import PairedEdits
 from mive_core.train.cache import Encoders, cache
 from mive_core.train.edit_task import EditRecipe, EditTask
-from mive_core.embedded.heldout import drawn_pairs
 from mive_core.train.loop import run
-from mive_core.embedded.synthetic import PairedEdits
 
 NAME = "trained.safetensors"
 
 
 def test_the_stock_loader_takes_a_trained_lora(pack, loaded, pipeline, base, tmp_path):
     import comfy.model_management
+
     import nodes
 
     models = base / "standalone"
     manifest = export_pairs(drawn_pairs(PairedEdits(5, "train", (32, 32), 5), 2), tmp_path / "pairs")
     cache(read_manifest(manifest), Encoders.load(models), tmp_path / "cache")
-    task = EditTask(EditRecipe(task="edit", start_from=str(models / "dit.safetensors"), caches=(str(tmp_path / "cache"),), num_steps=3, lora_rank=4,
-                               learning_rate=1e-2, num_warmup_steps=1, num_workers=0, output_dir=str(tmp_path / "run"), export=str(base / "models" / "loras" / NAME)))
+    task = EditTask(
+        EditRecipe(
+            task="edit",
+            start_from=str(models / "dit.safetensors"),
+            caches=(str(tmp_path / "cache"),),
+            num_steps=3,
+            lora_rank=4,
+            learning_rate=1e-2,
+            num_warmup_steps=1,
+            num_workers=0,
+            output_dir=str(tmp_path / "run"),
+            export=str(base / "models" / "loras" / NAME),
+        )
+    )
     run(task)
 
-    patched, = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, NAME, 1.0)
+    (patched,) = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, NAME, 1.0)
     assert len(patched.patches) == 6 * task.config.num_blocks
     comfy.model_management.load_models_gpu([patched])
     torch.manual_seed(1)

@@ -11,8 +11,12 @@ from safetensors.torch import load_file
 from mive_core.media.video import read_clip
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
-SMALL = {"mive_14b_bf16.safetensors": "tiny/dit.safetensors", "wan_2.1_vae.safetensors": "tiny/vae.safetensors", "Qwen3-VL-8B-Instruct": "tiny/vlm",
-         "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors": "random_tiny.safetensors"}
+SMALL = {
+    "mive_14b_bf16.safetensors": "tiny/dit.safetensors",
+    "wan_2.1_vae.safetensors": "tiny/vae.safetensors",
+    "Qwen3-VL-8B-Instruct": "tiny/vlm",
+    "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors": "random_tiny.safetensors",
+}
 LARGE_SIDE, SMALL_SIZE = 192, {"width": 112, "height": 64, "length": 9}
 FEW_STEPS = 6
 ENDS = {  # what is saved: frames, height, width
@@ -48,8 +52,8 @@ def queue(server):
             values |= {key: value for key, value in changed.items() if key in values}
         entry = server.run(prompt)
         assert entry["status"]["status_str"] == "success", entry["status"]
-        number, = (number for number, node in prompt.items() if node["class_type"] == "SaveVideo")
-        saved, = entry["outputs"][number]["images"]
+        (number,) = (number for number, node in prompt.items() if node["class_type"] == "SaveVideo")
+        (saved,) = entry["outputs"][number]["images"]
         return prompt, entry, read_clip(server.base / "output" / saved["subfolder"] / saved["filename"]).frames
 
     return run
@@ -76,8 +80,11 @@ def test_runs_to_its_end(queue, name):
 
 def decoded(server, prompt: dict) -> dict[str, torch.Tensor]:
     """The latents that each VAE Decode is given, by its number; saved by a node that keeps every bit, which a video does not."""
-    keep = {f"9{number}": {"class_type": "SaveLatent", "inputs": {"samples": node["inputs"]["samples"], "filename_prefix": f"decoded_{number}"}}
-            for number, node in prompt.items() if node["class_type"] == "VAEDecode"}
+    keep = {
+        f"9{number}": {"class_type": "SaveLatent", "inputs": {"samples": node["inputs"]["samples"], "filename_prefix": f"decoded_{number}"}}
+        for number, node in prompt.items()
+        if node["class_type"] == "VAEDecode"
+    }
     entry = server.run({**prompt, **keep})
     assert entry["status"]["status_str"] == "success", entry["status"]
     saved = {number.removeprefix("9"): entry["outputs"][number]["latents"][0] for number in keep}
@@ -104,7 +111,10 @@ def test_each_layer_choice_is_two_layers_of_the_vlm(server, queue):
     latents = {titles[number]: tensor for number, tensor in decoded(server, prompt).items()}
     paper = latents.pop("Decode: first + last")
     assert {title: torch.equal(paper, other) for title, other in latents.items()} == {
-        "Decode: evenly spaced 2": True, "Decode: first two": False, "Decode: last two": False}
+        "Decode: evenly spaced 2": True,
+        "Decode: first two": False,
+        "Decode: last two": False,
+    }
 
 
 def test_the_lora_finds_its_layers(server, queue):

@@ -10,10 +10,10 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 
 from mive_core.attention import torch_attention
-from mive_core.formats.checkpoint import save_dit
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
 from mive_core.embedded.vlm_folder import write_tiny_folder
+from mive_core.formats.checkpoint import save_dit
 from mive_core.vlm import VLM, new_model
 
 PHRASES = ["make the red circle blue", "remove the green square on the left", "turn the scene into night"]

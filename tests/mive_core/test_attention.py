@@ -57,12 +57,18 @@ def fails(result):
     raise RuntimeError("no kernel for this card\nand a long story")
 
 
-@pytest.mark.parametrize("spoil, said", [
-    (noisy, r"told attention differs by 1\.\d+ of the result's size \(allowed: 0\.1\) beside torch's at 40 tokens, 3 heads of 8, torch\.float32 on cpu; torch's is used"),
-    (lambda result: result * 1.2, "differs by 0.2 of"),
-    (lambda result: result * float("nan"), "differs by inf of"),
-    (fails, r"told attention fails \(no kernel for this card\) beside"),
-])
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (
+            noisy,
+            r"told attention differs by 1\.\d+ of the result's size \(allowed: 0\.1\) beside torch's at 40 tokens, 3 heads of 8, torch\.float32 on cpu; torch's is used",
+        ),
+        (lambda result: result * 1.2, "differs by 0.2 of"),
+        (lambda result: result * float("nan"), "differs by inf of"),
+        (fails, r"told attention fails \(no kernel for this card\) beside"),
+    ],
+)
 def test_a_wrong_function_is_named_and_never_asked_again(spoil, said):
     """Sage attention gives noise on some cards, without an error."""
     function = Told(spoil)
@@ -114,6 +120,7 @@ def test_back_ends_by_name(monkeypatch):
 
 def test_sage_gets_its_own_layout_and_no_mask(monkeypatch):
     """A package of that name whose kernel is torch's."""
+
     def sageattn(q, k, v, tensor_layout, is_causal):
         assert q.shape == (2, 11, 3, 4) and tensor_layout == "NHD" and not is_causal
         return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)

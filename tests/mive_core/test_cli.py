@@ -12,8 +12,8 @@ from PIL import Image
 import mive_core
 from mive_core.cli import main
 from mive_core.config import PRESETS
-from mive_core.types import Clip
 from mive_core.media.video import read_clip, write_frames, write_video
+from mive_core.types import Clip
 
 
 @pytest.fixture
@@ -51,49 +51,52 @@ def refused(capsys, arguments: list[str], folder: Path) -> str:
     return err
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"source": None}, "required: --source"),
-    ({"reference": None}, "required: --reference"),
-    ({"source": "gone.mp4"}, "source 'gone.mp4': no such file"),
-    ({"reference": "gone.png"}, "reference 'gone.png': no such file"),
-    ({"reference": "frames"}, "is a folder; expected one image"),
-    ({"reference": "clip.mp4"}, "is not an image"),
-    ({"reference": "one.png"}, "got 1x1; expected sides of 16 to 16384"),
-    ({"reference": "long.png"}, "got 20000x16; expected sides of 16 to 16384"),
-    ({"source": "empty"}, "the folder holds no frames"),
-    ({"source": "page.mp4"}, "an HTML or XML page"),
-    ({"source": "cut.mp4"}, "not a video that can be read"),
-    ({"source": "C:\\clips\\a.mp4"}, "looks like a Windows path"),
-    ({"source": "a\0b"}, "NUL"),
-    ({"output": "gone/out.mp4"}, "its folder does not exist"),
-    ({"output": "out.avi"}, "unsupported file type"),
-    ({"output": "frames"}, "unsupported file type"),
-    ({"output": "D:\\out.mp4"}, "backslash"),
-    ({"output": "o\0.mp4"}, "NUL"),
-    ({"output": "clip.mp4"}, "would replace an input"),
-    ({"size": "100x96"}, "expected 96x96, the nearest that fits"),
-    ({"size": "96"}, "expected WIDTHxHEIGHT"),
-    ({"size": "0x0"}, "expected 16x16"),
-    ({"frames": "4"}, "expected 1 or 5"),
-    ({"frames": "17"}, "got 6 frames; expected 17; ask for 5 or fewer"),
-    ({"frames": "0"}, "expected 1 or more"),
-    ({"steps": "0"}, "expected 1 or more"),
-    ({"steps": "1e9"}, "expected a whole number"),
-    ({"cfg": "nan"}, "expected a finite number"),
-    ({"attention": "flush"}, "unknown attention; got 'flush'; expected auto, sdpa, sage, matmul"),
-    ({"attention": "sage"}, "needs the package sageattention"),
-    ({"device": "cuda"}, "there is no CUDA device"),
-    ({"dtype": "fp8"}, "invalid choice: 'fp8'"),
-    ({"cfg": "inf"}, "expected a finite number"),
-    ({"shift": "nan"}, "expected a finite number"),
-    ({"shift": "-1"}, "expected more than 0"),
-    ({"shift": "0"}, "expected more than 0"),
-    ({"seed": "one"}, "expected a whole number"),
-    ({"instruction": "a\ud800b"}, "lone surrogate at character 1"),
-    ({"models": "gone"}, "no such folder of models"),
-    ({"fps": "0"}, "expected more than 0"),
-    ({"sauce": "x"}, "unrecognized arguments"),
-])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"source": None}, "required: --source"),
+        ({"reference": None}, "required: --reference"),
+        ({"source": "gone.mp4"}, "source 'gone.mp4': no such file"),
+        ({"reference": "gone.png"}, "reference 'gone.png': no such file"),
+        ({"reference": "frames"}, "is a folder; expected one image"),
+        ({"reference": "clip.mp4"}, "is not an image"),
+        ({"reference": "one.png"}, "got 1x1; expected sides of 16 to 16384"),
+        ({"reference": "long.png"}, "got 20000x16; expected sides of 16 to 16384"),
+        ({"source": "empty"}, "the folder holds no frames"),
+        ({"source": "page.mp4"}, "an HTML or XML page"),
+        ({"source": "cut.mp4"}, "not a video that can be read"),
+        ({"source": "C:\\clips\\a.mp4"}, "looks like a Windows path"),
+        ({"source": "a\0b"}, "NUL"),
+        ({"output": "gone/out.mp4"}, "its folder does not exist"),
+        ({"output": "out.avi"}, "unsupported file type"),
+        ({"output": "frames"}, "unsupported file type"),
+        ({"output": "D:\\out.mp4"}, "backslash"),
+        ({"output": "o\0.mp4"}, "NUL"),
+        ({"output": "clip.mp4"}, "would replace an input"),
+        ({"size": "100x96"}, "expected 96x96, the nearest that fits"),
+        ({"size": "96"}, "expected WIDTHxHEIGHT"),
+        ({"size": "0x0"}, "expected 16x16"),
+        ({"frames": "4"}, "expected 1 or 5"),
+        ({"frames": "17"}, "got 6 frames; expected 17; ask for 5 or fewer"),
+        ({"frames": "0"}, "expected 1 or more"),
+        ({"steps": "0"}, "expected 1 or more"),
+        ({"steps": "1e9"}, "expected a whole number"),
+        ({"cfg": "nan"}, "expected a finite number"),
+        ({"attention": "flush"}, "unknown attention; got 'flush'; expected auto, sdpa, sage, matmul"),
+        ({"attention": "sage"}, "needs the package sageattention"),
+        ({"device": "cuda"}, "there is no CUDA device"),
+        ({"dtype": "fp8"}, "invalid choice: 'fp8'"),
+        ({"cfg": "inf"}, "expected a finite number"),
+        ({"shift": "nan"}, "expected a finite number"),
+        ({"shift": "-1"}, "expected more than 0"),
+        ({"shift": "0"}, "expected more than 0"),
+        ({"seed": "one"}, "expected a whole number"),
+        ({"instruction": "a\ud800b"}, "lone surrogate at character 1"),
+        ({"models": "gone"}, "no such folder of models"),
+        ({"fps": "0"}, "expected more than 0"),
+        ({"sauce": "x"}, "unrecognized arguments"),
+    ],
+)
 def test_bad_input_to_edit(work, capsys, changes, says):
     (work / "empty").mkdir()
     (work / "page.mp4").write_text("<html>not found</html>")
@@ -101,7 +104,6 @@ def test_bad_input_to_edit(work, capsys, changes, says):
     Image.new("L", (1, 1)).save(work / "one.png")
     Image.new("1", (20000, 16)).save(work / "long.png")
     assert says in refused(capsys, edit(**{"frames": "5", **changes}), work)
-
 
 
 def test_more_than_one_reference(work, capsys):
@@ -113,25 +115,28 @@ def test_incomplete_commands(work, capsys, arguments):
     assert "--help` lists what it takes" in refused(capsys, arguments, work)
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["eval", "--manifest", "gone.jsonl", "--output", "out"], "no such file"),
-    (["eval", "--manifest", "bad.jsonl", "--output", "out"], "bad.jsonl:1: the key 'instruction' is missing"),
-    (["eval", "--manifest", "bad.jsonl", "--output", "clip.mp4"], "'clip.mp4' is a file; expected a folder"),
-    (["eval", "--manifest", "bad.jsonl", "--output", "clip.mp4/out"], "is a file"),
-    (["eval", "--manifest", "bad.jsonl", "--output", "out", "--instruction-mode", "rude"], "invalid choice: 'rude'"),
-    (["train", "gone.yaml"], "no such file"),
-    (["train", "bad.jsonl"], "task"),
-    (["inspect", "gone.safetensors"], "no such file"),
-    (["inspect", "a\0b"], "NUL"),
-    (["inspect", "frames"], "no .safetensors or .gguf file"),
-    (["bench", "dit", "--preset", "huge"], "invalid choice: 'huge'"),
-    (["bench", "dit", "--output", "gone/figures.json"], "its folder does not exist"),
-    (["data", "synth", "--output", "out", "--size", "90x90"], "got 90x90"),
-    (["data", "synth", "--output", "out", "--frames", "16"], "got 16 frames"),
-    (["data", "synth", "--output", "clip.mp4", "--num", "1"], "is a file"),
-    (["data", "looks", "--source", "gone.mp4", "--output", "out"], "no such file"),
-    (["demo", "--output", "clip.mp4"], "is a file"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["eval", "--manifest", "gone.jsonl", "--output", "out"], "no such file"),
+        (["eval", "--manifest", "bad.jsonl", "--output", "out"], "bad.jsonl:1: the key 'instruction' is missing"),
+        (["eval", "--manifest", "bad.jsonl", "--output", "clip.mp4"], "'clip.mp4' is a file; expected a folder"),
+        (["eval", "--manifest", "bad.jsonl", "--output", "clip.mp4/out"], "is a file"),
+        (["eval", "--manifest", "bad.jsonl", "--output", "out", "--instruction-mode", "rude"], "invalid choice: 'rude'"),
+        (["train", "gone.yaml"], "no such file"),
+        (["train", "bad.jsonl"], "task"),
+        (["inspect", "gone.safetensors"], "no such file"),
+        (["inspect", "a\0b"], "NUL"),
+        (["inspect", "frames"], "no .safetensors or .gguf file"),
+        (["bench", "dit", "--preset", "huge"], "invalid choice: 'huge'"),
+        (["bench", "dit", "--output", "gone/figures.json"], "its folder does not exist"),
+        (["data", "synth", "--output", "out", "--size", "90x90"], "got 90x90"),
+        (["data", "synth", "--output", "out", "--frames", "16"], "got 16 frames"),
+        (["data", "synth", "--output", "clip.mp4", "--num", "1"], "is a file"),
+        (["data", "looks", "--source", "gone.mp4", "--output", "out"], "no such file"),
+        (["demo", "--output", "clip.mp4"], "is a file"),
+    ],
+)
 def test_bad_input_to_the_other_commands(work, capsys, arguments, says):
     (work / "bad.jsonl").write_text('{"source": "clip.mp4"}\n')
     assert says in refused(capsys, arguments, work)
@@ -149,24 +154,30 @@ def test_edit(work, random_models, capsys):
     assert sorted(os.listdir(work)) == ["clip.mp4", "frames", "out.mp4", "reference.png"]
 
 
-@pytest.mark.parametrize("changes, frames", [
-    ({"source": "frames", "frames": "1", "fps": "8"}, (1, 32, 48, 3)),
-    ({"instruction": "", "frames": "5", "size": "32x32", "steps": "1"}, (5, 32, 32, 3)),
-    ({"layers": "last+first", "frames": "5", "cfg": "2"}, (5, 32, 48, 3)),
-    ({"source": "reference.png"}, (1, 32, 48, 3)),
-])
+@pytest.mark.parametrize(
+    "changes, frames",
+    [
+        ({"source": "frames", "frames": "1", "fps": "8"}, (1, 32, 48, 3)),
+        ({"instruction": "", "frames": "5", "size": "32x32", "steps": "1"}, (5, 32, 32, 3)),
+        ({"layers": "last+first", "frames": "5", "cfg": "2"}, (5, 32, 48, 3)),
+        ({"source": "reference.png"}, (1, 32, 48, 3)),
+    ],
+)
 def test_edit_with_options(work, random_models, capsys, changes, frames):
     assert main(edit(models=str(random_models), **changes)) == 0
     assert read_clip("out.mp4").frames.shape == frames
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"layers": "last"}, "not made for that many layers"),
-    ({"layers": "1,,2"}, "column 3"),
-    ({"layers": ""}, "column 1"),
-    ({"layers": "99,1"}, "99"),
-    ({"cfg": "1e30"}, "cfg"),
-])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"layers": "last"}, "not made for that many layers"),
+        ({"layers": "1,,2"}, "column 3"),
+        ({"layers": ""}, "column 1"),
+        ({"layers": "99,1"}, "99"),
+        ({"cfg": "1e30"}, "cfg"),
+    ],
+)
 def test_what_only_the_models_can_refuse(work, random_models, capsys, changes, says):
     assert says in refused(capsys, edit(models=str(random_models), frames="5", **changes), work)
 
@@ -273,7 +284,8 @@ def swapped(folder: Path) -> None:
 def cut(name: str):
     def damage(folder: Path) -> None:
         data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[:len(data) // 2])
+        (folder / name).write_bytes(data[: len(data) // 2])
+
     return damage
 
 
@@ -285,18 +297,21 @@ def gone(name: str):
     return lambda folder: (folder / name).unlink()
 
 
-@pytest.mark.parametrize("damage, says", [
-    (swapped, "this looks like a Wan VAE"),
-    (cut("dit.safetensors"), "dit.safetensors"),
-    (cut("vae.safetensors"), "vae.safetensors"),
-    (cut("vlm/model.safetensors"), "model.safetensors"),
-    (page("dit.safetensors"), "dit.safetensors"),
-    (page("vae.safetensors"), "vae.safetensors"),
-    (page("vlm/model.safetensors"), "model.safetensors"),
-    (gone("dit.safetensors"), "dit.safetensors"),
-    (gone("vae.safetensors"), "vae.safetensors"),
-    (gone("vlm/model.safetensors"), "model.safetensors"),
-])
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (swapped, "this looks like a Wan VAE"),
+        (cut("dit.safetensors"), "dit.safetensors"),
+        (cut("vae.safetensors"), "vae.safetensors"),
+        (cut("vlm/model.safetensors"), "model.safetensors"),
+        (page("dit.safetensors"), "dit.safetensors"),
+        (page("vae.safetensors"), "vae.safetensors"),
+        (page("vlm/model.safetensors"), "model.safetensors"),
+        (gone("dit.safetensors"), "dit.safetensors"),
+        (gone("vae.safetensors"), "vae.safetensors"),
+        (gone("vlm/model.safetensors"), "model.safetensors"),
+    ],
+)
 def test_damaged_models(work, random_models, capsys, damage, says):
     shutil.copytree(random_models, work / "models")
     damage(work / "models")
@@ -319,11 +334,17 @@ def test_a_stage_is_measured_from_the_command_line(work, capsys):
     assert (figures["attention"], figures["dtype"], figures["stage"]) == ("matmul", "bfloat16", "dit")
 
 
-@pytest.mark.parametrize("options, says", [
-    (["dit", "--size", "64x64", "--tokens", "512"], "two benchmarks"), (["dit", "--dtype", "bf16"], "fp32 on a CPU"),
-    (["vae", "--frames", "6"], "the size does not fit"), (["dit", "--attention", "sage"], "needs the package sageattention"),
-    (["vlm", "--attention", "sdpa"], "unrecognized arguments"), (["edit", "--json", "figures.txt"], "unsupported file type"),
-])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["dit", "--size", "64x64", "--tokens", "512"], "two benchmarks"),
+        (["dit", "--dtype", "bf16"], "fp32 on a CPU"),
+        (["vae", "--frames", "6"], "the size does not fit"),
+        (["dit", "--attention", "sage"], "needs the package sageattention"),
+        (["vlm", "--attention", "sdpa"], "unrecognized arguments"),
+        (["edit", "--json", "figures.txt"], "unsupported file type"),
+    ],
+)
 def test_benchmarks_that_cannot_be_are_refused(options, says, work, capsys):
     assert says in refused(capsys, ["bench", *options], work)
 

@@ -10,10 +10,10 @@ from torch._dynamo.utils import counters
 from mive_core.attention import CheckedAttention, matmul_attention, torch_attention
 from mive_core.bench.against_diffusers import forward_of
 from mive_core.config import PRESETS
+from mive_core.cost.flops import Layout
 from mive_core.dit import MiVEDiT
 from mive_core.dit.rope import rotary_table, rotate, rotate_real
 from mive_core.errors import UserError
-from mive_core.cost.flops import Layout
 from mive_core.pipeline import COMPILERS, check_compiler, check_device
 
 LAYOUT = Layout(5, (2, 2, 3))

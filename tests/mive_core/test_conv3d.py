@@ -6,8 +6,10 @@ from torch.nn import functional as F
 from mive_core.conv3d import convolve_in_planes, stacked_conv2d
 
 
-@pytest.mark.parametrize("kernel, stride, padding", [((3, 3, 3), (1, 1, 1), (1, 1, 1)), ((3, 1, 1), (2, 1, 1), (0, 0, 0)),
-                                                     ((1, 1, 1), (1, 1, 1), (0, 0, 0)), ((2, 3, 3), (1, 2, 2), (0, 1, 0))])
+@pytest.mark.parametrize(
+    "kernel, stride, padding",
+    [((3, 3, 3), (1, 1, 1), (1, 1, 1)), ((3, 1, 1), (2, 1, 1), (0, 0, 0)), ((1, 1, 1), (1, 1, 1), (0, 0, 0)), ((2, 3, 3), (1, 2, 2), (0, 1, 0))],
+)
 def test_it_is_conv3d(kernel, stride, padding):
     x, weight, bias = torch.randn(2, 5, 7, 8, 6), torch.randn(4, 5, *kernel), torch.randn(4)
     expected = F.conv3d(x, weight, bias, stride, padding)

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mive_core.attention import torch_attention
-from mive_core.formats.checkpoint import load_dit, save_dit
 from mive_core.errors import UserError
 from mive_core.flow import schedule
+from mive_core.formats.checkpoint import load_dit, save_dit
 from mive_core.pipeline import Pipeline
 from mive_core.types import Clip, EditRequest
 
@@ -91,18 +91,23 @@ def test_a_vlm_that_the_checkpoint_was_not_made_for(random_models, tmp_path):
     folder = tmp_path / "models"
     shutil.copytree(random_models, folder)
     dit = load_dit(random_models, attention=torch_attention)
-    state = {k: v.repeat(*([1] * (v.ndim - 1)), 2) if k.startswith(("context.norms", "context.projections")) and not k.endswith("bias") else v
-             for k, v in dit.state_dict().items()}
+    state = {
+        k: v.repeat(*([1] * (v.ndim - 1)), 2) if k.startswith(("context.norms", "context.projections")) and not k.endswith("bias") else v
+        for k, v in dit.state_dict().items()
+    }
     save_dit(folder / "dit.safetensors", state, replace(dit.config, vlm="Qwen3-VL-wide", vlm_width=256))
     with pytest.raises(UserError, match="width 128.*Qwen3-VL-wide of width 256"):
         Pipeline.load(folder)
 
 
-@pytest.mark.parametrize("wrong,taken_from,message", [
-    ("dit.safetensors", "vae.safetensors", "looks like a Wan VAE"),
-    ("vae.safetensors", "dit.safetensors", "Wan diffusion model|MiVE DiT"),
-    ("dit.safetensors", "vlm/model.safetensors", "looks like a Qwen3-VL model"),
-])
+@pytest.mark.parametrize(
+    "wrong,taken_from,message",
+    [
+        ("dit.safetensors", "vae.safetensors", "looks like a Wan VAE"),
+        ("vae.safetensors", "dit.safetensors", "Wan diffusion model|MiVE DiT"),
+        ("dit.safetensors", "vlm/model.safetensors", "looks like a Qwen3-VL model"),
+    ],
+)
 def test_swapped_files_are_called_by_name(random_models, tmp_path, wrong, taken_from, message):
     folder = tmp_path / "models"
     shutil.copytree(random_models, folder)

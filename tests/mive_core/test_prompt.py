@@ -28,7 +28,8 @@ def test_the_prompt_is_instruction_then_reference_then_timed_frames(vlm):
     frame = "<|vision_start|>" + 36 * "V" + "<|vision_end|>"
     assert decoded(vlm, inputs) == (
         "<|im_start|>user\nmake the red circle blue<|vision_start|>" + 36 * "I" + "<|vision_end|>"
-        f"<0.3 seconds>{frame}<1.7 seconds>{frame}<|im_end|>\n<|im_start|>assistant\n")
+        f"<0.3 seconds>{frame}<1.7 seconds>{frame}<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert inputs.image_grid_thw.tolist() == [[1, 12, 12]]
     assert inputs.video_grid_thw.tolist() == [[2, 12, 12]]
     assert inputs.mm_token_type_ids[0].bincount().tolist()[1:] == [36, 72]
@@ -43,13 +44,10 @@ def test_pixels_reach_the_processor_unscaled_at_sizes_that_fit(vlm):
     torch.testing.assert_close(inputs.pixel_values_videos[0].view(3, 2, 8, 8), frames.transpose(0, 1), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("num_frames, fps, indices", [
-    (17, 8.0, [0, 5, 11, 16]),
-    (81, 16.0, [0, 9, 18, 27, 36, 44, 53, 62, 71, 80]),
-    (5, 8.0, [0, 1, 3, 4]),
-    (3, 8.0, [0, 1, 1, 2]),
-    (1, 8.0, [0, 0]),
-])
+@pytest.mark.parametrize(
+    "num_frames, fps, indices",
+    [(17, 8.0, [0, 5, 11, 16]), (81, 16.0, [0, 9, 18, 27, 36, 44, 53, 62, 71, 80]), (5, 8.0, [0, 1, 3, 4]), (3, 8.0, [0, 1, 1, 2]), (1, 8.0, [0, 0])],
+)
 def test_frames_are_sampled_evenly_in_whole_temporal_patches(vlm, num_frames, fps, indices):
     assert sample_frames(num_frames, fps, 2.0, vlm.processor.video_processor) == indices
 
@@ -57,8 +55,7 @@ def test_frames_are_sampled_evenly_in_whole_temporal_patches(vlm, num_frames, fp
 @pytest.mark.parametrize("num_frames, width, height", [(1, 96, 96), (2, 96, 96), (5, 64, 48), (17, 192, 112), (17, 100, 70), (81, 320, 180)])
 def test_the_source_stays_within_its_budget_of_tokens(vlm, num_frames, width, height):
     for budget in (64, 512):
-        inputs = build_inputs(request(num_frames=num_frames, width=width, height=height, fps=16.0), vlm.processor,
-                              replace(CONFIG, max_video_tokens=budget))
+        inputs = build_inputs(request(num_frames=num_frames, width=width, height=height, fps=16.0), vlm.processor, replace(CONFIG, max_video_tokens=budget))
         tokens = (inputs.mm_token_type_ids == 2).sum().item()
         assert tokens == inputs.video_grid_thw.prod().item() // 4 <= budget
         assert (inputs.mm_token_type_ids == 1).sum().item() == inputs.image_grid_thw.prod().item() // 4 <= budget

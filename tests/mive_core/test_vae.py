@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mive_core.errors import UserError
 from mive_core.embedded.vae_network import WholeClipVAE, decode_clips, encode_clips
+from mive_core.errors import UserError
 from mive_core.vae import LATENTS_MEAN, LATENTS_STD, VAE
 
 
@@ -109,10 +109,18 @@ def test_diffusers_layout_and_folders(vae, tmp_path):
         assert torch.equal(VAE.load(place).encode(frames), vae.encode(frames))
 
 
-@pytest.mark.parametrize("shape, message", [
-    ((6, 32, 32, 3), "4n.1.*keep the first 5"), ((4, 32, 32, 3), "keep the first 1"), ((0, 32, 32, 3), "4n.1"),
-    ((5, 24, 32, 3), "32x24.*16"), ((5, 32, 0, 3), "16"), ((5, 32, 32, 4), "not video frames"), ((32, 32, 3), "not video frames"),
-])
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((6, 32, 32, 3), "4n.1.*keep the first 5"),
+        ((4, 32, 32, 3), "keep the first 1"),
+        ((0, 32, 32, 3), "4n.1"),
+        ((5, 24, 32, 3), "32x24.*16"),
+        ((5, 32, 0, 3), "16"),
+        ((5, 32, 32, 4), "not video frames"),
+        ((32, 32, 3), "not video frames"),
+    ],
+)
 def test_frames_it_cannot_hold_are_refused(vae, shape, message):
     with pytest.raises(UserError, match=message):
         vae.encode(torch.zeros(shape))
@@ -133,10 +141,15 @@ def test_what_is_not_one_clip_of_latents_is_refused(vae, shape):
         vae.decode(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("key, message", [
-    ("encoder.down.0.block.0.conv1.weight", "Stable Diffusion"), ("patch_embedding.weight", "Wan diffusion model"),
-    ("encoder.downsamples.0.downsamples.0.residual.0.gamma", "Wan 2.2"), ("something.weight", "something.weight"),
-])
+@pytest.mark.parametrize(
+    "key, message",
+    [
+        ("encoder.down.0.block.0.conv1.weight", "Stable Diffusion"),
+        ("patch_embedding.weight", "Wan diffusion model"),
+        ("encoder.downsamples.0.downsamples.0.residual.0.gamma", "Wan 2.2"),
+        ("something.weight", "something.weight"),
+    ],
+)
 def test_other_models_are_named(tmp_path, key, message):
     save_file({key: torch.zeros(2, 2)}, str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match=f"not a Wan 2.1 VAE.*{message}"):

@@ -1,10 +1,28 @@
 """Drawn clips and paired edits whose outcome is known exactly, for training and for measuring."""
 
-from .paired_edits import PairedEdits, SyntheticEdit, Thing
 from .labels import BACKGROUNDS, COLOURS, EDITS, KINDS, LOOKS, PICKS, PLACES, SHAPES, VOCABULARIES, EditLabels, is_held_out
 from .looks import LOOKS_FN, apply_look
+from .paired_edits import PairedEdits, SyntheticEdit, Thing
 from .phrasing import PHRASINGS
 from .random_scenes import random_clip
 
-__all__ = ["BACKGROUNDS", "COLOURS", "EDITS", "KINDS", "LOOKS", "LOOKS_FN", "PHRASINGS", "PICKS", "PLACES", "SHAPES", "VOCABULARIES",
-           "EditLabels", "PairedEdits", "SyntheticEdit", "Thing", "apply_look", "is_held_out", "random_clip"]
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "EDITS",
+    "KINDS",
+    "LOOKS",
+    "LOOKS_FN",
+    "PHRASINGS",
+    "PICKS",
+    "PLACES",
+    "SHAPES",
+    "VOCABULARIES",
+    "EditLabels",
+    "PairedEdits",
+    "SyntheticEdit",
+    "Thing",
+    "apply_look",
+    "is_held_out",
+    "random_clip",
+]

@@ -64,5 +64,9 @@ class Backdrop:
 def draw_camera(rng: np.random.Generator, covers: tuple[float, float] = (0.18, 0.6)) -> Camera:
     """A slow pan and zoom; `covers` is the range of the view's size, as a fraction of the largest that fits."""
     angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.35)
-    return Camera((float(rng.uniform()), float(rng.uniform())), (float(speed * np.cos(angle)), float(speed * np.sin(angle))),
-                  float(rng.uniform(*covers)), float(rng.uniform(-0.15, 0.15)))
+    return Camera(
+        (float(rng.uniform()), float(rng.uniform())),
+        (float(speed * np.cos(angle)), float(speed * np.sin(angle))),
+        float(rng.uniform(*covers)),
+        float(rng.uniform(-0.15, 0.15)),
+    )

@@ -22,8 +22,7 @@ EDIT_ODDS = {
     "instruction only": {"recolour": 0.2, "replace": 0.15, "remove": 0.1, "add": 0.1, "background": 0.15, "look": 0.3},
 }
 REPEATED = {"train": {"replace": 3.0, "add": 1.5}, "heldout": {}}  # new outlines are the hardest to learn
-BACKGROUND_ODDS = {"flat": 0.4, "gradient": 0.2, "stripes": 0.08, "checkers": 0.08,
-                   "bricks": 0.06, "grass": 0.06, "gravel": 0.06, "stars": 0.06}
+BACKGROUND_ODDS = {"flat": 0.4, "gradient": 0.2, "stripes": 0.08, "checkers": 0.08, "bricks": 0.06, "grass": 0.06, "gravel": 0.06, "stars": 0.06}
 FROM_WORDS_ALONE = {"flat": 0.65, "gradient": 0.35}  # backgrounds that the instruction fixes completely
 
 
@@ -49,12 +48,19 @@ def edit_odds(split: str, kind: str) -> dict[str, float]:
 
 def plan_odds(split: str, kinds: tuple[str, ...] | None, edits: tuple[str, ...] | None) -> dict[tuple[str, str], float]:
     """(kind, edit) -> probability, under a restriction. Raises UserError where nothing is left."""
-    odds = {(kind, edit): odds_of_kind * share for kind, odds_of_kind in KIND_ODDS[split].items() for edit, share in edit_odds(split, kind).items()
-            if (kinds is None or kind in kinds) and (edits is None or edit in edits)}
+    odds = {
+        (kind, edit): odds_of_kind * share
+        for kind, odds_of_kind in KIND_ODDS[split].items()
+        for edit, share in edit_odds(split, kind).items()
+        if (kinds is None or kind in kinds) and (edits is None or edit in edits)
+    }
     if not odds:
-        raise UserError("no paired edit is of these kinds and edits", got=f"kinds {kinds}, edits {edits}",
-                        expected=f"kinds among {', '.join(KIND_ODDS[split])}; edits among {', '.join(_SEEN)}",
-                        fix="background and look edits never enter late and are never of two alike")
+        raise UserError(
+            "no paired edit is of these kinds and edits",
+            got=f"kinds {kinds}, edits {edits}",
+            expected=f"kinds among {', '.join(KIND_ODDS[split])}; edits among {', '.join(_SEEN)}",
+            fix="background and look edits never enter late and are never of two alike",
+        )
     total = sum(odds.values())
     return {key: value / total for key, value in odds.items()}
 

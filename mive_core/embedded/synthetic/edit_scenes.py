@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .background import Backdrop, Camera
+from .edit_plan import Plan
 from .labels import COLOURS, NONE, PLACES, RGB, SHAPES, EditLabels
 from .looks import LOOKS_FN, Look, draw_look
-from .edit_plan import Plan
+from .random_scenes import draw_backdrop, draw_motion, draw_places, tint
 from .scene import Body, Motion
 from .shapes import REACH, ROUND, Texture, draw_texture
-from .random_scenes import draw_backdrop, draw_motion, draw_places, tint
 
 ENTRY_TIME = 1.1  # of what comes in late, in clips of up to one time unit
 CONTRAST = 0.4  # least distance of a colour from its background, in RGB

@@ -10,8 +10,14 @@ from .shapes import DISTANCES
 
 NONE = "none"
 RGB = {
-    "red": (0.86, 0.08, 0.10), "orange": (0.98, 0.52, 0.04), "yellow": (0.97, 0.90, 0.14), "green": (0.08, 0.62, 0.16),
-    "cyan": (0.12, 0.82, 0.88), "blue": (0.10, 0.20, 0.86), "pink": (0.96, 0.42, 0.74), "white": (0.96, 0.96, 0.96),
+    "red": (0.86, 0.08, 0.10),
+    "orange": (0.98, 0.52, 0.04),
+    "yellow": (0.97, 0.90, 0.14),
+    "green": (0.08, 0.62, 0.16),
+    "cyan": (0.12, 0.82, 0.88),
+    "blue": (0.10, 0.20, 0.86),
+    "pink": (0.96, 0.42, 0.74),
+    "white": (0.96, 0.96, 0.96),
     "black": (0.05, 0.05, 0.06),
 }
 KINDS = (NONE, "seen in reference", "enters late", "two alike", "instruction only", "no instruction")
@@ -51,8 +57,18 @@ class EditLabels:
         return frozenset((self.edit, thing, colour) for thing, colour in pairs if thing != NONE)
 
 
-VOCABULARIES = {"kind": KINDS, "edit": EDITS, "shape": SHAPES, "colour": COLOURS, "place": PLACES, "pick": PICKS,
-                "new_shape": SHAPES, "new_colour": COLOURS, "look": LOOKS, "background": BACKGROUNDS}
+VOCABULARIES = {
+    "kind": KINDS,
+    "edit": EDITS,
+    "shape": SHAPES,
+    "colour": COLOURS,
+    "place": PLACES,
+    "pick": PICKS,
+    "new_shape": SHAPES,
+    "new_colour": COLOURS,
+    "look": LOOKS,
+    "background": BACKGROUNDS,
+}
 
 
 def is_held_out(combination: tuple[str, str, str]) -> bool:

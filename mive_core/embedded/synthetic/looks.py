@@ -69,11 +69,9 @@ def draw_look(rng: np.random.Generator) -> Look:
     lift = rng.uniform(0, 1, 3) * np.maximum(0.0, 1 - mix.sum(axis=1)) * rng.uniform(0, 1)
     if rng.uniform() < 0.15:
         mix, lift = -mix, lift + np.maximum(mix, 0).sum(axis=1)
-    return Look(tuple(tuple(float(v) for v in row) for row in mix), tuple(float(v) for v in lift),
-                float(rng.uniform(-0.8, 0.8)), float(rng.uniform(0.8, 1.6)))
+    return Look(tuple(tuple(float(v) for v in row) for row in mix), tuple(float(v) for v in lift), float(rng.uniform(-0.8, 0.8)), float(rng.uniform(0.8, 1.6)))
 
 
 def draw_grade(rng: np.random.Generator) -> Look:
     """A mild one, as if another camera had taken the picture."""
-    return Look(_tinted(tuple(rng.uniform(0.75, 1.1, 3)), rng.uniform(0.6, 1.3)), bend=float(rng.uniform(-0.4, 0.4)),
-                contrast=float(rng.uniform(0.8, 1.2)))
+    return Look(_tinted(tuple(rng.uniform(0.75, 1.1, 3)), rng.uniform(0.6, 1.3)), bend=float(rng.uniform(-0.4, 0.4)), contrast=float(rng.uniform(0.8, 1.2)))

@@ -4,7 +4,7 @@ Nothing is downloaded: the files are read from the installed package.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,26 @@ import skimage
 from skimage.io import imread
 
 FILES = {
-    "cup": "coffee.png", "portrait": "astronaut.png", "cat": "chelsea.png", "rocket": "rocket.jpg",
-    "stars": "hubble_deep_field.jpg", "garage": "motorcycle_left.png", "tissue": "ihc.png", "eye": "retina.jpg",
-    "tripod": "camera.png", "coins": "coins.png", "moon": "moon.png", "paper": "page.png",
-    "gravel": "gravel.png", "bricks": "brick.png", "grass": "grass.png",
+    "cup": "coffee.png",
+    "portrait": "astronaut.png",
+    "cat": "chelsea.png",
+    "rocket": "rocket.jpg",
+    "stars": "hubble_deep_field.jpg",
+    "garage": "motorcycle_left.png",
+    "tissue": "ihc.png",
+    "eye": "retina.jpg",
+    "tripod": "camera.png",
+    "coins": "coins.png",
+    "moon": "moon.png",
+    "paper": "page.png",
+    "gravel": "gravel.png",
+    "bricks": "brick.png",
+    "grass": "grass.png",
 }
 PICTURES = tuple(FILES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def pyramid(name: str) -> tuple[np.ndarray, ...]:
     """The picture and its successive halvings, each (h, w, 3) uint8, down to about 64 pixels."""
     image = imread(Path(skimage.__file__).parent / "data" / FILES[name])
@@ -33,13 +44,13 @@ def pyramid(name: str) -> tuple[np.ndarray, ...]:
     return tuple(levels)
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_gray(name: str) -> bool:
     smallest = pyramid(name)[-1]
     return bool((smallest == smallest[:, :, :1]).all())
 
 
-@lru_cache(maxsize=None)
+@cache
 def tones_of(name: str) -> np.ndarray:
     """Mean colours of the picture's dark, middle and light thirds: (3, 3) in 0..1."""
     pixels = pyramid(name)[-1].reshape(-1, 3) / 255
@@ -83,7 +94,7 @@ def film(name: str, camera: Camera, times: np.ndarray, size: tuple[int, int], fl
         x0, fx = _taps(x, scale, width, image.shape[1])
         y0, fy = _taps(y, scale, height, image.shape[0])
         left = x0[0]
-        window = image[y0[0]:y0[-1] + 2, left:x0[-1] + 2].astype(np.float32)
+        window = image[y0[0] : y0[-1] + 2, left : x0[-1] + 2].astype(np.float32)
         fy = fy[:, None, None]
         rows = window[y0 - y0[0]] * (1 - fy) + window[y0 - y0[0] + 1] * fy
         fx = fx[None, :, None] / 255

@@ -8,12 +8,12 @@ import torch
 
 from ...errors import UserError
 from ...types import Clip, EditRequest, PairedEdit
+from .edit_plan import Plan, draw_plan, plan_odds
 from .edit_scenes import Cast, draw_cast
 from .labels import NONE, PLACES, EditLabels
 from .phrasing import instruct
-from .edit_plan import Plan, draw_plan, plan_odds
-from .scene import TIME_UNIT, compose, render_body, visible
 from .random_scenes import clip_times
+from .scene import TIME_UNIT, compose, render_body, visible
 
 SPLITS = ("train", "heldout")
 MAX_ATTEMPTS = 12
@@ -54,15 +54,22 @@ class PairedEdits:
     Raises UserError for a split, size, length, kind or edit that does not exist.
     """
 
-    def __init__(self, seed: int, split: str = "train", size: tuple[int, int] = (96, 96), num_frames: int = 17, fps: float = 8.0,
-                 kinds: tuple[str, ...] | None = None, edits: tuple[str, ...] | None = None):
+    def __init__(
+        self,
+        seed: int,
+        split: str = "train",
+        size: tuple[int, int] = (96, 96),
+        num_frames: int = 17,
+        fps: float = 8.0,
+        kinds: tuple[str, ...] | None = None,
+        edits: tuple[str, ...] | None = None,
+    ):
         if split not in SPLITS:
             raise UserError("unknown split", got=repr(split), expected=" or ".join(SPLITS))
         if any(n % 16 or n < 32 for n in size):
             raise UserError("the clips' size does not fit", got=f"{size[0]}x{size[1]}", expected="multiples of 16, at least 32")
         if num_frames % 4 != 1 or num_frames - 1 < 0.5 * fps:
-            raise UserError("the clips' length does not fit", got=f"{num_frames} frames at {fps} a second",
-                            expected="4n+1 frames, at least half a second")
+            raise UserError("the clips' length does not fit", got=f"{num_frames} frames at {fps} a second", expected="4n+1 frames, at least half a second")
         self.seed, self.split, self.size, self.num_frames, self.fps = seed, split, size, num_frames, fps
         self.odds = plan_odds(split, kinds, edits)
 

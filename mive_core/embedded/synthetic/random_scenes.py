@@ -27,8 +27,7 @@ def draw_backdrop(rng: np.random.Generator, style: str | None = None) -> Backdro
     first, second = _soft(rng, 0.05, 0.95), _soft(rng, 0.05, 0.95)
     if style in ("stripes", "checkers"):
         second = tuple(float(np.clip(v + rng.choice((-0.2, 0.2)), 0, 1)) for v in first)
-    return Backdrop(style, first, second, (float(np.cos(angle)), float(np.sin(angle))), float(rng.uniform(-0.5, 0.5)),
-                    float(rng.uniform(0.25, 0.5)))
+    return Backdrop(style, first, second, (float(np.cos(angle)), float(np.sin(angle))), float(rng.uniform(-0.5, 0.5)), float(rng.uniform(0.25, 0.5)))
 
 
 def _soft(rng: np.random.Generator, low: float, high: float) -> tuple[float, float, float]:
@@ -42,20 +41,27 @@ def draw_motion(rng: np.random.Generator, size: tuple[int, int], start: tuple[fl
     side, angle = min(size), rng.uniform(0, 2 * np.pi)
     speed = rng.uniform(0.05, 0.3) * side
     wobble = rng.uniform(0, 0.08, 2) * side
-    return Motion(start, (float(speed * np.cos(angle)), float(speed * np.sin(angle))), (float(wobble[0]), float(wobble[1])),
-                  float(rng.uniform()), float(rng.uniform(0.6, 1.2)), float(rng.normal(0, 0.12)), float(rng.normal(0, 0.25)),
-                  diameter / 2, float(rng.uniform(-0.12, 0.12)))
+    return Motion(
+        start,
+        (float(speed * np.cos(angle)), float(speed * np.sin(angle))),
+        (float(wobble[0]), float(wobble[1])),
+        float(rng.uniform()),
+        float(rng.uniform(0.6, 1.2)),
+        float(rng.normal(0, 0.12)),
+        float(rng.normal(0, 0.25)),
+        diameter / 2,
+        float(rng.uniform(-0.12, 0.12)),
+    )
 
 
-def draw_places(rng: np.random.Generator, size: tuple[int, int], num: int,
-                taken: list[tuple[float, float]] = ()) -> list[tuple[float, float]]:
+def draw_places(rng: np.random.Generator, size: tuple[int, int], num: int, taken: list[tuple[float, float]] = ()) -> list[tuple[float, float]]:
     """Centres in pixels that keep apart, from those already taken too."""
     places = [np.array(place) for place in taken]
     for _ in range(num):
         candidates = rng.uniform(0.18, 0.82, (8, 2)) * size
         gaps = [min((float(np.hypot(*(c - p))) for p in places), default=0.0) for c in candidates]
         places.append(candidates[int(np.argmax(gaps))])
-    return [(float(x), float(y)) for x, y in places[len(taken):]]
+    return [(float(x), float(y)) for x, y in places[len(taken) :]]
 
 
 def tint(rng: np.random.Generator, colour: str, spread: float = 0.04) -> tuple[float, float, float]:

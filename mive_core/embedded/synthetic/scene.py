@@ -103,7 +103,7 @@ def visible(layers: list[Layer], index: int, frame_shape: tuple[int, int, int]) 
     seen = np.zeros(frame_shape, np.float32)
     rows, columns = layers[index].box
     seen[:, rows, columns] = layers[index].cover
-    for layer in layers[index + 1:]:
+    for layer in layers[index + 1 :]:
         rows, columns = layer.box
         seen[:, rows, columns] *= 1 - layer.cover
     return seen

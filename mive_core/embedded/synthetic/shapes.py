@@ -85,8 +85,9 @@ class Texture:
         elif self.pattern == "dots":
             value = np.clip((triangle_wave(along) + triangle_wave(across)) * 2 - np.float32(0.8), -1, 1)
         else:
-            value = np.float32(0.55) * (triangle_wave(along * np.float32(0.7)) + triangle_wave(across * np.float32(1.3))
-                                        * triangle_wave((along + across) * np.float32(0.9)))
+            value = np.float32(0.55) * (
+                triangle_wave(along * np.float32(0.7)) + triangle_wave(across * np.float32(1.3)) * triangle_wave((along + across) * np.float32(0.9))
+            )
         return value * np.float32(self.depth)
 
     def paint(self, colour: tuple[float, float, float], x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -99,5 +100,4 @@ class Texture:
 def draw_texture(rng: np.random.Generator, period: float = 1.0) -> Texture:
     """A subtle texture, its stripes or dots about `period` units apart."""
     angle, rate = rng.uniform(0, np.pi), rng.uniform(0.8, 1.3) / period
-    return Texture(str(rng.choice(PATTERNS)), (float(rate * np.cos(angle)), float(rate * np.sin(angle))),
-                   float(rng.uniform()), float(rng.uniform(0.08, 0.2)))
+    return Texture(str(rng.choice(PATTERNS)), (float(rate * np.cos(angle)), float(rate * np.sin(angle))), float(rng.uniform()), float(rng.uniform(0.08, 0.2)))

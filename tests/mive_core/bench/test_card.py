@@ -22,8 +22,7 @@ def test_every_part_runs_and_is_held_against_the_devices_own_speed():
         assert figures["roofline_seconds"] >= figures["flops"] / report["speed"]["flops_per_second"]
     assert report["dit"]["seconds_of_28"] == 28 * report["dit"]["seconds"]
     assert report["attention"]["chosen"]["flops"] == 4 * report["tokens"] ** 2 * PRESETS["tiny"].width
-    assert any("relative_difference" in found and found["relative_difference"] < 1e-3
-               for found in report["attention"].values() if isinstance(found, dict))
+    assert any("relative_difference" in found and found["relative_difference"] < 1e-3 for found in report["attention"].values() if isinstance(found, dict))
     assert report["vlm"]["vlm_tokens"] > 10 and report["vlm"]["seconds"] > 0
     assert report["vae"]["decode"]["seconds"] > 0 and report["vae"]["decode_tiled"]["seconds"] > 0
     assert "failed" in report["dit_fp8"] or report["dit_fp8"]["weight_bytes"] < 0.6 * report["dit"]["weight_bytes"]
@@ -53,11 +52,14 @@ def test_the_1_3b_is_measured_beside_the_14b_alone():
     assert card.measure_small_dit(work) == {}
 
 
-@pytest.mark.parametrize("changed, said", [
-    (dict(parts=("paint",)), "unknown part; got paint"),
-    (dict(num_frames=6), "the size does not fit; got 96x64x6"),
-    (dict(size=(90, 64)), "the size does not fit"),
-])
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        (dict(parts=("paint",)), "unknown part; got paint"),
+        (dict(num_frames=6), "the size does not fit; got 96x64x6"),
+        (dict(size=(90, 64)), "the size does not fit"),
+    ],
+)
 def test_bad_settings_are_refused(changed, said):
     with pytest.raises(UserError, match=said):
         bench_card("tiny", **SMALL | changed)

@@ -7,13 +7,21 @@ import pytest
 import torch
 
 from mive_core.bench.convert import bench_convert, wan_layout
-from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
+from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
 
-DROPPED = {"condition_embedder.text_embedder.linear_1.": "text_embedding.0.", "condition_embedder.text_embedder.linear_2.": "text_embedding.2.",
-           ".attn2.to_q.": ".cross_attn.q.", ".attn2.to_k.": ".cross_attn.k.", ".attn2.to_v.": ".cross_attn.v.", ".attn2.to_out.0.": ".cross_attn.o.",
-           ".attn2.norm_q.": ".cross_attn.norm_q.", ".attn2.norm_k.": ".cross_attn.norm_k.", ".norm2.": ".norm3."}
+DROPPED = {
+    "condition_embedder.text_embedder.linear_1.": "text_embedding.0.",
+    "condition_embedder.text_embedder.linear_2.": "text_embedding.2.",
+    ".attn2.to_q.": ".cross_attn.q.",
+    ".attn2.to_k.": ".cross_attn.k.",
+    ".attn2.to_v.": ".cross_attn.v.",
+    ".attn2.to_out.0.": ".cross_attn.o.",
+    ".attn2.norm_q.": ".cross_attn.norm_q.",
+    ".attn2.norm_k.": ".cross_attn.norm_k.",
+    ".norm2.": ".norm3.",
+}
 
 
 @pytest.mark.parametrize("preset", ["1.3b", "14b"])
@@ -22,8 +30,9 @@ def test_the_shapes_are_those_of_diffusers_wan(preset):
 
     config = PRESETS[preset]
     with torch.device("meta"):
-        theirs = WanTransformer3DModel(num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, ffn_dim=config.ffn_width,
-                                       num_layers=config.num_blocks)
+        theirs = WanTransformer3DModel(
+            num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, ffn_dim=config.ffn_width, num_layers=config.num_blocks
+        )
     theirs = rename(rename(theirs.state_dict(), DROPPED), WAN_TO_DIFFUSERS, backwards=True)
     assert {key: shape for key, (_, shape) in wan_layout(config).items()} == {key: tuple(value.shape) for key, value in theirs.items()}
 

@@ -8,9 +8,17 @@ from mive_core.bench.models import random_dit, workload
 from mive_core.errors import UserError
 
 
-@pytest.mark.parametrize("num_frames, spans", [
-    (5, [(0, 5)]), (9, [(0, 9)]), (10, [(0, 9), (1, 10)]), (15, [(0, 9), (6, 15)]), (21, [(0, 9), (6, 15), (12, 21)]), (22, [(0, 9), (6, 15), (12, 21), (13, 22)]),
-])
+@pytest.mark.parametrize(
+    "num_frames, spans",
+    [
+        (5, [(0, 5)]),
+        (9, [(0, 9)]),
+        (10, [(0, 9), (1, 10)]),
+        (15, [(0, 9), (6, 15)]),
+        (21, [(0, 9), (6, 15), (12, 21)]),
+        (22, [(0, 9), (6, 15), (12, 21), (13, 22)]),
+    ],
+)
 def test_windows_cover_the_clip(num_frames, spans):
     assert windows(num_frames, 9, 3) == spans
 
@@ -56,9 +64,9 @@ def test_the_report_and_its_picture():
     assert picture.size == (920, 380) and len(picture.getcolors(100_000)) > 20
 
 
-@pytest.mark.parametrize("changed, said", [
-    (dict(frames=(16,)), "got frames 16"), (dict(overlap_frames=33), "windows of 33 with 33 shared"), (dict(preset="huge"), "got huge"),
-])
+@pytest.mark.parametrize(
+    "changed, said", [(dict(frames=(16,)), "got frames 16"), (dict(overlap_frames=33), "windows of 33 with 33 shared"), (dict(preset="huge"), "got huge")]
+)
 def test_points_that_do_not_fit(changed, said):
     with pytest.raises(UserError, match=said):
         bench_growth(**changed)

@@ -61,8 +61,10 @@ def test_the_vaes_operations_are_those_of_the_real_one():
 
 def test_attention_by_matrix_products_is_still_attention():
     """The profile goes by what stands around an operation, not by its name alone."""
-    shares = [bench_stage("dit", workload("tiny", size=(128, 128), num_frames=17, repeats=1, blocks=1, attention=name))["shares_of_time"]["attention"]
-              for name in ("sdpa", "matmul")]
+    shares = [
+        bench_stage("dit", workload("tiny", size=(128, 128), num_frames=17, repeats=1, blocks=1, attention=name))["shares_of_time"]["attention"]
+        for name in ("sdpa", "matmul")
+    ]
     assert all(0.1 < share < 0.9 for share in shares)
 
 
@@ -70,10 +72,15 @@ def test_a_profile_of_nothing_is_empty():
     assert shares_of_time(workload("tiny", **SMALL), lambda: None) == {}
 
 
-@pytest.mark.parametrize("changed, said", [
-    (dict(num_frames=6), "the size does not fit; got 64x48x6"), (dict(size=(90, 64)), "the size does not fit"),
-    (dict(attention="flush"), "unknown attention"), (dict(attention="sage"), "needs the package"),
-])
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        (dict(num_frames=6), "the size does not fit; got 64x48x6"),
+        (dict(size=(90, 64)), "the size does not fit"),
+        (dict(attention="flush"), "unknown attention"),
+        (dict(attention="sage"), "needs the package"),
+    ],
+)
 def test_bad_settings_are_refused(changed, said):
     with pytest.raises(UserError, match=said):
         workload("tiny", **SMALL | changed)

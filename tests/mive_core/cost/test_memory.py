@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from mive_core.attention import matmul_attention, torch_attention
+from mive_core.bench.against_diffusers import forward_of
 from mive_core.bench.memory_counter import Counted
 from mive_core.bench.models import filled, inputs_of, random_vae, reader, request_of, workload
-from mive_core.bench.against_diffusers import forward_of
 from mive_core.config import PRESETS
-from mive_core.dit import MiVEDiT
 from mive_core.cost.flops import Layout
 from mive_core.cost.memory import activation_bytes, vae_decode_bytes, vae_encode_bytes, vlm_bytes, weight_bytes
+from mive_core.dit import MiVEDiT
 from mive_core.vlm import VLM, model_of
 
 
@@ -26,11 +26,17 @@ def test_the_counter_counts():
     assert (counted.now, counted.peak) == (700, 1500) and len(c) == 50 and len(d) == 200
 
 
-@pytest.mark.parametrize("preset, layout, dtype", [
-    ("14b", Layout(4600, (21, 45, 80)), torch.bfloat16), ("14b", Layout(1500, (21, 30, 52)), torch.bfloat16),
-    ("1.3b", Layout(1500, (21, 30, 52)), torch.bfloat16), ("1.3b", Layout(400, (5, 30, 52)), torch.float32),
-    ("1.3b", Layout(4600, (61, 45, 80)), torch.bfloat16), ("tiny", Layout(40, (5, 8, 8)), torch.float32),
-])
+@pytest.mark.parametrize(
+    "preset, layout, dtype",
+    [
+        ("14b", Layout(4600, (21, 45, 80)), torch.bfloat16),
+        ("14b", Layout(1500, (21, 30, 52)), torch.bfloat16),
+        ("1.3b", Layout(1500, (21, 30, 52)), torch.bfloat16),
+        ("1.3b", Layout(400, (5, 30, 52)), torch.float32),
+        ("1.3b", Layout(4600, (61, 45, 80)), torch.bfloat16),
+        ("tiny", Layout(40, (5, 8, 8)), torch.float32),
+    ],
+)
 def test_formula_equals_what_a_forward_holds(preset, layout, dtype):
     config = replace(PRESETS[preset], num_blocks=2)
     with torch.device("meta"), torch.inference_mode():
@@ -50,9 +56,10 @@ def test_scores_are_counted_where_attention_holds_them():
     assert activation_bytes(config, layout.num_tokens, 4, scores=True) == pytest.approx(counted.peak, rel=0.1)
 
 
-@pytest.mark.parametrize("frames, rows, columns, dtype, tiled", [
-    (1, 90, 160, torch.bfloat16, False), (9, 60, 104, torch.float32, False), (17, 60, 104, torch.bfloat16, False), (5, 34, 60, torch.float32, True),
-])
+@pytest.mark.parametrize(
+    "frames, rows, columns, dtype, tiled",
+    [(1, 90, 160, torch.bfloat16, False), (9, 60, 104, torch.float32, False), (17, 60, 104, torch.bfloat16, False), (5, 34, 60, torch.float32, True)],
+)
 def test_decoding_holds_what_the_formula_says(frames, rows, columns, dtype, tiled):
     """diffusers' VAE at Wan 2.1's width; at 720p x 81 whole 18.8 GB in float32, in tiles 4.2 GB."""
     from diffusers import AutoencoderKLWan
@@ -103,8 +110,13 @@ def test_the_vlm_holds_what_the_formula_says(text, vision, dtype):
     work = workload("1.3b", size=(256, 192), num_frames=33, dtype=dtype)
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in work.vlm_values.items()}
     values["text_config"] |= {"vocab_size": 1000, "num_hidden_layers": 2, "hidden_size": text[0], "intermediate_size": text[1], "num_attention_heads": text[2]}
-    values["vision_config"] |= {"depth": 4, "deepstack_visual_indexes": [0, 1, 2], "out_hidden_size": text[0], "hidden_size": vision[0],
-                                "intermediate_size": vision[1]}
+    values["vision_config"] |= {
+        "depth": 4,
+        "deepstack_visual_indexes": [0, 1, 2],
+        "out_hidden_size": text[0],
+        "hidden_size": vision[0],
+        "intermediate_size": vision[1],
+    }
     with torch.device("meta"):
         model = model_of(values)
     vlm = VLM(filled(model, work), reader(work), "")

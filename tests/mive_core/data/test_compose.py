@@ -11,11 +11,11 @@ import torch
 
 from mive_core.cli import main
 from mive_core.data.compose import over
+from mive_core.data.manifest import load_entry, read_manifest
 from mive_core.data.segment_person import Segmenter
 from mive_core.errors import UserError
-from mive_core.data.manifest import load_entry, read_manifest
-from mive_core.types import Clip
 from mive_core.media.video import write_frames, write_video
+from mive_core.types import Clip
 
 
 def noise(seed: int, num_frames: int = 5) -> torch.Tensor:
@@ -29,13 +29,16 @@ def work(tmp_path, monkeypatch):
         write_frames(tmp_path / name, noise(len(name)))
     alpha = torch.zeros(5, 32, 48, 3)
     for frame in range(5):
-        alpha[frame, 8:24, 8 + frame:24 + frame] = 1
+        alpha[frame, 8:24, 8 + frame : 24 + frame] = 1
         alpha[frame, 8:24, 24 + frame] = 128 / 255
     write_frames(tmp_path / "anna_mask", alpha)
     write_frames(tmp_path / "berta_mask", alpha[:1] > 0.9)
     (tmp_path / "clara.mp4").write_text("<html>")
-    lines = [{"source": "anna", "mask": "anna_mask", "fps": 8}, {"source": "berta", "mask": "berta_mask/00000.png", "name": "B."},
-             {"source": "clara.mp4", "mask": "anna_mask"}]
+    lines = [
+        {"source": "anna", "mask": "anna_mask", "fps": 8},
+        {"source": "berta", "mask": "berta_mask/00000.png", "name": "B."},
+        {"source": "clara.mp4", "mask": "anna_mask"},
+    ]
     (tmp_path / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "backgrounds").mkdir()
     write_video(tmp_path / "backgrounds" / "sea.mp4", Clip(noise(90, 9), 24.0))
@@ -100,8 +103,10 @@ def test_a_kill_in_the_middle_loses_nothing(work):
     assert len(marks) == len(set(marks)) == 30
     os.rename("out", "killed")
     assert main(command) == 0
-    whole, halves = ({path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "composed.jsonl"}
-                     for folder in (work / "out", work / "killed"))
+    whole, halves = (
+        {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "composed.jsonl"}
+        for folder in (work / "out", work / "killed")
+    )
     assert whole == halves
 
 
@@ -111,15 +116,22 @@ def test_a_described_background_is_in_the_words(work):
     assert all(("a stormy sea" in entry.instruction) == (entry.edit == "background") for entry in read_manifest("out/pairs.jsonl"))
 
 
-@pytest.mark.parametrize("line, more, says", [
-    ({"source": "anna"}, [], "a person's clip has no mask; got anna; name a mask in its line, or a model that finds persons with --segmenter"),
-    ({"source": "anna"}, ["--segmenter", "gone"], "segmenter 'gone': no such folder"),
-    ({"source": "anna"}, ["--segmenter", "backgrounds"], "is no segmentation model that can be read"),
-    ({"source": "anna", "mask": "anna_mask"}, ["--frames", "9"], "none of the clips can be used; got 1, the first of which says: source 'anna': the clip is shorter"),
-    ({"source": "anna", "mask": "backgrounds/sea.mp4", "musk": "x"}, [], r"people.jsonl:1:"),
-    ({"source": "anna", "mask": "short"}, [], "the mask and the person's clip differ in length"),
-    ({"source": "anna", "mask": "black"}, [], "there is no person to be cut out; got 0.0% of the pixels"),
-])
+@pytest.mark.parametrize(
+    "line, more, says",
+    [
+        ({"source": "anna"}, [], "a person's clip has no mask; got anna; name a mask in its line, or a model that finds persons with --segmenter"),
+        ({"source": "anna"}, ["--segmenter", "gone"], "segmenter 'gone': no such folder"),
+        ({"source": "anna"}, ["--segmenter", "backgrounds"], "is no segmentation model that can be read"),
+        (
+            {"source": "anna", "mask": "anna_mask"},
+            ["--frames", "9"],
+            "none of the clips can be used; got 1, the first of which says: source 'anna': the clip is shorter",
+        ),
+        ({"source": "anna", "mask": "backgrounds/sea.mp4", "musk": "x"}, [], r"people.jsonl:1:"),
+        ({"source": "anna", "mask": "short"}, [], "the mask and the person's clip differ in length"),
+        ({"source": "anna", "mask": "black"}, [], "there is no person to be cut out; got 0.0% of the pixels"),
+    ],
+)
 def test_what_cannot_be_composed(work, capsys, line, more, says):
     write_frames(work / "short", noise(1, 3))
     write_frames(work / "black", torch.zeros(5, 32, 48, 3))
@@ -144,8 +156,9 @@ def segmenter(tmp_path):
     from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
     torch.manual_seed(0)
-    config = SegformerConfig(hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=16,
-                             id2label={0: "wall", 1: "Person", 2: "sky"})
+    config = SegformerConfig(
+        hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=16, id2label={0: "wall", 1: "Person", 2: "sky"}
+    )
     model = SegformerForSemanticSegmentation(config)
     with torch.no_grad():
         model.decode_head.classifier.weight.mul_(300)

@@ -18,7 +18,8 @@ def openve(tmp_path):
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "local_add.csv").write_text(
         'prompt,original_video,video\n"add a hat, a red one",source/a.mp4,local_add/a.mp4\nadd a cat,source/a.mp4,local_add/gone.mp4\n'
-        ",source/a.mp4,local_add/a.mp4\nbroken,row\nx,/etc/hostname,../../etc/hostname\n")
+        ",source/a.mp4,local_add/a.mp4\nbroken,row\nx,/etc/hostname,../../etc/hostname\n"
+    )
     (tmp_path / "csv" / "global_style.csv").write_text("original_video;video;prompt;score\nsource/b.mp4;global_style/b.mp4;as a\tpainting, in oil;9\n")
     (tmp_path / "csv" / "benchmark.csv").write_text("edited_type,prompt,original_video\nx,y,z\n")
     return tmp_path
@@ -46,11 +47,33 @@ def test_senorita(tmp_path, capsys):
     for name in ("obj_swap_upload/1_org.mp4", "obj_swap_upload/1.mp4", "obj_removal_videos_upload2/2.mp4", "obj_removal_videos_upload/2_org.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"video")
-    (tmp_path / "updated_data_obj_swap_videos.json").write_text(json.dumps([
-        {"source_video_path": "./obj_swap_videos/1_org.mp4", "target_video_path": "./obj_swap_videos/1.mp4", "instruction": "turn the dog into a fox", "enhanced_instruction": "..."},
-        {"source_video_path": "./obj_swap_videos/1_org.mp4", "target_video_path": "./obj_swap_videos/gone.mp4", "instruction": "x"}, {"other": 1}, 7]))
-    (tmp_path / "updated_data_obj_removal.json").write_text(json.dumps([
-        {"source_video_path": "./obj_removal_videos/2_org.mp4", "target_video_path": "./obj_removal_videos/2.mp4", "instruction": "", "enhanced_instruction": "take the car away"}]))
+    (tmp_path / "updated_data_obj_swap_videos.json").write_text(
+        json.dumps(
+            [
+                {
+                    "source_video_path": "./obj_swap_videos/1_org.mp4",
+                    "target_video_path": "./obj_swap_videos/1.mp4",
+                    "instruction": "turn the dog into a fox",
+                    "enhanced_instruction": "...",
+                },
+                {"source_video_path": "./obj_swap_videos/1_org.mp4", "target_video_path": "./obj_swap_videos/gone.mp4", "instruction": "x"},
+                {"other": 1},
+                7,
+            ]
+        )
+    )
+    (tmp_path / "updated_data_obj_removal.json").write_text(
+        json.dumps(
+            [
+                {
+                    "source_video_path": "./obj_removal_videos/2_org.mp4",
+                    "target_video_path": "./obj_removal_videos/2.mp4",
+                    "instruction": "",
+                    "enhanced_instruction": "take the car away",
+                }
+            ]
+        )
+    )
     (tmp_path / "config.json").write_text("{")
     assert main(["data", "import", "senorita", "--folder", str(tmp_path), "--output", str(tmp_path / "pairs.jsonl")]) == 0
     assert capsys.readouterr().out.endswith("2 pairs, 2 left out\n")
@@ -59,11 +82,14 @@ def test_senorita(tmp_path, capsys):
     assert (swap.edit, swap.instruction, swap.source) == ("obj_swap", "turn the dog into a fox", tmp_path / "obj_swap_upload/1_org.mp4")
 
 
-@pytest.mark.parametrize("layout, output, says", [
-    ("openve", "pairs.jsonl", "holds no .csv tables"),
-    ("senorita", "pairs.jsonl", "the folder holds no whole pair; got"),
-    ("openvid", "pairs.jsonl", "invalid choice: 'openvid'"),
-])
+@pytest.mark.parametrize(
+    "layout, output, says",
+    [
+        ("openve", "pairs.jsonl", "holds no .csv tables"),
+        ("senorita", "pairs.jsonl", "the folder holds no whole pair; got"),
+        ("openvid", "pairs.jsonl", "invalid choice: 'openvid'"),
+    ],
+)
 def test_folders_that_are_no_such_set(tmp_path, capsys, layout, output, says):
     (tmp_path / "data.json").write_text("{")
     assert main(["data", "import", layout, "--folder", str(tmp_path), "--output", str(tmp_path / output)]) == 2

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mive_core.cli import main
-from mive_core.types import Clip
 from mive_core.media.video import read_clip, write_image, write_video
+from mive_core.types import Clip
 
 
 @pytest.fixture
@@ -52,11 +52,14 @@ def test_what_is_there_is_not_edited_again(work, random_models, capsys):
     assert os.stat("out/000000-a.mp4").st_mtime_ns != times["000000-a.mp4"]
 
 
-@pytest.mark.parametrize("more, says", [
-    (("--source", "a.mp4"), "a manifest says all of that; got --manifest and --source"),
-    (("--fps", "8"), "a manifest says all of that; got --manifest and --fps"),
-    (("--frames", "9"), "none of the clips can be used; got 3, the first of which says: source 'a.mp4': the clip is shorter than asked"),
-])
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (("--source", "a.mp4"), "a manifest says all of that; got --manifest and --source"),
+        (("--fps", "8"), "a manifest says all of that; got --manifest and --fps"),
+        (("--frames", "9"), "none of the clips can be used; got 3, the first of which says: source 'a.mp4': the clip is shorter than asked"),
+    ],
+)
 def test_what_cannot_be(work, random_models, capsys, more, says):
     assert main(command(random_models, *more)) == 2
     out, err = capsys.readouterr()

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from mive_core.errors import UserError
-from mive_core.data.manifest import export_pairs, load_entry
 from mive_core.data.folder import read_folder, read_pairs
-from mive_core.types import Clip, EditRequest, PairedEdit
+from mive_core.data.manifest import export_pairs, load_entry
+from mive_core.errors import UserError
 from mive_core.media.video import write_frames, write_image, write_video
+from mive_core.types import Clip, EditRequest, PairedEdit
 
 
 def frames(seed: int, num_frames: int = 5) -> torch.Tensor:
@@ -41,20 +41,27 @@ def test_names_bring_clips_and_words_together(folder):
 
 def test_a_manifest_is_read_as_one(tmp_path):
     pair = PairedEdit(EditRequest(Clip(frames(0), 8.0), frames(1)[0], "make it red"), frames(1), None, "one")
-    entry, = read_pairs(export_pairs([(pair, {})], tmp_path / "set"))
+    (entry,) = read_pairs(export_pairs([(pair, {})], tmp_path / "set"))
     assert (entry.name, entry.instruction) == ("one", "make it red")
 
 
-@pytest.mark.parametrize("spoil, said", [
-    (lambda f: [(f / "target" / "b.mkv").unlink()], "a source has no target of its name; got b.mp4"),
-    (lambda f: [(f / "source" / "b.mp4").unlink()], "a target has no source of its name; got b.mkv"),
-    (lambda f: [write_image(f / "reference" / "c.png", frames(3)[0])], "a reference has no source of its name; got c.png"),
-    (lambda f: [(f / "instruction.txt").unlink()], "a pair has no instruction; got no words in b.txt; expected a text for each pair, or instruction.txt for all"),
-    (lambda f: [(f / "a.txt").write_text(" \n")], "no words in a.txt"),
-    (lambda f: [(f / "a.txt").write_bytes(b"\xff\xfe\x00")], "is not UTF-8 text"),
-    (lambda f: [write_video(f / "source" / "a.mp4", Clip(frames(0), 8.0))], "two sources have one name; got a, a.mp4"),
-    (lambda f: [(f / "source" / "c.mp4").symlink_to("/etc/hosts"), (f / "target" / "c.mp4").symlink_to("/etc/hosts")], "leads outside the folder"),
-], ids=["no target", "no source", "no source for a reference", "no words", "empty words", "no text", "one name twice", "link"])
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda f: [(f / "target" / "b.mkv").unlink()], "a source has no target of its name; got b.mp4"),
+        (lambda f: [(f / "source" / "b.mp4").unlink()], "a target has no source of its name; got b.mkv"),
+        (lambda f: [write_image(f / "reference" / "c.png", frames(3)[0])], "a reference has no source of its name; got c.png"),
+        (
+            lambda f: [(f / "instruction.txt").unlink()],
+            "a pair has no instruction; got no words in b.txt; expected a text for each pair, or instruction.txt for all",
+        ),
+        (lambda f: [(f / "a.txt").write_text(" \n")], "no words in a.txt"),
+        (lambda f: [(f / "a.txt").write_bytes(b"\xff\xfe\x00")], "is not UTF-8 text"),
+        (lambda f: [write_video(f / "source" / "a.mp4", Clip(frames(0), 8.0))], "two sources have one name; got a, a.mp4"),
+        (lambda f: [(f / "source" / "c.mp4").symlink_to("/etc/hosts"), (f / "target" / "c.mp4").symlink_to("/etc/hosts")], "leads outside the folder"),
+    ],
+    ids=["no target", "no source", "no source for a reference", "no words", "empty words", "no text", "one name twice", "link"],
+)
 def test_what_is_missing_is_named(folder, spoil, said):
     spoil(folder)
     with pytest.raises(UserError) as caught:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mive_core.data.journal import Journal, Task, mark_of, worked_through
 from mive_core.data.executor import Spread, ahead
-from mive_core.errors import UserError
+from mive_core.data.journal import Journal, Task, mark_of, worked_through
 from mive_core.data.manifest import ManifestEntry
+from mive_core.errors import UserError
 
 
 @dataclass

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mive_core.errors import UserError
 from mive_core.data.manifest import ManifestPairs, export_pairs, load_entry, read_manifest, write_manifest
-from mive_core.types import Clip, EditRequest, PairedEdit
+from mive_core.errors import UserError
 from mive_core.media.video import write_frames, write_video
+from mive_core.types import Clip, EditRequest, PairedEdit
 
 
 def bytes_like(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -105,26 +105,29 @@ def test_a_truth_shorter_than_its_source(folder, key):
         load_entry(read_manifest(write(folder, LINE | {key: "short"}))[0], num_frames=5)
 
 
-@pytest.mark.parametrize("line, says", [
-    ("{", "not JSON"),
-    ("[1]", "not a JSON object; got list"),
-    ("[" * 5000, "not JSON"),
-    ({**LINE, "instruction": None}, "the key 'instruction' is missing"),
-    ({"source": "source", "instruction": "x"}, "the key 'reference' is missing"),
-    ({**LINE, "refernce": "x"}, "unknown key 'refernce'"),
-    ({**LINE, "source": 5}, "the key 'source' is not text; got 5"),
-    ({**LINE, "source": "gone.mp4"}, "the key 'source'.*no such file"),
-    ({**LINE, "target": "/etc/hostname"}, "the key 'target': not a path relative"),
-    ({**LINE, "target": "C:\\clips\\a.mp4"}, "the key 'target': not a path relative"),
-    ({**LINE, "target": "clips\\a.mp4"}, "the key 'target': not a path relative"),
-    ({**LINE, "mask": "../outside.png"}, "the key 'mask': leads outside"),
-    ({**LINE, "mask": "link.png"}, "the key 'mask': leads outside"),
-    ({**LINE, "mask": "a\0b"}, "the key 'mask'.*NUL"),
-    ({**LINE, "colour": "red"}, "'colour' is not a colour; got red; expected #rrggbb"),
-    ({**LINE, "fps": 0}, "'fps' is not a frame rate; got 0"),
-    ({**LINE, "fps": True}, "'fps' is not a frame rate"),
-    ('{"source": "source", "reference": "reference.png", "instruction": "x", "fps": NaN}', "'fps' is not a frame rate"),
-])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object; got list"),
+        ("[" * 5000, "not JSON"),
+        ({**LINE, "instruction": None}, "the key 'instruction' is missing"),
+        ({"source": "source", "instruction": "x"}, "the key 'reference' is missing"),
+        ({**LINE, "refernce": "x"}, "unknown key 'refernce'"),
+        ({**LINE, "source": 5}, "the key 'source' is not text; got 5"),
+        ({**LINE, "source": "gone.mp4"}, "the key 'source'.*no such file"),
+        ({**LINE, "target": "/etc/hostname"}, "the key 'target': not a path relative"),
+        ({**LINE, "target": "C:\\clips\\a.mp4"}, "the key 'target': not a path relative"),
+        ({**LINE, "target": "clips\\a.mp4"}, "the key 'target': not a path relative"),
+        ({**LINE, "mask": "../outside.png"}, "the key 'mask': leads outside"),
+        ({**LINE, "mask": "link.png"}, "the key 'mask': leads outside"),
+        ({**LINE, "mask": "a\0b"}, "the key 'mask'.*NUL"),
+        ({**LINE, "colour": "red"}, "'colour' is not a colour; got red; expected #rrggbb"),
+        ({**LINE, "fps": 0}, "'fps' is not a frame rate; got 0"),
+        ({**LINE, "fps": True}, "'fps' is not a frame rate"),
+        ('{"source": "source", "reference": "reference.png", "instruction": "x", "fps": NaN}', "'fps' is not a frame rate"),
+    ],
+)
 def test_bad_lines_are_named(folder, line, says):
     Image.new("L", (48, 32)).save(folder.parent / "outside.png")
     (folder / "link.png").symlink_to(folder.parent / "outside.png")
@@ -165,10 +168,12 @@ def test_two_lengths_that_are_trimmed_to_one_are_one(folder):
 
 
 def test_an_error_names_line_and_column(folder):
-    for line, says in (('{"source": "source", "refernce": "reference.png", "instruction": "x"}', r":2:22: unknown key 'refernce'"),
-                       ('{"source": "gone.mp4", "reference": "reference.png", "instruction": "x"}', r":2:2: the key 'source'"),
-                       ('{"source": "source",, "reference": "x"}', r":2:21: not JSON \(.*double quotes"),
-                       ('{"source": "source", "reference": "reference.png", "instruction":  " "}', r":2:52: the instruction is empty")):
+    for line, says in (
+        ('{"source": "source", "refernce": "reference.png", "instruction": "x"}', r":2:22: unknown key 'refernce'"),
+        ('{"source": "gone.mp4", "reference": "reference.png", "instruction": "x"}', r":2:2: the key 'source'"),
+        ('{"source": "source",, "reference": "x"}', r":2:21: not JSON \(.*double quotes"),
+        ('{"source": "source", "reference": "reference.png", "instruction":  " "}', r":2:52: the instruction is empty"),
+    ):
         with pytest.raises(UserError, match=rf"pairs\.jsonl{says}"):
             read_manifest(write(folder, LINE, line), may_be_silent=False)
 

@@ -56,7 +56,24 @@ def test_scoring(work, vlm_folder, capsys):
     """Kept beside the pairs, whose folder the manifest must be in; the journal's order is that of the work."""
     kept = []
     for more in ([], RAY):
-        assert main(["data", "score", "--manifest", str(work / "pairs.jsonl"), "--model", str(vlm_folder), "--output", str(work / "kept.jsonl"), "--least", "0", *more]) == 0
+        assert (
+            main(
+                [
+                    "data",
+                    "score",
+                    "--manifest",
+                    str(work / "pairs.jsonl"),
+                    "--model",
+                    str(vlm_folder),
+                    "--output",
+                    str(work / "kept.jsonl"),
+                    "--least",
+                    "0",
+                    *more,
+                ]
+            )
+            == 0
+        )
         assert "the broken one is left out" in capsys.readouterr().err
         scores = work / "kept.scores.jsonl"
         kept.append(((work / "kept.jsonl").read_bytes(), sorted(line for line in scores.read_text().splitlines())))
@@ -65,18 +82,29 @@ def test_scoring(work, vlm_folder, capsys):
 
 
 def test_composing(work, capsys):
-    people = [{"source": f"{line['source']}", "mask": line["mask"], "name": line["name"]} for line in map(json.loads, (work / "pairs.jsonl").read_text().splitlines())]
+    people = [
+        {"source": f"{line['source']}", "mask": line["mask"], "name": line["name"]} for line in map(json.loads, (work / "pairs.jsonl").read_text().splitlines())
+    ]
     (work / "people.jsonl").write_text("".join(json.dumps(line) + "\n" for line in people))
     (work / "places.jsonl").write_text(json.dumps({"source": people[0]["source"]}) + "\n" + json.dumps({"source": people[1]["source"]}) + "\n")
-    both(capsys, ["data", "compose", "--people", str(work / "people.jsonl"), "--backgrounds", str(work / "places.jsonl"), "--store", "frames", "--output", "OUT/set"],
-         work, "set/*/*/*.png")
+    both(
+        capsys,
+        ["data", "compose", "--people", str(work / "people.jsonl"), "--backgrounds", str(work / "places.jsonl"), "--store", "frames", "--output", "OUT/set"],
+        work,
+        "set/*/*/*.png",
+    )
     assert (work / "alone/set/pairs.jsonl").read_text() == (work / "ray/set/pairs.jsonl").read_text()
 
 
 def test_editing(work, random_models, capsys):
     """Names, and pictures within what x264 leaves to chance when the machine is busy."""
     for name, more in (("alone", []), ("ray", RAY)):
-        assert main(["edit", "--manifest", str(work / "pairs.jsonl"), "--models", str(random_models), "--steps", "1", "--output", str(work / name / "edits"), *more]) == 0
+        assert (
+            main(
+                ["edit", "--manifest", str(work / "pairs.jsonl"), "--models", str(random_models), "--steps", "1", "--output", str(work / name / "edits"), *more]
+            )
+            == 0
+        )
         assert "the broken one is left out" in capsys.readouterr().err
     alone, ray = (sorted((work / name / "edits").glob("*.mp4")) for name in ("alone", "ray"))
     assert [path.name for path in alone] == [path.name for path in ray] and len(alone) == 4

@@ -9,8 +9,8 @@ import torch
 
 from mive_core.cli import main
 from mive_core.data.judge import Judge, Spelling
-from mive_core.data.score import chosen
 from mive_core.data.manifest import export_pairs, load_entry, read_manifest
+from mive_core.data.score import chosen
 from mive_core.embedded.heldout import drawn_pairs
 from mive_core.embedded.synthetic import PairedEdits
 
@@ -94,11 +94,14 @@ def test_the_command(manifest, vlm_folder, capsys):
     assert [line for line in scores.read_text().splitlines() if "result" in line] == [line for line in before if "result" in line]
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"instruction": " "}, r"some\.jsonl:1:\d+: the instruction is empty"),
-    ({"source": "gone.mp4"}, r"some\.jsonl:1:\d+: the key 'source'.*no such file"),
-    ({"sauce": "x"}, r"some\.jsonl:1:\d+: unknown key 'sauce'"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"instruction": " "}, r"some\.jsonl:1:\d+: the instruction is empty"),
+        ({"source": "gone.mp4"}, r"some\.jsonl:1:\d+: the key 'source'.*no such file"),
+        ({"sauce": "x"}, r"some\.jsonl:1:\d+: unknown key 'sauce'"),
+    ],
+)
 @pytest.mark.parametrize("command", [["score", "--model", "vlm"], ["cache", "--models", "models"]])
 def test_bad_manifests_are_one_line_and_leave_nothing(manifest, tmp_path, capsys, command, change, says):
     line = json.loads(manifest.read_text().splitlines()[0])

@@ -6,9 +6,9 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 from torch import nn
 
 from mive_core.attention import torch_attention
-from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
 from mive_core.dit.blocks import Block, Modulation, gated_add, modulate
 from mive_core.dit.rope import rotary_table
+from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
 
 WIDTH, HEADS, FFN = 96, 2, 160
 

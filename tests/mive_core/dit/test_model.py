@@ -29,9 +29,13 @@ def model():
 def inputs(frames=3, rows=4, columns=6, batch=2, tokens=9):
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(shape, generator=generator)
-    return {"noisy": draw(batch, 16, frames, rows, columns), "source": draw(batch, 16, frames, rows, columns),
-            "reference": draw(batch, 16, 1, rows, columns), "states": draw(batch, 2, tokens, CONFIG.vlm_width),
-            "t": torch.tensor([0.3, 0.8][:batch])}
+    return {
+        "noisy": draw(batch, 16, frames, rows, columns),
+        "source": draw(batch, 16, frames, rows, columns),
+        "reference": draw(batch, 16, 1, rows, columns),
+        "states": draw(batch, 2, tokens, CONFIG.vlm_width),
+        "t": torch.tensor([0.3, 0.8][:batch]),
+    }
 
 
 def run(model, x):

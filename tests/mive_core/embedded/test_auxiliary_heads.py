@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mive_core.formats.checkpoint import load_dit
-from mive_core.errors import UserError
 from mive_core.embedded.auxiliary_heads import fine_cover, place_in_patches
 from mive_core.embedded.dit_task import FeatureBatches, check_auxiliary
 from mive_core.embedded.features import Bucket, compute, shards_of, thing_of
+from mive_core.embedded.synthetic import SHAPES, PairedEdits
+from mive_core.errors import UserError
+from mive_core.formats.checkpoint import load_dit
 from mive_core.train.loop import run
 from mive_core.train.objective import mean_where
-from mive_core.embedded.synthetic import SHAPES, PairedEdits
 
 from ..embedded.test_dit_task import CONFIG, features, make_task
 
@@ -115,7 +115,7 @@ def test_without_a_thing_nothing_is_told_but_every_head_has_a_gradient(tmp_path)
 def test_things_are_a_part_of_the_features_that_needs_no_model(tmp_path):
     bucket = Bucket((32, 32), 5, 2, 1.0, ("seen in reference",), ("add", "replace"))
     shards = [s for s in shards_of(bucket, vae="none", vlm="none", config=CONFIG, seed=4, folder=str(tmp_path), things=True) if s.part == "things"]
-    clips, = compute([shards], 1)
+    (clips,) = compute([shards], 1)
     clips.computed[0].result()
     assert all(shard.is_written() for shard in shards) and "seen-in-reference_add_replace" in shards[0].path.name
     edits = PairedEdits(4, "train", (32, 32), 5, kinds=bucket.kinds, edits=bucket.edits)
@@ -123,8 +123,9 @@ def test_things_are_a_part_of_the_features_that_needs_no_model(tmp_path):
     assert torch.equal(stored["1.cover"], thing_of(edits.sample(1))["cover"])
 
 
-@pytest.mark.parametrize("change, what", [({"auxiliary_blocks": (3,)}, "auxiliary_blocks"), ({"auxiliary_blocks": (3, 9)}, "from 0 to 8"),
-                                          ({"recompute": True}, "set recompute")])
+@pytest.mark.parametrize(
+    "change, what", [({"auxiliary_blocks": (3,)}, "auxiliary_blocks"), ({"auxiliary_blocks": (3, 9)}, "from 0 to 8"), ({"recompute": True}, "set recompute")]
+)
 def test_heads_that_cannot_be_put_on_are_refused(tmp_path, change, what):
     recipe = replace(make_task(tmp_path).recipe, auxiliary_weight=0.1, **change)
     with pytest.raises(UserError) as error:

@@ -10,31 +10,50 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mive_core.attention import torch_attention
-from mive_core.formats.checkpoint import inspect, load_dit
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
-from mive_core.errors import UserError
-from mive_core.flow import euler, flow_path, schedule
-from mive_core.pipeline import EMBEDDED
 from mive_core.embedded.dit_task import DiTRecipe, DiTTask, FeatureBatches, build, channel_weights, deepen, initialise, initialise_copier
 from mive_core.embedded.features import Bucket
+from mive_core.embedded.vae_network import WholeClipVAE
+from mive_core.errors import UserError
+from mive_core.flow import euler, flow_path, schedule
+from mive_core.formats.checkpoint import inspect, load_dit
+from mive_core.pipeline import EMBEDDED
+from mive_core.train.flow_matching import check
 from mive_core.train.loop import run, step_seed
 from mive_core.train.objective import EditFeatures, by_time, first_draft, latent_mask, log_loss, velocity_losses
 from mive_core.train.recipe import parse_recipe
-from mive_core.train.flow_matching import check
-from mive_core.embedded.vae_network import WholeClipVAE
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=1)
-VALUES = {"task": "dit", "preset": "tiny", "vae": "v", "vlm": "w", "features_dir": "f", "features_seed": 0, "num_steps": 6, "batch_size": 2,
-          "buckets": [[32, 32, 5, 6, 1.0]], "learning_rate": "3e-3", "num_warmup_steps": 1, "num_workers": 0, "ema": 0.5,
-          "checkpoint_every_s": 0.0, "log_every": 1}
+VALUES = {
+    "task": "dit",
+    "preset": "tiny",
+    "vae": "v",
+    "vlm": "w",
+    "features_dir": "f",
+    "features_seed": 0,
+    "num_steps": 6,
+    "batch_size": 2,
+    "buckets": [[32, 32, 5, 6, 1.0]],
+    "learning_rate": "3e-3",
+    "num_warmup_steps": 1,
+    "num_workers": 0,
+    "ema": 0.5,
+    "checkpoint_every_s": 0.0,
+    "log_every": 1,
+}
 
 
 def features(num_tokens, seed, grid=(2, 4, 4)):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=generator)
-    return EditFeatures(target=draw(16, *grid), source=draw(16, *grid), reference=draw(16, 1, *grid[1:]),
-                        states=draw(2, num_tokens, CONFIG.vlm_width), mask=(draw(*grid) > 0).float())
+    return EditFeatures(
+        target=draw(16, *grid),
+        source=draw(16, *grid),
+        reference=draw(16, 1, *grid[1:]),
+        states=draw(2, num_tokens, CONFIG.vlm_width),
+        mask=(draw(*grid) > 0).float(),
+    )
 
 
 def batches():
@@ -321,9 +340,18 @@ def test_clips_that_grow_are_read_in_the_training_process(tmp_path):
 @pytest.mark.parametrize("growth_share", [0.0, 0.5])
 def test_a_recipe_trains_on_clips_that_it_draws_whether_before_or_meanwhile(tmp_path, growth_share):
     tiny = EMBEDDED["tiny"]
-    values = VALUES | {"vae": str(tiny / "vae.safetensors"), "vlm": str(tiny / "vlm"), "features_dir": str(tmp_path / "features"), "num_steps": 4,
-                       "buckets": [[32, 32, 5, 3, 1.0]], "num_blocks": 1, "growth_share": growth_share, "num_feature_processes": 1,
-                       "output_dir": str(tmp_path / "run"), "export": str(tmp_path / "dit.safetensors")}
+    values = VALUES | {
+        "vae": str(tiny / "vae.safetensors"),
+        "vlm": str(tiny / "vlm"),
+        "features_dir": str(tmp_path / "features"),
+        "num_steps": 4,
+        "buckets": [[32, 32, 5, 3, 1.0]],
+        "num_blocks": 1,
+        "growth_share": growth_share,
+        "num_feature_processes": 1,
+        "output_dir": str(tmp_path / "run"),
+        "export": str(tmp_path / "dit.safetensors"),
+    }
     task = build(values, "recipe.yaml")
     assert len(list((tmp_path / "features").glob("*.safetensors"))) == (0 if growth_share else 2)
     run(task)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mive_core.config import PRESETS
-from mive_core.formats.safetensors_file import write_tensors
-from mive_core.embedded.vae_patch_matrix import encoder_of
 from mive_core.embedded.features import Bucket, compute, latents_of, read_shards, shards_of, states_of, wait, write_shards
 from mive_core.embedded.synthetic import PairedEdits
 from mive_core.embedded.vae_network import WholeClipVAE, read_whole_clip_vae
+from mive_core.embedded.vae_patch_matrix import encoder_of
+from mive_core.formats.safetensors_file import write_tensors
 from mive_core.vae import VAE
 from mive_core.vlm import VLM
 
@@ -49,7 +49,7 @@ def test_shards_are_computed_once_and_again_when_the_model_changes(vae_file, vlm
     entries = read_shards(jobs)
     assert len(entries) == BUCKET.num_clips and entries[0].target.shape == (16, 2, 4, 4) and entries[0].states.shape[0] == 2
     written = {job.path: job.path.stat().st_mtime_ns for job in jobs}
-    again, = wait(compute([jobs], 1))
+    (again,) = wait(compute([jobs], 1))
     assert torch.equal(again[2].states, entries[2].states)
     assert {job.path: job.path.stat().st_mtime_ns for job in jobs} == written
     other = vae_file.with_name("other.safetensors")

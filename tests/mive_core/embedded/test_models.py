@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mive_core.formats.checkpoint import inspect
-from mive_core.evaluation.evaluate import in_and_out, mean, psnr
-from mive_core.pipeline import EMBEDDED, Pipeline
-from mive_core.evaluation.object_match import likeness
 from mive_core.embedded.synthetic import PairedEdits
+from mive_core.evaluation.evaluate import in_and_out, mean, psnr
+from mive_core.evaluation.object_match import likeness
+from mive_core.formats.checkpoint import inspect
+from mive_core.pipeline import EMBEDDED, Pipeline
 
 FOLDER = EMBEDDED["tiny"]
 MAX_BYTES = 32e6

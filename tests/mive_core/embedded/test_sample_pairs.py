@@ -1,9 +1,9 @@
 import torch
 
-from mive_core.data.manifest import ManifestPairs
 from mive_core.data.folder import read_folder
-from mive_core.media.fit import fit_clip
+from mive_core.data.manifest import ManifestPairs
 from mive_core.embedded.sample_pairs import NUM_FRAMES, PARTS, SAMPLES, SIDE, neon
+from mive_core.media.fit import fit_clip
 from mive_core.media.video import read_clip, read_image
 
 

@@ -6,25 +6,25 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import astuple
-from functools import lru_cache
+from functools import cache
 from zlib import crc32
 
 import numpy as np
 import pytest
 import torch
 
-from mive_core.errors import UserError
-from mive_core.embedded.synthetic import LOOKS_FN, PHRASINGS, SHAPES, COLOURS, VOCABULARIES, PairedEdits, apply_look, is_held_out, random_clip
-from mive_core.embedded.synthetic.edit_scenes import draw_cast
-from mive_core.embedded.synthetic.phrasing import NUM_HELD_OUT
-from mive_core.embedded.synthetic.natural_images import PICTURES, pyramid
+from mive_core.embedded.synthetic import COLOURS, LOOKS_FN, PHRASINGS, SHAPES, VOCABULARIES, PairedEdits, apply_look, is_held_out, random_clip
 from mive_core.embedded.synthetic.edit_plan import EDIT_ODDS, KIND_ODDS, draw_plan, plan_odds
+from mive_core.embedded.synthetic.edit_scenes import draw_cast
+from mive_core.embedded.synthetic.natural_images import PICTURES, pyramid
+from mive_core.embedded.synthetic.phrasing import NUM_HELD_OUT
 from mive_core.embedded.synthetic.random_scenes import clip_times
+from mive_core.errors import UserError
 
 NUM = 30
 
 
-@lru_cache(maxsize=None)
+@cache
 def drawn(split="train"):
     edits = PairedEdits(11, split)
     return [edits.sample(i) for i in range(NUM)]
@@ -41,15 +41,17 @@ def digest(split="train", indices=(0, 5, 9)) -> str:
     return state.hexdigest()
 
 
-@lru_cache(maxsize=None)
+@cache
 def plans(split, num=2000):
     rng, odds = np.random.default_rng(crc32(split.encode())), plan_odds(split, None, None)
     return [draw_plan(rng, odds, split == "heldout") for _ in range(num)]
 
 
 def test_an_index_gives_the_same_edit_in_another_process():
-    code = ("import importlib.util as u; s = u.spec_from_file_location('t', r'%s'); m = u.module_from_spec(s); "
-            "s.loader.exec_module(m); print(m.digest())" % __file__)
+    code = (
+        "import importlib.util as u; s = u.spec_from_file_location('t', r'%s'); m = u.module_from_spec(s); "
+        "s.loader.exec_module(m); print(m.digest())" % __file__
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other == digest() == digest()
 
@@ -225,8 +227,7 @@ def test_pictures_come_with_the_package():
         assert pyramid(name)[0].dtype == np.uint8 and pyramid(name)[0].shape[2] == 3
 
 
-@pytest.mark.parametrize("bad", ({"split": "test"}, {"size": (100, 96)}, {"num_frames": 16}, {"num_frames": 1},
-                                 {"kinds": ("two alike",), "edits": ("look",)}))
+@pytest.mark.parametrize("bad", ({"split": "test"}, {"size": (100, 96)}, {"num_frames": 16}, {"num_frames": 1}, {"kinds": ("two alike",), "edits": ("look",)}))
 def test_what_does_not_exist_is_refused(bad):
     with pytest.raises(UserError):
         PairedEdits(0, **bad)

@@ -2,10 +2,10 @@
 
 import torch
 
-from mive_core.pipeline import EMBEDDED
-from mive_core.embedded.vae_patch_matrix import BlockCode, encoder_of
 from mive_core.embedded.synthetic import random_clip
 from mive_core.embedded.vae_network import WholeClipVAE, encode_clips, read_whole_clip_vae
+from mive_core.embedded.vae_patch_matrix import BlockCode, encoder_of
+from mive_core.pipeline import EMBEDDED
 
 
 @torch.inference_mode()

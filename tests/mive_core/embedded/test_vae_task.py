@@ -6,22 +6,32 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from mive_core.formats.safetensors_file import read_tensors
+from mive_core.embedded.natural_clips import natural_clip
+from mive_core.embedded.synthetic import random_clip
 from mive_core.embedded.vae_clips import ClipCrops, Phase
+from mive_core.embedded.vae_network import WholeClipVAE, decode_clips, encode_clips, read_whole_clip_vae, skip_empty_branches
+from mive_core.embedded.vae_pca_init import initialise_principal
+from mive_core.embedded.vae_task import LOG_FLOOR, as_video, build, distortion, fold_statistics, initialise, stream_weights
+from mive_core.formats.safetensors_file import read_tensors
 from mive_core.train.loop import run
 from mive_core.train.optim import Muon, orthogonalise
-from mive_core.embedded.vae_pca_init import initialise_principal
-from mive_core.embedded.synthetic import random_clip
-from mive_core.embedded.natural_clips import natural_clip
-from mive_core.embedded.vae_task import LOG_FLOOR, as_video, build, distortion, fold_statistics, initialise, stream_weights
-from mive_core.embedded.vae_network import WholeClipVAE, decode_clips, encode_clips, read_whole_clip_vae, skip_empty_branches
 from mive_core.vae import LATENTS_MEAN, LATENTS_STD, VAE
 
 
 def values(folder, **changes):
-    return {"task": "vae", "output_dir": str(folder / "run"), "export": str(folder / "vae.safetensors"), "num_steps": 6, "dim": 8,
-            "num_clips": 4, "num_workers": 0, "phases": [[0.5, 2, 5, 16], [1.0, 1, 5, 32]], "num_statistics_clips": 2,
-            "checkpoint_every_s": 0.0, "log_every": 1} | changes
+    return {
+        "task": "vae",
+        "output_dir": str(folder / "run"),
+        "export": str(folder / "vae.safetensors"),
+        "num_steps": 6,
+        "dim": 8,
+        "num_clips": 4,
+        "num_workers": 0,
+        "phases": [[0.5, 2, 5, 16], [1.0, 1, 5, 32]],
+        "num_statistics_clips": 2,
+        "checkpoint_every_s": 0.0,
+        "log_every": 1,
+    } | changes
 
 
 def video(num_clips: int = 2) -> torch.Tensor:

@@ -3,18 +3,27 @@ from dataclasses import fields
 import pytest
 import torch
 
-from mive_core.embedded.vlm_examples import HEADS, Heads, as_typed, batch_of, example, losses, misheard, per_token, phrases, sentences_of
 from mive_core.embedded.synthetic import VOCABULARIES, PairedEdits
+from mive_core.embedded.vlm_examples import HEADS, Heads, as_typed, batch_of, example, losses, misheard, per_token, phrases, sentences_of
 from mive_core.embedded.vlm_folder import FIRST_SPECIAL, SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer
-from mive_core.embedded.vlm_task import Lessons, VLMTask, VLMRecipe, build, carry_words, read
+from mive_core.embedded.vlm_task import Lessons, VLMRecipe, VLMTask, build, carry_words, read
 from mive_core.types import VLMInputs
 from mive_core.vlm import VLM
 
 
 @pytest.fixture
 def values(tmp_path):
-    return {"task": "vlm", "output_dir": str(tmp_path / "run"), "export": str(tmp_path / "model"), "num_steps": 12, "half_batch": 2,
-            "warmup_steps": 2, "lr": 3e-3, "num_workers": 0, "log_every": 1}
+    return {
+        "task": "vlm",
+        "output_dir": str(tmp_path / "run"),
+        "export": str(tmp_path / "model"),
+        "num_steps": 12,
+        "half_batch": 2,
+        "warmup_steps": 2,
+        "lr": 3e-3,
+        "num_workers": 0,
+        "log_every": 1,
+    }
 
 
 def test_the_tokenizer_has_its_special_tokens_last_and_reads_anything():

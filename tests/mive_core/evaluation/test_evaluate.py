@@ -8,8 +8,8 @@ import torch
 from mive_core.config import PRESETS, MiVEConfig
 from mive_core.errors import UserError
 from mive_core.evaluation.evaluate import PSNR_CAP, EvaluationSettings, asked, edit_done, evaluate, psnr
-from mive_core.types import Clip, EditRequest, PairedEdit
 from mive_core.media.video import read_clip
+from mive_core.types import Clip, EditRequest, PairedEdit
 
 
 class ShiftingVAE:
@@ -78,8 +78,9 @@ def test_an_edit_is_done_where_every_frame_lies_nearer_to_the_target():
 
 
 def test_figures_by_hand(tmp_path):
-    report = evaluate(CopyingPipeline(), [pair("a"), pair("b")], tmp_path / "out", EvaluationSettings(steps=3, seed=7),
-                      groups={"kind": ["late", ""]}, command="mive eval ...")
+    report = evaluate(
+        CopyingPipeline(), [pair("a"), pair("b")], tmp_path / "out", EvaluationSettings(steps=3, seed=7), groups={"kind": ["late", ""]}, command="mive eval ..."
+    )
     assert report["clips"] == report["clips_with_target"] == report["clips_with_kept"] == 2
     whole = math.sqrt((0.2**2 + 0.05**2) / 2)
     assert report["psnr_edited"] == db(0.2) and report["psnr_kept"] == db(0.05) and report["psnr"] == db(whole)

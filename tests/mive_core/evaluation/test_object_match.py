@@ -15,7 +15,7 @@ def clip(colour=None, rows=slice(8, 20), columns=slice(8, 20)):
     """Gray frames, with a rectangle of a colour that moves by a column a frame."""
     frames = torch.full((3, 32, 32, 3), 0.6)
     for index in range(3) if colour else ():
-        frames[index, rows, columns.start + index:columns.stop + index] = torch.tensor(colour)
+        frames[index, rows, columns.start + index : columns.stop + index] = torch.tensor(colour)
     return frames
 
 
@@ -30,13 +30,16 @@ def test_a_texture_and_a_little_blur_count_against_nothing():
     assert found.right and found.colour < 0.05 and found.place < 0.02 and found.shape > 0.9
 
 
-@pytest.mark.parametrize("result, wrong", [
-    (clip(BLUE), ("colour", "place", "shape")),  # not found at all
-    (clip((0.9, 0.3, 0.25)), ("colour",)),  # found, and of another tone
-    (clip(RED, columns=slice(11, 23)), ("place", "shape")),  # its own colour all the same
-    (clip(RED, rows=slice(11, 17), columns=slice(5, 23)), ("shape",)),  # as large, in the same place
-    (clip(), ("colour", "place", "shape")),
-])
+@pytest.mark.parametrize(
+    "result, wrong",
+    [
+        (clip(BLUE), ("colour", "place", "shape")),  # not found at all
+        (clip((0.9, 0.3, 0.25)), ("colour",)),  # found, and of another tone
+        (clip(RED, columns=slice(11, 23)), ("place", "shape")),  # its own colour all the same
+        (clip(RED, rows=slice(11, 17), columns=slice(5, 23)), ("shape",)),  # as large, in the same place
+        (clip(), ("colour", "place", "shape")),
+    ],
+)
 def test_each_fault_is_seen(result, wrong):
     found = likeness(result, clip(), clip(RED), EVERYWHERE, RED)
     bounds = {"colour": found.colour > 0.15, "place": found.place > 0.05, "shape": found.shape < 0.75}

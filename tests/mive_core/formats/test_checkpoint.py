@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mive_core.formats import checkpoint
-from mive_core.media import paths
 from mive_core.attention import torch_attention
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
+from mive_core.formats import checkpoint
 from mive_core.formats.safetensors_file import read_tensors
+from mive_core.media import paths
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=2)
 
@@ -88,13 +88,16 @@ def test_missing_unexpected_and_misshapen_keys_are_named(model, tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("keys,family", [
-    (["decoder.head.0.gamma", "encoder.conv1.weight"], "a Wan VAE"),
-    (["blocks.0.cross_attn.q.weight", "blocks.0.self_attn.q.weight", "head.modulation"], "a Wan T2V checkpoint"),
-    (["blocks.0.cross_attn.q.weight", "img_emb.proj.0.weight"], "a Wan I2V checkpoint"),
-    (["model.visual.merger.norm.weight", "model.language_model.layers.0.self_attn.q_proj.weight"], "a Qwen3-VL model"),
-    (["diffusion_model.blocks.0.self_attn.q.lora_A.weight"], "a LoRA"),
-])
+@pytest.mark.parametrize(
+    "keys,family",
+    [
+        (["decoder.head.0.gamma", "encoder.conv1.weight"], "a Wan VAE"),
+        (["blocks.0.cross_attn.q.weight", "blocks.0.self_attn.q.weight", "head.modulation"], "a Wan T2V checkpoint"),
+        (["blocks.0.cross_attn.q.weight", "img_emb.proj.0.weight"], "a Wan I2V checkpoint"),
+        (["model.visual.merger.norm.weight", "model.language_model.layers.0.self_attn.q_proj.weight"], "a Qwen3-VL model"),
+        (["diffusion_model.blocks.0.self_attn.q.lora_A.weight"], "a LoRA"),
+    ],
+)
 def test_other_models_are_called_by_name(tmp_path, keys, family):
     path = tmp_path / "other.safetensors"
     save_file({k: torch.zeros(2) for k in keys}, path)
@@ -103,15 +106,18 @@ def test_other_models_are_called_by_name(tmp_path, keys, family):
     assert checkpoint.inspect(path)["family"] == family.split(" ", 1)[1]
 
 
-@pytest.mark.parametrize("content,message", [
-    (b"<!DOCTYPE html><html>Not found</html>", "a web page"),
-    (b"PK\x03\x04" + bytes(64), "a zip archive"),
-    (b"", "no safetensors"),
-    (b"abc", "no safetensors"),
-    (struct.pack("<Q", 10**7) + b"{", "truncated"),
-    (b"mive mive mive mive", "no safetensors"),
-    (struct.pack("<Q", 4) + b"{abc", "header cannot be read"),
-])
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (b"<!DOCTYPE html><html>Not found</html>", "a web page"),
+        (b"PK\x03\x04" + bytes(64), "a zip archive"),
+        (b"", "no safetensors"),
+        (b"abc", "no safetensors"),
+        (struct.pack("<Q", 10**7) + b"{", "truncated"),
+        (b"mive mive mive mive", "no safetensors"),
+        (struct.pack("<Q", 4) + b"{abc", "header cannot be read"),
+    ],
+)
 def test_files_that_are_no_safetensors(tmp_path, content, message):
     path = tmp_path / "dit.safetensors"
     path.write_bytes(content)

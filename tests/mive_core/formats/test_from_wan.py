@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mive_core import cli
-from mive_core.formats import safetensors_file
 from mive_core.attention import torch_attention
+from mive_core.errors import UserError
+from mive_core.formats import safetensors_file
 from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, load_dit, rename
 from mive_core.formats.from_wan import init_from_wan
-from mive_core.errors import UserError
 from mive_core.layers import parse_layers
 
 DROPPED = {"condition_embedder.text_embedder.": "text_embedding.", ".attn2.": ".cross_attn.", ".norm2.": ".norm3."}
@@ -27,8 +27,9 @@ def theirs():
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
-    model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=32, freq_dim=64,
-                                  ffn_dim=384, num_layers=2)
+    model = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=32, freq_dim=64, ffn_dim=384, num_layers=2
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
@@ -109,13 +110,16 @@ def test_scaled_8_bit_weights_are_scaled_back(wan, tmp_path):
             assert 0.001 < error < 0.05 if key.endswith(PACKED) else error == 0
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda s: s.pop("blocks.1.ffn.2.bias"), "1 missing .blocks.1.ffn.2.bias"),
-    (lambda s: s.pop("time_embedding.0.weight"), "not whole; got no time_embedding.0.weight"),
-    (lambda s: s.update({"img_emb.proj.0.bias": torch.ones(1)}), "looks like a Wan I2V checkpoint"),
-    (lambda s: s.update({"patch_embedding.weight": torch.ones(256, 36, 1, 2, 2)}), "36 input channels; expected 16"),
-    (lambda s: s.update({"ffn.strange": torch.ones(1)}), "1 unexpected .ffn.strange"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s: s.pop("blocks.1.ffn.2.bias"), "1 missing .blocks.1.ffn.2.bias"),
+        (lambda s: s.pop("time_embedding.0.weight"), "not whole; got no time_embedding.0.weight"),
+        (lambda s: s.update({"img_emb.proj.0.bias": torch.ones(1)}), "looks like a Wan I2V checkpoint"),
+        (lambda s: s.update({"patch_embedding.weight": torch.ones(256, 36, 1, 2, 2)}), "36 input channels; expected 16"),
+        (lambda s: s.update({"ffn.strange": torch.ones(1)}), "1 unexpected .ffn.strange"),
+    ],
+)
 def test_other_checkpoints_are_refused_by_name(wan, tmp_path, change, said):
     state = dict(wan)
     change(state)
@@ -150,7 +154,11 @@ def test_one_tensor_is_held_at_a_time(wan, tmp_path):
     save_file(big, tmp_path / "wan.safetensors")
     size = (tmp_path / "wan.safetensors").stat().st_size
     assert size > 2e8
-    script = ("import resource, sys; from mive_core.convert import init_from_wan; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024;"
-              "before = peak(); init_from_wan(sys.argv[1], sys.argv[2]); print(peak() - before)")
-    run = subprocess.run([sys.executable, "-c", script, tmp_path / "wan.safetensors", tmp_path / "mive.safetensors"], capture_output=True, text=True, check=True)
+    script = (
+        "import resource, sys; from mive_core.convert import init_from_wan; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024;"
+        "before = peak(); init_from_wan(sys.argv[1], sys.argv[2]); print(peak() - before)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "wan.safetensors", tmp_path / "mive.safetensors"], capture_output=True, text=True, check=True
+    )
     assert int(run.stdout) < 0.4 * size, run.stdout

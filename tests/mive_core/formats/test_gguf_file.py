@@ -10,11 +10,11 @@ import torch
 
 from mive_core.attention import torch_attention
 from mive_core.bench.convert import wan_layout
-from mive_core.formats.checkpoint import inspect, load_dit, read_config
 from mive_core.config import METADATA_KEY, PRESETS
-from mive_core.formats.from_wan import init_from_wan
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
+from mive_core.formats.checkpoint import inspect, load_dit, read_config
+from mive_core.formats.from_wan import init_from_wan
 from mive_core.formats.gguf_file import SHAPE_KEY, TYPES
 from mive_core.formats.quantize import quantize
 from mive_core.formats.safetensors_file import read_header, read_tensor
@@ -108,21 +108,24 @@ def whole(tmp_path) -> bytes:
     return write_gguf(tmp_path / "whole.gguf", {"a": plain(torch.ones(2, 32)), "b": plain(torch.ones(3))}, {"name": "x"}).read_bytes()
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda data: data[:-40], "the file is truncated; got"),
-    (lambda data: data[:50], "the file is truncated; got 50 bytes"),
-    (lambda data: data[:2], "the file is truncated"),
-    (lambda data: b"PK34" + data[4:], "no GGUF file that can be read"),
-    (lambda data: data[:4] + struct.pack("<I", 9) + data[8:], "version 9"),
-    (lambda data: data[:8] + struct.pack("<Q", 2**60) + data[16:], "number of tensors is not believable"),
-    (lambda data: data[:16] + struct.pack("<Q", 2**60) + data[24:], "number of entries is not believable"),
-    (lambda data: data[:24] + struct.pack("<Q", 2**62) + data[32:], "the file is truncated"),
-    (lambda data: data.replace(text("name") + struct.pack("<I", 8), text("name") + struct.pack("<I", 77)), "kind of value that is not known; got 77"),
-    (lambda data: data.replace(text("a") + struct.pack("<IQQI", 2, 32, 2, 0), text("a") + struct.pack("<IQQI", 2, 32, 2, 99)), "got a as type 99"),
-    (lambda data: data.replace(text("a") + struct.pack("<IQQI", 2, 32, 2, 0), text("a") + struct.pack("<IQQI", 2, 31, 2, 8)), "do not hold together"),
-    (lambda data: data.replace(text("a") + struct.pack("<IQQI", 2, 32, 2, 0), text("a") + struct.pack("<IQQI", 2, 2**50, 2, 0)), "the file is truncated"),
-    (lambda data: data.replace(text("a") + struct.pack("<IQQI", 2, 32, 2, 0), text("a") + struct.pack("<IQQI", 9, 32, 2, 0)), "too many dimensions"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda data: data[:-40], "the file is truncated; got"),
+        (lambda data: data[:50], "the file is truncated; got 50 bytes"),
+        (lambda data: data[:2], "the file is truncated"),
+        (lambda data: b"PK34" + data[4:], "no GGUF file that can be read"),
+        (lambda data: data[:4] + struct.pack("<I", 9) + data[8:], "version 9"),
+        (lambda data: data[:8] + struct.pack("<Q", 2**60) + data[16:], "number of tensors is not believable"),
+        (lambda data: data[:16] + struct.pack("<Q", 2**60) + data[24:], "number of entries is not believable"),
+        (lambda data: data[:24] + struct.pack("<Q", 2**62) + data[32:], "the file is truncated"),
+        (lambda data: data.replace(text("name") + struct.pack("<I", 8), text("name") + struct.pack("<I", 77)), "kind of value that is not known; got 77"),
+        (lambda data: data.replace(text("a") + struct.pack("<IQQI", 2, 32, 2, 0), text("a") + struct.pack("<IQQI", 2, 32, 2, 99)), "got a as type 99"),
+        (lambda data: data.replace(text("a") + struct.pack("<IQQI", 2, 32, 2, 0), text("a") + struct.pack("<IQQI", 2, 31, 2, 8)), "do not hold together"),
+        (lambda data: data.replace(text("a") + struct.pack("<IQQI", 2, 32, 2, 0), text("a") + struct.pack("<IQQI", 2, 2**50, 2, 0)), "the file is truncated"),
+        (lambda data: data.replace(text("a") + struct.pack("<IQQI", 2, 32, 2, 0), text("a") + struct.pack("<IQQI", 9, 32, 2, 0)), "too many dimensions"),
+    ],
+)
 def test_damaged_files_are_refused(tmp_path, change, said):
     data = change(whole(tmp_path))
     assert data != whole(tmp_path)
@@ -133,7 +136,7 @@ def test_damaged_files_are_refused(tmp_path, change, said):
 
 def test_cut_anywhere_it_is_a_users_error(tmp_path):
     data = whole(tmp_path)
-    for length in range(0, len(data) - 20):
+    for length in range(len(data) - 20):
         (tmp_path / "cut.gguf").write_bytes(data[:length])
         with pytest.raises(UserError):
             read_header(tmp_path / "cut.gguf")

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from mive_core import cli
 from mive_core.attention import torch_attention
 from mive_core.bench.against_diffusers import forward_of
-from mive_core.formats.checkpoint import load_dit, read_config, save_dit
-from mive_core.errors import UserError
-from mive_core.formats.float8 import MODES, Float8Linear, to_float8
 from mive_core.cost.flops import Layout
+from mive_core.errors import UserError
+from mive_core.formats.checkpoint import load_dit, read_config, save_dit
+from mive_core.formats.float8 import MODES, Float8Linear, to_float8
 from mive_core.formats.quantize import MATRIX, quantize
 
 

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
-from mive_core.prompt import build_inputs
 from mive_core.formats.vlm_file import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START, config_of, name_of, read_repack
+from mive_core.prompt import build_inputs
 from mive_core.types import Clip, EditRequest
 from mive_core.vlm import VLM
 
@@ -24,8 +24,15 @@ def tokenizer(tmp_path_factory):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    markers = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": VISION_START,
-               "<|vision_end|>": VISION_END, "<|image_pad|>": IMAGE_TOKEN, "<|video_pad|>": VIDEO_TOKEN}
+    markers = {
+        "<|endoftext|>": 151643,
+        "<|im_start|>": 151644,
+        "<|im_end|>": 151645,
+        "<|vision_start|>": VISION_START,
+        "<|vision_end|>": VISION_END,
+        "<|image_pad|>": IMAGE_TOKEN,
+        "<|video_pad|>": VIDEO_TOKEN,
+    }
     by_number = {number: marker for marker, number in markers.items()}
     words.add_tokens([AddedToken(f"<|unused_{n}|>", normalized=False) for n in range(len(alphabet), 151643)])
     words.add_special_tokens([AddedToken(by_number.get(n, f"<|special_{n}|>"), special=True, normalized=False) for n in range(151643, VIDEO_TOKEN + 1)])
@@ -75,13 +82,16 @@ def test_8_bit_weights_are_scaled_back(body, tmp_path, suffix, rows):
         assert error <= 0.04 * value.norm() if f"{key.removesuffix('weight')}{suffix}" in packed else error == 0
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda s: s.pop("model.visual.pos_embed.weight"), "no whole Qwen3-VL; got no visual.pos_embed.weight"),
-    (lambda s: [s.pop(key) for key in list(s) if ".visual.blocks." in key], "no whole Qwen3-VL; got no visual.blocks.0"),
-    (lambda s: s.pop("model.language_model.norm.weight"), "weights missing or unknown, such as language_model.norm.weight"),
-    (lambda s: s.update({"model.visual.blocks.24.norm1.weight": torch.ones(WIDTH)}), "no published Qwen3-VL; got 25 vision layers"),
-    (lambda s: s.update({"model.language_model.norm.weight": torch.ones(WIDTH, dtype=torch.uint8)}), "this dtype cannot be read"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s: s.pop("model.visual.pos_embed.weight"), "no whole Qwen3-VL; got no visual.pos_embed.weight"),
+        (lambda s: [s.pop(key) for key in list(s) if ".visual.blocks." in key], "no whole Qwen3-VL; got no visual.blocks.0"),
+        (lambda s: s.pop("model.language_model.norm.weight"), "weights missing or unknown, such as language_model.norm.weight"),
+        (lambda s: s.update({"model.visual.blocks.24.norm1.weight": torch.ones(WIDTH)}), "no published Qwen3-VL; got 25 vision layers"),
+        (lambda s: s.update({"model.language_model.norm.weight": torch.ones(WIDTH, dtype=torch.uint8)}), "this dtype cannot be read"),
+    ],
+)
 def test_what_is_not_whole_is_refused(body, tokenizer, tmp_path, change, said):
     state = published(body)
     change(state)
@@ -104,10 +114,15 @@ def test_another_model_is_named(random_models, tokenizer):
         VLM.load(random_models / "dit.safetensors", tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("name, text, vision", [
-    ("2B", (2048, 6144, 28, 16), (24, 1024, 4096)), ("4B", (2560, 9728, 36, 32), (24, 1024, 4096)),
-    ("8B", (4096, 12288, 36, 32), (27, 1152, 4304)), ("32B", (5120, 25600, 64, 64), (27, 1152, 4304)),
-])
+@pytest.mark.parametrize(
+    "name, text, vision",
+    [
+        ("2B", (2048, 6144, 28, 16), (24, 1024, 4096)),
+        ("4B", (2560, 9728, 36, 32), (24, 1024, 4096)),
+        ("8B", (4096, 12288, 36, 32), (27, 1152, 4304)),
+        ("32B", (5120, 25600, 64, 64), (27, 1152, 4304)),
+    ],
+)
 def test_published_sizes_are_recognised_by_their_shapes(name, text, vision):
     """Widths, depths and heads as published; the shapes come from transformers' own class."""
     from transformers import Qwen3VLConfig, Qwen3VLModel
@@ -115,10 +130,23 @@ def test_published_sizes_are_recognised_by_their_shapes(name, text, vision):
     width, inner, layers, heads = text
     depth, vision_width, vision_inner = vision
     published = Qwen3VLConfig(
-        text_config={"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-                     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
-        vision_config={"depth": depth, "hidden_size": vision_width, "intermediate_size": vision_inner, "out_hidden_size": width,
-                       "deepstack_visual_indexes": {24: [5, 11, 17], 27: [8, 16, 24]}[depth]})
+        text_config={
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+        },
+        vision_config={
+            "depth": depth,
+            "hidden_size": vision_width,
+            "intermediate_size": vision_inner,
+            "out_hidden_size": width,
+            "deepstack_visual_indexes": {24: [5, 11, 17], 27: [8, 16, 24]}[depth],
+        },
+    )
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in Qwen3VLModel(published).state_dict().items()}
     values = config_of(Path("x"), shapes)

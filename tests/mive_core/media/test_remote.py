@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 
-from mive_core.errors import UserError
 from mive_core.data.manifest import load_entry, read_manifest, write_manifest
+from mive_core.errors import UserError
 from mive_core.media.remote import local_copy
-from mive_core.types import Clip
 from mive_core.media.video import write_frames, write_image, write_video
+from mive_core.types import Clip
 
 fsspec = pytest.importorskip("fsspec")
 LINE = '{"source": "clips/a.mp4", "reference": "first.png", "target": "frames", "instruction": "make it night"}\n'
@@ -54,18 +54,25 @@ def test_another_content_is_another_copy(store):
     assert local_copy("memory://set/first.png", "image").read_bytes() == b"other" != before.read_bytes()
 
 
-@pytest.mark.parametrize("url, says", [
-    ("memory://set/gone.mp4", "no such file or folder"),
-    ("nonsense://set/a.mp4", "cannot be read"),
-])
+@pytest.mark.parametrize("url, says", [("memory://set/gone.mp4", "no such file or folder"), ("nonsense://set/a.mp4", "cannot be read")])
 def test_what_is_not_there_is_named(store, tmp_path, url, says):
     with pytest.raises(UserError, match=rf"source '{url}': {says}"):
         local_copy(url, "source")
     assert not any("partial" in path.name for path in (tmp_path / "copies").glob("*"))
 
 
-@pytest.mark.parametrize("path", ["../other/a.mp4", "file:///etc/hostname", "local://etc/hostname", "simplecache::file:///etc/hostname",
-                                  "zip://x::file:///etc/a.zip", "/etc/hostname", "C:\\\\a.mp4"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../other/a.mp4",
+        "file:///etc/hostname",
+        "local://etc/hostname",
+        "simplecache::file:///etc/hostname",
+        "zip://x::file:///etc/a.zip",
+        "/etc/hostname",
+        "C:\\\\a.mp4",
+    ],
+)
 def test_no_url_leads_back_to_this_machine(store, path):
     store.pipe("/set/pairs.jsonl", LINE.replace("clips/a.mp4", path).encode())
     with pytest.raises(UserError, match=r"memory://set/pairs\.jsonl:1:2: .*(outside|by one protocol|not a path relative|relative to the manifest)"):

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from mive_core.errors import UserError
-from mive_core.types import Clip
 from mive_core.media.video import read_clip, read_image, write_frames, write_video
+from mive_core.types import Clip
 
 
 def moving_square(num_frames: int = 9, height: int = 48, width: int = 64) -> torch.Tensor:
     """(F, H, W, 3): a bright square that slides over a dark gradient."""
     frames = torch.linspace(0.1, 0.4, width).expand(num_frames, height, width)[..., None].repeat(1, 1, 1, 3)
     for index in range(num_frames):
-        frames[index, 16:32, 2 * index:2 * index + 16] = torch.tensor([0.9, 0.5, 0.2])
+        frames[index, 16:32, 2 * index : 2 * index + 16] = torch.tensor([0.9, 0.5, 0.2])
     return frames
 
 
@@ -93,12 +93,15 @@ def test_opaque_alpha_is_dropped_in_silence(tmp_path, recwarn):
     assert not recwarn
 
 
-@pytest.mark.parametrize("image, expected", [
-    (Image.new("L", (32, 32), 51), 0.2),
-    (Image.new("1", (32, 32), 1), 1.0),
-    (Image.fromarray(np.full((32, 32), 13107, np.uint16)), 0.2),
-    (Image.new("P", (32, 32), 0), 0.0),
-])
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (Image.new("L", (32, 32), 51), 0.2),
+        (Image.new("1", (32, 32), 1), 1.0),
+        (Image.fromarray(np.full((32, 32), 13107, np.uint16)), 0.2),
+        (Image.new("P", (32, 32), 0), 0.0),
+    ],
+)
 def test_gray_and_palette_images_are_expanded(tmp_path, image, expected):
     image.save(tmp_path / "a.png")
     assert torch.allclose(read_image(tmp_path / "a.png"), torch.full((32, 32, 3), expected))
@@ -147,12 +150,15 @@ def test_truncated_images(tmp_path, suffix, keep):
         read_image(path)
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"", "0 bytes"),
-    (b"<!DOCTYPE html><html><body>404</body></html>", "an HTML or XML page of 44 bytes"),
-    (b"PK\x03\x04 and so on", "a zip archive of 14 bytes"),
-    (bytes(range(256)) * 8, "2048 bytes"),
-])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "0 bytes"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "an HTML or XML page of 44 bytes"),
+        (b"PK\x03\x04 and so on", "a zip archive of 14 bytes"),
+        (bytes(range(256)) * 8, "2048 bytes"),
+    ],
+)
 def test_what_is_no_video_is_named(tmp_path, content, says):
     for name, read in (("a.mp4", read_clip), ("a.png", read_image)):
         (tmp_path / name).write_bytes(content)
@@ -173,7 +179,7 @@ def test_a_video_cut_short_is_refused(tmp_path):
     assert len(read_clip(front).frames) == 33
     for path in (whole, front):
         data = path.read_bytes()
-        path.write_bytes(data[:len(data) * 2 // 3])
+        path.write_bytes(data[: len(data) * 2 // 3])
         with pytest.raises(UserError, match=rf"{path.name}.*{len(data) * 2 // 3} bytes"):
             read_clip(path)
 
@@ -189,15 +195,18 @@ def test_sound_alone_is_no_video(tmp_path):
         read_clip(tmp_path / "a.mp4")
 
 
-@pytest.mark.parametrize("path, says", [
-    ("missing.mp4", "no such file or folder.*check the spelling"),
-    ("missing/clip.mp4", "the folder 'missing' does not exist either"),
-    ("C:\\clips\\clip.mp4", "looks like a Windows path"),
-    ("a\0b.mp4", "NUL"),
-    ("\ud800.mp4", "lone surrogate"),
-    ("", "empty"),
-    ("x" * 5000 + ".mp4", "cannot be opened"),
-])
+@pytest.mark.parametrize(
+    "path, says",
+    [
+        ("missing.mp4", "no such file or folder.*check the spelling"),
+        ("missing/clip.mp4", "the folder 'missing' does not exist either"),
+        ("C:\\clips\\clip.mp4", "looks like a Windows path"),
+        ("a\0b.mp4", "NUL"),
+        ("\ud800.mp4", "lone surrogate"),
+        ("", "empty"),
+        ("x" * 5000 + ".mp4", "cannot be opened"),
+    ],
+)
 def test_paths_that_lead_nowhere(tmp_path, monkeypatch, path, says):
     monkeypatch.chdir(tmp_path)
     for read in (read_clip, read_image):
@@ -206,15 +215,18 @@ def test_paths_that_lead_nowhere(tmp_path, monkeypatch, path, says):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name, says", [
-    ("missing/clip.mp4", "its folder does not exist; create"),
-    ("clip.gif", r"unsupported file type; got '\.gif'; expected \.mkv or \.mov or \.mp4"),
-    ("clip", "unsupported file type; got ''"),
-    ("C:\\clip.mp4", "backslash"),
-    ("a\0.mp4", "NUL"),
-    ("folder.mp4", "is a folder"),
-    ("x" * 300 + ".mp4", "name too long"),
-])
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("missing/clip.mp4", "its folder does not exist; create"),
+        ("clip.gif", r"unsupported file type; got '\.gif'; expected \.mkv or \.mov or \.mp4"),
+        ("clip", "unsupported file type; got ''"),
+        ("C:\\clip.mp4", "backslash"),
+        ("a\0.mp4", "NUL"),
+        ("folder.mp4", "is a folder"),
+        ("x" * 300 + ".mp4", "name too long"),
+    ],
+)
 def test_outputs_that_cannot_be(tmp_path, name, says):
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(UserError, match=f"(?i){says}"):

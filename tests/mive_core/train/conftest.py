@@ -8,7 +8,12 @@ import pytest
 from mive_core.train.recipe import Recipe, parse_recipe, read_recipe
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-CLASSES = {"vae": ("embedded.vae_task", "VAERecipe"), "vlm": ("embedded.vlm_task", "VLMRecipe"), "dit": ("embedded.dit_task", "DiTRecipe"), "edit": ("train.edit_task", "EditRecipe")}
+CLASSES = {
+    "vae": ("embedded.vae_task", "VAERecipe"),
+    "vlm": ("embedded.vlm_task", "VLMRecipe"),
+    "dit": ("embedded.dit_task", "DiTRecipe"),
+    "edit": ("train.edit_task", "EditRecipe"),
+}
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from torch import nn
 from mive_core.attention import torch_attention
 from mive_core.bench.memory_counter import Counted
 from mive_core.config import PRESETS
+from mive_core.cost.flops import Layout
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
-from mive_core.cost.flops import Layout
 from mive_core.train import blocks
 from mive_core.train.budget import CARDS, RESERVED, block_size, layout_of, lora_size, memory_of, scale
 from mive_core.train.edit_task import EditRecipe
@@ -26,8 +26,11 @@ def recipe(**changes) -> EditRecipe:
     return EditRecipe(**{"task": "edit", "output_dir": "", "export": "", "num_steps": 1, "start_from": "", "caches": ("c",), "recompute": True, **changes})
 
 
-@pytest.mark.parametrize("changes", [{"bf16": True}, {"bf16": True, "weight_dtype": "bf16", "lora_rank": 4}, {}, {"lora_rank": 4}],
-                         ids=["full_bf16", "lora_bf16", "full_fp32", "lora_fp32"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"bf16": True}, {"bf16": True, "weight_dtype": "bf16", "lora_rank": 4}, {}, {"lora_rank": 4}],
+    ids=["full_bf16", "lora_bf16", "full_fp32", "lora_fp32"],
+)
 def test_a_step_holds_what_the_budget_says(changes):
     own = recipe(**changes)
     model = MiVEDiT(CONFIG, operations=nn, attention=torch_attention, dtype=torch.bfloat16 if own.weight_dtype == "bf16" else torch.float32)
@@ -77,9 +80,14 @@ def test_scale_says_what_fits_and_where_a_sequence_has_to_be_spread():
         scale(card="TPU")
 
 
-@pytest.mark.parametrize("name, preset, size, card, processes", [
-    ("paper_14b_8xh100", "14b", (1280, 720), "H100", 8), ("lora_14b_1x24gb", "14b", (832, 480), "RTX 3090", 1), ("full_1p3b_1x80gb", "1.3b", (832, 480), "A100", 1),
-])
+@pytest.mark.parametrize(
+    "name, preset, size, card, processes",
+    [
+        ("paper_14b_8xh100", "14b", (1280, 720), "H100", 8),
+        ("lora_14b_1x24gb", "14b", (832, 480), "RTX 3090", 1),
+        ("full_1p3b_1x80gb", "1.3b", (832, 480), "A100", 1),
+    ],
+)
 def test_a_preset_fits_the_card_that_it_names(recipes, name, preset, size, card, processes):
     memory = memory_of(recipes[name], PRESETS[preset], layout_of(size, 81).num_tokens, processes)
     assert memory.total + RESERVED <= CARDS[card]

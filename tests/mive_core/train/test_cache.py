@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mive_core.cli import main
-from mive_core.errors import UserError
 from mive_core.data.manifest import export_pairs, load_entry, read_manifest, read_source
-from mive_core.train import cache as module
-from mive_core.train.cache import CacheSettings, Encoders, cache, fit_bucket, read_index, restored, stored
 from mive_core.embedded.heldout import drawn_pairs
 from mive_core.embedded.synthetic import PairedEdits
+from mive_core.errors import UserError
+from mive_core.train import cache as module
+from mive_core.train.cache import CacheSettings, Encoders, cache, fit_bucket, read_index, restored, stored
 from mive_core.vae import VAE
 from mive_core.vlm import VLM
 

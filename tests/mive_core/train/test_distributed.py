@@ -12,14 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mive_core.errors import UserError
 from mive_core.data.manifest import export_pairs, read_manifest
-from mive_core.pipeline import check_compiler
-from mive_core.train.tasks import train
-from mive_core.train.cache import Encoders, cache
 from mive_core.embedded.heldout import drawn_pairs
-from mive_core.train.distributed import Ranks
 from mive_core.embedded.synthetic import PairedEdits
+from mive_core.errors import UserError
+from mive_core.pipeline import check_compiler
+from mive_core.train.cache import Encoders, cache
+from mive_core.train.distributed import Ranks
+from mive_core.train.tasks import train
 
 STEPS = 20
 
@@ -41,9 +41,20 @@ def pairs(random_models, tmp_path_factory):
 
 def recipe(folder: Path, pairs, random_models, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"task": "edit", "start_from": str(random_models / "dit.safetensors"), "caches": [str(pairs)], "num_steps": STEPS, "learning_rate": 1e-3,
-              "num_warmup_steps": 5, "output_dir": str(folder / "run"), "export": str(folder / "out.safetensors"), "num_workers": 0, "log_every": 1,
-              "ema": 0.9, **changes}
+    values = {
+        "task": "edit",
+        "start_from": str(random_models / "dit.safetensors"),
+        "caches": [str(pairs)],
+        "num_steps": STEPS,
+        "learning_rate": 1e-3,
+        "num_warmup_steps": 5,
+        "output_dir": str(folder / "run"),
+        "export": str(folder / "out.safetensors"),
+        "num_workers": 0,
+        "log_every": 1,
+        "ema": 0.9,
+        **changes,
+    }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -54,8 +65,15 @@ def train_by_two(path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([sys.executable, "-m", "mive_core", "train", str(path)], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                  stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mive_core", "train", str(path)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
     for process in processes:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors[-2000:]
@@ -91,8 +109,14 @@ def test_two_processes_resume_bit_for_bit(pairs, random_models, tmp_path, sharde
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_validate_as_one(pairs, random_models, tmp_path, sharded):
     """Each edits half of the pairs, with weights that are whole or shared."""
-    changes = {"num_steps": 4, "validate_every": 2, "validation_manifest": str(pairs.parent / "pairs" / "pairs.jsonl"), "validation_cache": str(pairs),
-               "validation_vae": str(random_models), "validation_pairs": 3}
+    changes = {
+        "num_steps": 4,
+        "validate_every": 2,
+        "validation_manifest": str(pairs.parent / "pairs" / "pairs.jsonl"),
+        "validation_cache": str(pairs),
+        "validation_vae": str(random_models),
+        "validation_pairs": 3,
+    }
     train(recipe(tmp_path / "one", pairs, random_models, num_accumulated=2, **changes))
     train_by_two(recipe(tmp_path / "two", pairs, random_models, sharded=sharded, **changes))
     one, two = ([json.loads(line) for line in (tmp_path / name / "run" / "validation.jsonl").read_text().splitlines()] for name in ("one", "two"))

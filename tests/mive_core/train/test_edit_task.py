@@ -8,20 +8,19 @@ import torch
 from safetensors.torch import load_file
 
 from mive_core.attention import torch_attention
-from mive_core.formats.checkpoint import load_dit
-from mive_core.config import PRESETS
-from mive_core.errors import UserError
 from mive_core.data.manifest import export_pairs, read_manifest
+from mive_core.embedded.heldout import drawn_pairs
+from mive_core.embedded.synthetic import PairedEdits
+from mive_core.errors import UserError
+from mive_core.formats.checkpoint import load_dit
 from mive_core.formats.quantize import quantize
 from mive_core.pipeline import check_compiler
-from mive_core.train.tasks import train
 from mive_core.train.cache import CacheSettings, Encoders, cache
 from mive_core.train.edit_task import CachedBatches, EditRecipe, EditTask
-from mive_core.embedded.heldout import drawn_pairs
+from mive_core.train.flow_matching import draw_times
 from mive_core.train.loop import run
 from mive_core.train.recipe import parse_recipe
-from mive_core.embedded.synthetic import PairedEdits
-from mive_core.train.flow_matching import draw_times
+from mive_core.train.tasks import train
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,19 @@ def cached(random_models, tmp_path_factory):
 
 
 def recipe(cached, random_models, folder, **changes) -> EditRecipe:
-    values = {"task": "edit", "start_from": str(random_models / "dit.safetensors"), "caches": [str(cached / "wide")], "output_dir": str(folder / "run"),
-              "export": str(folder / "out.safetensors"), "num_steps": 4, "num_warmup_steps": 1, "num_workers": 0, "learning_rate": "1e-2",
-              "checkpoint_every_s": 0.0, "log_every": 1}
+    values = {
+        "task": "edit",
+        "start_from": str(random_models / "dit.safetensors"),
+        "caches": [str(cached / "wide")],
+        "output_dir": str(folder / "run"),
+        "export": str(folder / "out.safetensors"),
+        "num_steps": 4,
+        "num_warmup_steps": 1,
+        "num_workers": 0,
+        "learning_rate": "1e-2",
+        "checkpoint_every_s": 0.0,
+        "log_every": 1,
+    }
     return parse_recipe(EditRecipe, values | changes)
 
 
@@ -51,7 +60,8 @@ def test_an_epoch_visits_every_pair_in_batches_of_one_shape(cached):
     assert orders[0] != orders[1] and orders[0] == CachedBatches((str(cached / "wide"), str(cached / "square")), 2, seed=1).order(0)
     for order in orders:
         assert {(folder, entry.key) for batch in order for folder, entry in batch} == {
-            (folder, entry.key) for group in batches.shapes.values() for folder, entry in group}
+            (folder, entry.key) for group in batches.shapes.values() for folder, entry in group
+        }
         assert all(len({(entry.grid, entry.num_tokens) for _, entry in batch}) == 1 and len(batch) == 2 for batch in order)
     features, again = batches[0], batches[0]
     assert torch.equal(features.target, again.target) and features.states.dtype == torch.float32
@@ -186,21 +196,24 @@ def test_times_are_spread_as_asked():
     assert abs(inside(uniform) - 0.5) < 0.03 and abs(inside(middle) - 0.728) < 0.03  # P(|normal| < ln 3)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"time_sampling": "beta"}, "time_sampling is unknown; got 'beta'; expected uniform or logit_normal"),
-    ({"lora_targets": ["cross_attn.q"]}, "LoRA cannot sit there; got cross_attn.q"),
-    ({"caches": []}, "names no cache"),
-    ({"optimizer": "sgd"}, "optimizer is unknown; got 'sgd'; expected adamw or adamw_8bit"),
-    ({"float8": "kept"}, "weights in 8 bits are not trained"),
-    ({"weight_dtype": "bf16"}, "set bf16 to true"),
-    ({"offload": True}, "offload moves what recompute keeps"),
-    ({"muon_rate": 0.1, "lora_rank": 1}, "Muon moves whole matrices"),
-    ({"time_rate": 1e-4, "lora_rank": 1}, "a LoRA leaves the time layers"),
-    ({"sharded": True, "lora_rank": 1}, "a LoRA is not sharded"),
-    pytest.param({"device": "cuda"}, "there is no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="A CUDA DEVICE IS THERE")),
-    ({"caches": ["nowhere"]}, "no cache of features"),
-    ({"condition_dropout": 0.1, "caches": ["SQUARE"]}, "condition_dropout needs"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"time_sampling": "beta"}, "time_sampling is unknown; got 'beta'; expected uniform or logit_normal"),
+        ({"lora_targets": ["cross_attn.q"]}, "LoRA cannot sit there; got cross_attn.q"),
+        ({"caches": []}, "names no cache"),
+        ({"optimizer": "sgd"}, "optimizer is unknown; got 'sgd'; expected adamw or adamw_8bit"),
+        ({"float8": "kept"}, "weights in 8 bits are not trained"),
+        ({"weight_dtype": "bf16"}, "set bf16 to true"),
+        ({"offload": True}, "offload moves what recompute keeps"),
+        ({"muon_rate": 0.1, "lora_rank": 1}, "Muon moves whole matrices"),
+        ({"time_rate": 1e-4, "lora_rank": 1}, "a LoRA leaves the time layers"),
+        ({"sharded": True, "lora_rank": 1}, "a LoRA is not sharded"),
+        pytest.param({"device": "cuda"}, "there is no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="A CUDA DEVICE IS THERE")),
+        ({"caches": ["nowhere"]}, "no cache of features"),
+        ({"condition_dropout": 0.1, "caches": ["SQUARE"]}, "condition_dropout needs"),
+    ],
+)
 def test_a_recipe_that_cannot_work_is_refused(cached, random_models, tmp_path, changes, message):
     changes = {key: [str(cached / "square") if v == "SQUARE" else v for v in value] if isinstance(value, list) else value for key, value in changes.items()}
     with pytest.raises(UserError, match=message):
@@ -228,8 +241,16 @@ def test_a_cache_for_other_layers_or_a_damaged_one_is_refused(cached, random_mod
 def test_a_recipe_file_trains(cached, random_models, tmp_path):
     import yaml
 
-    values = {"task": "edit", "start_from": str(random_models / "dit.safetensors"), "caches": [str(cached / "square")], "num_steps": 1, "lora_rank": 1,
-              "output_dir": str(tmp_path / "run"), "export": str(tmp_path / "lora.safetensors"), "num_workers": 0}
+    values = {
+        "task": "edit",
+        "start_from": str(random_models / "dit.safetensors"),
+        "caches": [str(cached / "square")],
+        "num_steps": 1,
+        "lora_rank": 1,
+        "output_dir": str(tmp_path / "run"),
+        "export": str(tmp_path / "lora.safetensors"),
+        "num_workers": 0,
+    }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     train(tmp_path / "r.yaml")
     assert len(load_file(tmp_path / "lora.safetensors")) == 12

@@ -18,15 +18,15 @@ import yaml
 from safetensors.torch import load_file
 
 from mive_core.attention import torch_attention
-from mive_core.formats.checkpoint import save_dit
 from mive_core.cli import main
 from mive_core.config import PRESETS
-from mive_core.dit import MiVEDiT
 from mive_core.data.manifest import export_pairs, read_manifest
-from mive_core.train.cache import Encoders, cache
-from mive_core.train.tasks import train
+from mive_core.dit import MiVEDiT
 from mive_core.embedded.heldout import drawn_pairs
 from mive_core.embedded.synthetic import PairedEdits
+from mive_core.formats.checkpoint import save_dit
+from mive_core.train.cache import Encoders, cache
+from mive_core.train.tasks import train
 
 STEPS = 16
 
@@ -41,9 +41,21 @@ def cached(random_models, tmp_path_factory):
 
 def recipe(folder: Path, cached, random_models, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"task": "edit", "start_from": str(random_models / "dit.safetensors"), "caches": [str(cached)], "num_steps": STEPS, "learning_rate": 1e-3,
-              "num_warmup_steps": 5, "output_dir": str(folder / "run"), "export": str(folder / "out.safetensors"), "num_workers": 0, "log_every": 1,
-              "ema": 0.9, "checkpoint_every_s": 0.0, **changes}
+    values = {
+        "task": "edit",
+        "start_from": str(random_models / "dit.safetensors"),
+        "caches": [str(cached)],
+        "num_steps": STEPS,
+        "learning_rate": 1e-3,
+        "num_warmup_steps": 5,
+        "output_dir": str(folder / "run"),
+        "export": str(folder / "out.safetensors"),
+        "num_workers": 0,
+        "log_every": 1,
+        "ema": 0.9,
+        "checkpoint_every_s": 0.0,
+        **changes,
+    }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -56,8 +68,16 @@ def started(path: Path, num_processes: int = 1, **options) -> list[subprocess.Po
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if num_processes > 1:
         environment["WORLD_SIZE"] = str(num_processes)
-    return [subprocess.Popen([sys.executable, "-m", "mive_core", "train", str(path)], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                             stderr=subprocess.PIPE, text=True, **options) for rank in range(num_processes)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "mive_core", "train", str(path)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        for rank in range(num_processes)
+    ]
 
 
 def ended(processes: list[subprocess.Popen]) -> None:
@@ -70,7 +90,9 @@ def killed_after(path: Path, num_processes: int, step: int, delay: float) -> Non
     """Starts a run, and kills it when the checkpoint of that step is there and a moment has passed: most likely while it writes another."""
     processes, deadline = started(path, num_processes), time.monotonic() + 200
     while not list((path.parent / "run").glob(f"step_{step:08d}*")):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes), [p.stderr.read()[-2000:] for p in processes if p.poll() is not None]
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes), [
+            p.stderr.read()[-2000:] for p in processes if p.poll() is not None
+        ]
         time.sleep(0.002)
     time.sleep(delay)
     for process in processes:
@@ -80,9 +102,11 @@ def killed_after(path: Path, num_processes: int, step: int, delay: float) -> Non
         assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("num_processes, steps, changes", [
-    (1, (3, 9), {"lora_rank": 2, "num_accumulated": 2}), (1, (5,), {"recompute": True}), (2, (5,), {"lora_rank": 2}), (2, (5,), {"sharded": True})],
-    ids=["lora", "full", "two", "sharded"])
+@pytest.mark.parametrize(
+    "num_processes, steps, changes",
+    [(1, (3, 9), {"lora_rank": 2, "num_accumulated": 2}), (1, (5,), {"recompute": True}), (2, (5,), {"lora_rank": 2}), (2, (5,), {"sharded": True})],
+    ids=["lora", "full", "two", "sharded"],
+)
 def test_killed_it_ends_bit_equal(cached, random_models, tmp_path, num_processes, steps, changes):
     ended(started(recipe(tmp_path / "whole", cached, random_models, **changes), num_processes))
     path, moments = recipe(tmp_path / "killed", cached, random_models, **changes), random.Random(7)
@@ -162,15 +186,19 @@ def name_a_missing_checkpoint(folder, cached, random_models):
     return recipe(folder, cached, random_models, start_from="nowhere.safetensors")
 
 
-@pytest.mark.parametrize("prepare, message", [
-    (damage_layers, "made for other layers; got [2, 4]; expected [1, 4]"),
-    (give_other_models, "made by another VAE or VLM than the first one"),
-    (start_from_another_vlm, "made for other vlm_width; got 128; expected 256"),
-    (exchange_what_it_started_from, "the checkpoint there is of other shapes; got blocks.0.ffn.0.bias of (1024,); expected (384,)"),
-    (start_from_a_vae, "this looks like a Wan VAE"),
-    (spell_wrongly, "unknown keys in the recipe; got lora_rang"),
-    (name_a_missing_checkpoint, "no such file or folder"),
-], ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    "prepare, message",
+    [
+        (damage_layers, "made for other layers; got [2, 4]; expected [1, 4]"),
+        (give_other_models, "made by another VAE or VLM than the first one"),
+        (start_from_another_vlm, "made for other vlm_width; got 128; expected 256"),
+        (exchange_what_it_started_from, "the checkpoint there is of other shapes; got blocks.0.ffn.0.bias of (1024,); expected (384,)"),
+        (start_from_a_vae, "this looks like a Wan VAE"),
+        (spell_wrongly, "unknown keys in the recipe; got lora_rang"),
+        (name_a_missing_checkpoint, "no such file or folder"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_what_does_not_fit_is_one_line_and_exit_code_2(cached, random_models, tmp_path, capsys, prepare, message):
     path = prepare(tmp_path, cached, random_models)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from mive_core.errors import UserError
 from mive_core.embedded.tasks import TASKS
-from mive_core.train.tasks import train
+from mive_core.errors import UserError
 from mive_core.train.loop import Task, _step, export_newest, run, step_seed
 from mive_core.train.recipe import Recipe, parse_recipe
+from mive_core.train.tasks import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,7 @@ class LineTask(Task):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
         self.recipe, self.modules, self.dataset = recipe, {"model": model}, Points()
-        self.optimizers = {"adamw": torch.optim.AdamW(model.parameters(), lr=recipe.lr),
-                           "unused": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)}
+        self.optimizers = {"adamw": torch.optim.AdamW(model.parameters(), lr=recipe.lr), "unused": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)}
 
     def rate(self, step):
         return 1 - step / self.recipe.num_steps
@@ -51,8 +50,16 @@ class LineTask(Task):
 
 
 def recipe(folder: Path, **changes) -> LineRecipe:
-    values = {"task": "line", "output_dir": str(folder / "run"), "export": str(folder / "model.safetensors"),
-              "num_steps": 30, "num_workers": 0, "checkpoint_every_s": 0.0, "log_every": 1, "ema": 0.9}
+    values = {
+        "task": "line",
+        "output_dir": str(folder / "run"),
+        "export": str(folder / "model.safetensors"),
+        "num_steps": 30,
+        "num_workers": 0,
+        "checkpoint_every_s": 0.0,
+        "log_every": 1,
+        "ema": 0.9,
+    }
     return parse_recipe(LineRecipe, values | changes)
 
 
@@ -134,7 +141,10 @@ def test_the_log_holds_every_step_and_the_loss_falls(tmp_path):
 def test_only_the_newest_checkpoints_are_kept_and_nothing_partial(tmp_path):
     exported(tmp_path)
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.name != "tensorboard") == [
-        "log.jsonl", "step_00000028.safetensors", "step_00000029.safetensors"]
+        "log.jsonl",
+        "step_00000028.safetensors",
+        "step_00000029.safetensors",
+    ]
 
 
 def test_an_unfinished_run_exports_its_averaged_weights(tmp_path):
@@ -209,14 +219,17 @@ def test_step_seeds_differ():
     assert len({step_seed(seed, step) for seed in range(50) for step in range(50)}) == 2500
 
 
-@pytest.mark.parametrize("text, message", [
-    ("task: vea\n", "unknown task"),
-    ("- 1\n", "mapping"),
-    ("task: [\n", "not YAML"),
-    ("task: vae\nnum_step: 3\n", "unknown keys.*num_step"),
-    ("task: vae\noutput_dir: a\nexport: b\n", "missing.*num_steps"),
-    ("task: vae\noutput_dir: a\nexport: b\nnum_steps: many\n", "num_steps has the wrong type"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("task: vea\n", "unknown task"),
+        ("- 1\n", "mapping"),
+        ("task: [\n", "not YAML"),
+        ("task: vae\nnum_step: 3\n", "unknown keys.*num_step"),
+        ("task: vae\noutput_dir: a\nexport: b\n", "missing.*num_steps"),
+        ("task: vae\noutput_dir: a\nexport: b\nnum_steps: many\n", "num_steps has the wrong type"),
+    ],
+)
 def test_a_wrong_recipe_is_refused(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)

@@ -8,9 +8,9 @@ import yaml
 from safetensors.torch import load_file
 
 from mive_core.cli import main
-from mive_core.train.tasks import train
 from mive_core.train.edit_task import EditRecipe, check_own
 from mive_core.train.flow_matching import VelocityRecipe, check
+from mive_core.train.tasks import train
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 

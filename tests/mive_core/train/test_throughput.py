@@ -22,10 +22,21 @@ def test_figures_are_of_the_time_between_two_readings():
     assert meter.read().keys() == {"seconds", "loading_share"}  # nothing is left of what was read
 
 
-@pytest.mark.parametrize("card, tflops", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA H20", 148), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", 70),
-    ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce GTX 1080", None),
-])
+@pytest.mark.parametrize(
+    "card, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
 def test_a_card_is_known_by_its_name(card, tflops):
     assert peak_of(card) == (None if tflops is None else tflops * 1e12)
 

@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mive_core.evaluation.loss_curve import SIZE
-from mive_core.errors import UserError
 from mive_core.data.manifest import export_pairs, read_manifest
+from mive_core.embedded.heldout import drawn_pairs
+from mive_core.embedded.synthetic import PairedEdits
+from mive_core.errors import UserError
+from mive_core.evaluation.loss_curve import SIZE
 from mive_core.pipeline import Pipeline
 from mive_core.train.cache import CacheSettings, Encoders, cache
-from mive_core.train.edit_task import EditRecipe, EditTask
-from mive_core.embedded.heldout import drawn_pairs
-from mive_core.train.loop import run
 from mive_core.train.distributed import Ranks
+from mive_core.train.edit_task import EditRecipe, EditTask
+from mive_core.train.loop import run
 from mive_core.train.recipe import parse_recipe
-from mive_core.embedded.synthetic import PairedEdits
 from mive_core.train.validate import Share, Validation
 
 
@@ -32,10 +32,25 @@ def held_out(random_models, tmp_path_factory):
 
 
 def recipe(held_out, random_models, folder, **changes) -> EditRecipe:
-    values = {"task": "edit", "start_from": str(random_models / "dit.safetensors"), "caches": [str(held_out / "cache")], "output_dir": str(folder / "run"),
-              "export": str(folder / "out.safetensors"), "num_steps": 5, "num_warmup_steps": 1, "num_workers": 0, "learning_rate": "1e-2", "log_every": 1,
-              "checkpoint_every_s": 0.0, "ema": 0.5, "validate_every": 2, "validation_manifest": str(held_out / "pairs" / "pairs.jsonl"),
-              "validation_cache": str(held_out / "cache"), "validation_vae": str(random_models), "validation_steps": 2}
+    values = {
+        "task": "edit",
+        "start_from": str(random_models / "dit.safetensors"),
+        "caches": [str(held_out / "cache")],
+        "output_dir": str(folder / "run"),
+        "export": str(folder / "out.safetensors"),
+        "num_steps": 5,
+        "num_warmup_steps": 1,
+        "num_workers": 0,
+        "learning_rate": "1e-2",
+        "log_every": 1,
+        "checkpoint_every_s": 0.0,
+        "ema": 0.5,
+        "validate_every": 2,
+        "validation_manifest": str(held_out / "pairs" / "pairs.jsonl"),
+        "validation_cache": str(held_out / "cache"),
+        "validation_vae": str(random_models),
+        "validation_steps": 2,
+    }
     return parse_recipe(EditRecipe, values | changes)
 
 
