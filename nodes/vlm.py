@@ -105,7 +105,8 @@ class MiVELayerSelect(io.ComfyNode):
                 io.String.Input(
                     "custom",
                     default="1,-1",
-                    tooltip="With the preset 'custom': numbers, first, last or slices, such as 1,-1 or 0:36:6. 0 is the input embedding, k the output of layer k, -1 the last.",
+                    tooltip="With the preset 'custom': numbers, first, last or slices, such as 1,-1 or 0:36:6. "
+                    "0 is the input embedding, k the output of layer k, -1 the last.",
                 ),
                 VlmType.Input("vlm", optional=True, tooltip="Only to show which of its layers the choice means."),
             ],

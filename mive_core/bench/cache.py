@@ -38,7 +38,7 @@ def bench_cache(work: Workload, *, num_pairs: int = 48, stored_size: tuple[int, 
         alone, whole = [], []
         for repeat in tqdm(range(work.repeats), desc="repeats", disable=None):
             alone.append(clocks(work, lambda: [encoders.features(pair, settings) for pair in pairs]))
-            whole.append(clocks(work, lambda: cache(entries, encoders, Path(place) / f"cache{repeat}", settings)))
+            whole.append(clocks(work, lambda folder=Path(place) / f"cache{repeat}": cache(entries, encoders, folder, settings)))
         reading = timed_once(work, lambda: [read_pair(entry, settings) for entry in entries])
     (alone_wall, alone_cpu), (whole_wall, whole_cpu) = (map(min, zip(*found)) for found in (alone, whole))
     return {

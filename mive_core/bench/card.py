@@ -141,7 +141,7 @@ def measure_compiled(work: Workload) -> dict:
     seconds = {name: [] for name in calls}
     for _ in range(work.repeats):
         for name, call in calls.items():
-            seconds[name].append(timed(lambda: float(call().flatten()[0])))  # reading a number waits for the device
+            seconds[name].append(timed(lambda call=call: float(call().flatten()[0])))  # reading a number waits for the device
     return {
         "blocks": few.config.num_blocks,
         "seconds_to_compile": first,

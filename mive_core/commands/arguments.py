@@ -18,7 +18,7 @@ def report_done(where: Path, outcomes: list, kept: int | None = None) -> None:
     """Names what is left out, and counts."""
     left_out = [outcome for outcome in outcomes if outcome.result is None]
     for outcome in left_out:
-        warnings.warn(f"{outcome.title} is left out: {outcome.why}")
+        warnings.warn(f"{outcome.title} is left out: {outcome.why}", stacklevel=2)
     sys.stdout.write(f"{where}: {len(outcomes) - len(left_out)} done, {len(left_out)} left out{'' if kept is None else f', {kept} kept'}\n")
 
 

@@ -27,9 +27,9 @@ def run_data_import(arguments: argparse.Namespace) -> None:
 
     count, left_out = import_set(arguments.layout, arguments.folder, arguments.output, tuple(arguments.edit))
     for row in left_out[:MOST_NAMED]:
-        warnings.warn(f"{row.where} is left out: {row.why}")
+        warnings.warn(f"{row.where} is left out: {row.why}", stacklevel=2)
     if len(left_out) > MOST_NAMED:
-        warnings.warn(f"{len(left_out) - MOST_NAMED} more are left out; {Path(arguments.output).with_suffix('.left_out.jsonl')} names all")
+        warnings.warn(f"{len(left_out) - MOST_NAMED} more are left out; {Path(arguments.output).with_suffix('.left_out.jsonl')} names all", stacklevel=2)
     sys.stdout.write(f"{arguments.output}: {count} pairs, {len(left_out)} left out\n")
 
 
@@ -80,7 +80,7 @@ def run_data_cache(arguments: argparse.Namespace) -> None:
     load = partial(Encoders.load, EMBEDDED.get(arguments.models, arguments.models), dtype=dtype_of(arguments.dtype), device=arguments.device)
     index = cache(entries, load(), output, settings, lambda line: sys.stderr.write(f"mive: {line}\n"), spread(arguments), load)
     for item in index["skipped"]:
-        warnings.warn(f"pair {item['pair'] + 1} ({item['name']}) is left out: {item['why']}")
+        warnings.warn(f"pair {item['pair'] + 1} ({item['name']}) is left out: {item['why']}", stacklevel=2)
     sys.stdout.write(f"{output}: {index['pairs']} pairs, {len(index['skipped'])} left out, {index['bytes'] / 1e6:.3g} MB\n")
 
 

@@ -42,7 +42,9 @@ def run_edit(arguments: argparse.Namespace) -> None:
     cells = (num_frames - 1) // TEMPORAL_FACTOR + 2, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR  # the reference's among them
     num_tokens = math.prod(pipeline.config.patch_grid(*cells))
     if num_tokens > MANY_TOKENS and arguments.size is None:
-        warnings.warn(f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer")
+        warnings.warn(
+            f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer", stacklevel=2
+        )
     edited, _ = timed_edit(pipeline, request, settings_of(arguments))
     sys.stdout.write(f"{write_video(output, edited)}\n")
 

@@ -1,7 +1,7 @@
-"""Auxiliary heads (deep supervision) for a DiT that is trained on drawn clips: early blocks say where the edited thing is and what it becomes, late ones its outline.
+"""Auxiliary heads (deep supervision) for a DiT trained on drawn clips: early blocks predict place and shape of the edited object, late ones its outline.
 
-Ours. Small heads on the blocks' target tokens are taught beside the velocity and thrown away after the training. The velocity alone
-teaches a new shape very slowly: a blob of its colour at its place leaves little error.
+(ours) Small heads on the blocks' target tokens learn beside the velocity and are thrown away after training. The velocity alone teaches a
+new shape very slowly, because a blob of the right colour in the right place leaves little error.
 B batch, T x Y x X patch grid, D model width; lengths in patches.
 """
 

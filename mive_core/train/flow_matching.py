@@ -78,7 +78,7 @@ class VelocityRecipe(Recipe):
 
     @property
     def free_fields(self) -> frozenset[str]:
-        """How blocks run, and what is measured, is free too. Without a decay no step depends on how many follow it, so a finished run may go on to more of them."""
+        """How blocks run and what is measured may change too; without a decay, so may the number of steps: a finished run can be extended."""
         return super().free_fields | BLOCK_FIELDS | VALIDATION_FIELDS | (frozenset() if self.decay_share else {"num_steps"})
 
 

@@ -125,7 +125,7 @@ class MiVESupport(comfy.supported_models_base.BASE):
 
 def check_shapes(noise: Tensor, source: Tensor, reference: Tensor) -> None:
     """Raises UserError unless source and reference lie over the latent that is to be sampled."""
-    frames, height, width = noise.shape[2:]
+    _frames, height, width = noise.shape[2:]
     if source.shape[2:] != noise.shape[2:]:
         raise UserError(
             "the source and the latent differ",

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
+import itertools
+
 from serving import Server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +147,7 @@ def trend(values: list[int]) -> float:
 
     The median slope of all pairs once took one jump of 27 MB in the middle of the row for 360 KB a prompt.
     """
-    steps = sorted(after - before for before, after in zip(values, values[1:]))
+    steps = sorted(after - before for before, after in itertools.pairwise(values))
     return sum(steps[:-1]) / (len(steps) - 1)
 
 

@@ -293,7 +293,7 @@ def test_preflight_trims_and_pads(pack, caplog):
 
 
 def test_preflight_takes_size_and_length(pack):
-    video, width, height, length, _ = pack.run("MiVEPreflight", video=clip(17), width=32, height=0, length=9)
+    _video, width, height, length, _ = pack.run("MiVEPreflight", video=clip(17), width=32, height=0, length=9)
     assert (width, height, length) == (32, 48, 9)
     assert "got 40x48; expected 48x48" in refused(pack, "MiVEPreflight", video=clip(17), width=40)
     assert "0 frames" in refused(pack, "MiVEPreflight", video=clip(17)[:0])

@@ -127,7 +127,7 @@ def test_the_lora_finds_its_layers(server, queue):
 def test_the_trained_lora_is_in_the_edit(server, queue):
     """Its name comes over a wire; the two halves of the picture are the two edits, and what was trained lies in models/loras."""
     (server.base / "models" / "loras" / "mive_neon.safetensors").unlink(missing_ok=True)
-    prompt, entry, frames = queue("mive_train_lora", rank=4, resume="start anew")
+    prompt, _entry, frames = queue("mive_train_lora", rank=4, resume="start anew")
     without, with_it = decoded(server, prompt).values()
     assert (without - with_it).abs().mean() > 1e-3
     weights = load_file(server.base / "models" / "loras" / "mive_neon.safetensors")

@@ -62,7 +62,8 @@ def fails(result):
     [
         (
             noisy,
-            r"told attention differs by 1\.\d+ of the result's size \(allowed: 0\.1\) beside torch's at 40 tokens, 3 heads of 8, torch\.float32 on cpu; torch's is used",
+            r"told attention differs by 1\.\d+ of the result's size \(allowed: 0\.1\) beside torch's at 40 tokens, "
+            r"3 heads of 8, torch\.float32 on cpu; torch's is used",
         ),
         (lambda result: result * 1.2, "differs by 0.2 of"),
         (lambda result: result * float("nan"), "differs by inf of"),

@@ -33,7 +33,7 @@ class Look:
 
 def _tinted(tint: tuple[float, float, float], saturation: float) -> tuple[tuple[float, float, float], ...]:
     """Mix that keeps `saturation` of the colour and multiplies each channel by its tint."""
-    return tuple(tuple(t * ((1 - saturation) * l + saturation * (i == j)) for j, l in enumerate(LUMA)) for i, t in enumerate(tint))
+    return tuple(tuple(t * ((1 - saturation) * weight + saturation * (i == j)) for j, weight in enumerate(LUMA)) for i, t in enumerate(tint))
 
 
 LOOKS_FN = {

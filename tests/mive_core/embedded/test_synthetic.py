@@ -49,8 +49,7 @@ def plans(split, num=2000):
 
 def test_an_index_gives_the_same_edit_in_another_process():
     code = (
-        "import importlib.util as u; s = u.spec_from_file_location('t', r'%s'); m = u.module_from_spec(s); "
-        "s.loader.exec_module(m); print(m.digest())" % __file__
+        f"import importlib.util as u; s = u.spec_from_file_location('t', {__file__!r}); m = u.module_from_spec(s); s.loader.exec_module(m); print(m.digest())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert other == digest() == digest()

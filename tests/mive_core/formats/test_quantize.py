@@ -54,7 +54,7 @@ def test_the_model_read_back_is_near_the_first_and_the_report_says_how_near(rand
 
 def test_kept_in_8_bits_it_computes_what_scaling_back_computes(quantized):
     """And takes one byte an entry of the matrices instead of two, and a scale."""
-    path, report = quantized
+    path, _report = quantized
     back, kept, multiplied = (load_dit(path, attention=torch_attention, dtype=torch.bfloat16, float8=mode) for mode in MODES)
     assert sum(isinstance(module, Float8Linear) for module in kept.modules()) == 6
     assert kept.blocks[0].ffn[0].weight.dtype == torch.float8_e4m3fn

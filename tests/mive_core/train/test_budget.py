@@ -71,7 +71,7 @@ def test_scale_says_what_fits_and_where_a_sequence_has_to_be_spread():
     report = scale()
     rows = {(row["size"][1], row["cards"], row["offload"]): row for row in report["rows"]}
     assert len(rows) == 12 and not rows[720, 8, False]["fits"] and rows[720, 8, True]["fits"] and rows[480, 8, False]["fits"]
-    for (height, cards, _), row in rows.items():
+    for (height, _cards, _), row in rows.items():
         assert row["fits"] == (row["longest_sequence"] >= row["tokens"]) == (row["frames_of_it"] >= 81)
         assert row["seconds_a_step"] == max(row["seconds"].values()) and row["mfu"] < report["assumed_share_of_peak"]
         assert row["tokens"] == layout_of((1280, 720) if height == 720 else (832, 480), 81).num_tokens
