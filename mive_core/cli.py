@@ -117,7 +117,7 @@ def _add_edit(commands) -> None:
     _add_fit(edit)
     _add_sampling(edit)
     _add_machine(edit)
-    _add_spread(edit)
+    _add_executor(edit)
     edit.add_argument("--fp8", default="scaled_back", choices=FLOAT8_MODES, help="8-bit matrices: scaled back when read, kept in memory, or multiplied as such")
 
 
@@ -240,7 +240,7 @@ def _add_data(commands) -> None:
     score.add_argument("--most", type=count, default=4000, metavar="N", help="of each kind of edit, the best; default 4000")
     score.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     score.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the model's arithmetic, default fp32")
-    _add_spread(score)
+    _add_executor(score)
     compose = _command(
         data, "compose", run_data_compose, "people over other backgrounds: pairs that remove, add, replace the background; goes on where it stopped"
     )
@@ -258,7 +258,7 @@ def _add_data(commands) -> None:
     compose.add_argument("--seed", type=integer, default=0, help="of which background and which words")
     compose.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the segmenter, default cpu")
     _add_fit(compose)
-    _add_spread(compose)
+    _add_executor(compose)
     cache = _command(data, "cache", run_data_cache, "latents and VLM states of a manifest's pairs, for `mive train`; goes on where it stopped")
     cache.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
     cache.add_argument("--models", required=True, type=text, metavar="DIR", help="dit.safetensors (its config is read), vae.safetensors and vlm/")
@@ -275,7 +275,7 @@ def _add_data(commands) -> None:
     cache.add_argument("--negative", action="store_true", help="also of an empty instruction, for condition_dropout")
     cache.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     cache.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the models' arithmetic, default fp32")
-    _add_spread(cache)
+    _add_executor(cache)
     for name, run, summary in (
         ("looks", run_data_looks, "real footage under eight known looks, with its manifest"),
         ("recolour", run_data_recolour, "real footage whose green parts take other colours, with its manifest"),
@@ -318,7 +318,7 @@ def _add_machine(parser: Parser, attention: bool = True) -> None:
     parser.add_argument("--compile", action="store_true", help="the DiT's blocks by torch.compile")
 
 
-def _add_spread(parser: Parser) -> None:
+def _add_executor(parser: Parser) -> None:
     parser.add_argument(
         "--ray", type=text, metavar="local|ADDRESS", help="work on Ray: a cluster of this machine, or the address of one; default: in this process"
     )

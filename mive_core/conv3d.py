@@ -5,15 +5,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def convolve_in_planes(network: nn.Module) -> None:
-    """Every undilated, ungrouped Conv3d in the network, subclasses too, computes the same by stacked_conv2d."""
+def use_conv2d(network: nn.Module) -> None:
+    """Every undilated, ungrouped Conv3d in the network, subclasses too, computes the same by conv3d_by_conv2d."""
     for module in network.modules():
         if isinstance(module, nn.Conv3d):
             cls = type(module)
             module.__class__ = type(f"Planar{cls.__name__}", (cls,), {"_conv_forward": _conv_forward})
 
 
-def stacked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int], padding: tuple[int, int, int]) -> Tensor:
+def conv3d_by_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int], padding: tuple[int, int, int]) -> Tensor:
     """conv3d with the kernel's frames side by side on channels: (B, in, F, H, W) -> (B, out, F', H', W')."""
     x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0])) if padding[0] else x
     taps = weight.shape[2]
@@ -25,4 +25,4 @@ def stacked_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple
 
 
 def _conv_forward(self: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return stacked_conv2d(x, weight, bias, self.stride, self.padding)
+    return conv3d_by_conv2d(x, weight, bias, self.stride, self.padding)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .conv3d import convolve_in_planes
+from .conv3d import use_conv2d
 from .errors import UserError
 from .formats.safetensors_file import read_tensors
 from .media.paths import check_input
@@ -152,7 +152,7 @@ def _network(weights: dict[str, Tensor], path: Path) -> AutoencoderKLWan:
         )
     network.load_state_dict(weights, assign=True)
     if weights[DIFFUSERS_KEY].device.type == "cpu":
-        convolve_in_planes(network)
+        use_conv2d(network)
     return network
 
 

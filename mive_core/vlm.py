@@ -150,7 +150,7 @@ def model_of(values: dict) -> nn.Module:
     return library.Qwen3VLModel(library.Qwen3VLConfig(**values))
 
 
-def load_speaker(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
+def load_for_generation(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
     """A Hugging Face folder of Qwen3-VL -> the model with its language head, which answers in words, and its processor. Raises UserError."""
     folder = Path(folder)
     check_folder(folder)

@@ -187,7 +187,7 @@ class MiVETrainLoRA(io.ComfyNode):
                 lora_rank=rank,
                 lora_alpha=alpha,
                 seed=seed,
-                recompute=gradient_checkpointing or offload,
+                gradient_checkpointing=gradient_checkpointing or offload,
                 offload=offload,
                 bf16=bf16,
                 weight_dtype="bf16" if bf16 else "fp32",

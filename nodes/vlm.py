@@ -21,7 +21,7 @@ DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 FIRST_AND_LAST, EVEN, CUSTOM = "first + last (paper)", "evenly spaced", "custom"
 SPECS = {FIRST_AND_LAST: "first+last", "first": "first", "last": "last"}
 DEFAULTS = MiVEConfig()
-MOST_LAYERS = 999  # of any VLM: what a spec is held to before the VLM is known
+MAX_LAYERS = 999  # of any VLM: what a spec is held to before the VLM is known
 
 VlmType = io.Custom("MIVE_VLM")
 LayersType = io.Custom("MIVE_LAYERS")
@@ -121,7 +121,7 @@ class MiVELayerSelect(io.ComfyNode):
         if preset not in (*SPECS, EVEN, CUSTOM):
             return f"no preset {preset!r}"
         try:
-            parse_layers(custom if preset == CUSTOM else SPECS[FIRST_AND_LAST], MOST_LAYERS)
+            parse_layers(custom if preset == CUSTOM else SPECS[FIRST_AND_LAST], MAX_LAYERS)
         except UserError as error:
             return str(error)
         return True

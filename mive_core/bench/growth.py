@@ -21,7 +21,7 @@ from ..config import PRESETS
 from ..cost.flops import dit_flops
 from ..cost.memory import activation_bytes
 from ..errors import UserError
-from ..media.paths import written_beside
+from ..media.paths import atomic_write
 from ..vae import LATENT_CHANNELS, TEMPORAL_FACTOR
 from .against_diffusers import timed
 from .load import resident
@@ -227,5 +227,5 @@ def _draw_panel(picture: Image.Image, left: int, lines: dict[str, list[dict]], k
 
 def write_growth(path: Path, report: dict) -> None:
     """The plot as a PNG."""
-    with written_beside(path) as partial:
+    with atomic_write(path) as partial:
         draw_growth(report).save(partial, "PNG", optimize=True)

@@ -13,7 +13,7 @@ from torch.autograd.profiler import record_function
 
 from ..attention import AttentionFn, attention_of
 from ..config import PRESETS, MiVEConfig
-from ..conv3d import convolve_in_planes
+from ..conv3d import use_conv2d
 from ..cost.flops import Layout
 from ..dit import MiVEDiT
 from ..errors import UserError
@@ -192,7 +192,7 @@ def random_vae(work: Workload) -> VAE:
     """As the library would load it: on a CPU with its convolutions in planes."""
     network = filled(random_network(work), work)
     if work.device.type == "cpu":
-        convolve_in_planes(network)
+        use_conv2d(network)
     return VAE(network)
 
 

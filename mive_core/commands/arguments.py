@@ -1,4 +1,4 @@
-"""What several commands ask for alike: the machine, the settings of an edit, how work is spread."""
+"""What several commands ask for alike: the machine, the settings of an edit, how work is distributed."""
 
 import argparse
 import sys
@@ -6,12 +6,12 @@ import warnings
 from pathlib import Path
 
 
-def spread(arguments: argparse.Namespace):
-    from ..data.executor import Spread, check_ray
+def executor_of(arguments: argparse.Namespace):
+    from ..data.executor import Executor, check_ray
 
     if arguments.ray:
         check_ray()
-    return Spread(arguments.ray, arguments.workers, 1 if getattr(arguments, "device", "cpu") == "cuda" else 0)
+    return Executor(arguments.ray, arguments.workers, 1 if getattr(arguments, "device", "cpu") == "cuda" else 0)
 
 
 def report_done(where: Path, outcomes: list, kept: int | None = None) -> None:

@@ -9,7 +9,7 @@ from ..embedded.synthetic import PairedEdits
 from ..evaluation.contact_sheet import make_band, write_sheet
 from ..evaluation.evaluate import BASELINES, EvaluationSettings, notes, score, summary, timed_edit, write_json
 from ..media.fit import fit_clip
-from ..media.paths import check_output_folder, written_folder
+from ..media.paths import atomic_folder, check_output_folder
 from ..media.video import read_clip, write_image, write_video
 from ..pipeline import Pipeline
 from ..types import PairedEdit
@@ -27,7 +27,7 @@ def run_demo(output_dir: str | Path, models: str = "tiny", settings: EvaluationS
     pipeline = Pipeline.load(models)
     seconds_to_load = time.perf_counter() - start
     rows, bands = [], []
-    with written_folder(output_dir) as folder:
+    with atomic_folder(output_dir) as folder:
         for pair, stem in zip(pairs, ("edited", "footage")):
             edited, seconds = timed_edit(pipeline, pair.request, settings)
             write_video(folder / f"{stem}.mp4", edited)

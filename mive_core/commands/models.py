@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from ..errors import UserError
-from .arguments import dtype_of, machine, report_done, settings_of, spread
+from .arguments import dtype_of, executor_of, machine, report_done, settings_of
 
 MANY_TOKENS = 20_000
 
@@ -53,7 +53,7 @@ def _edit_many(arguments: argparse.Namespace) -> None:
     from ..data.folder import read_pairs
     from ..media.paths import check_output_folder
 
-    output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest, may_be_silent=True)
+    output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest, allow_empty_instruction=True)
     from functools import partial
 
     from ..data.edits import JOURNAL, edit_all
@@ -69,7 +69,7 @@ def _edit_many(arguments: argparse.Namespace) -> None:
         size=arguments.size,
         num_frames=arguments.frames,
         made_by=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in chosen.items())),
-        how=spread(arguments),
+        executor=executor_of(arguments),
     )
     report_done(output / JOURNAL, outcomes)
 

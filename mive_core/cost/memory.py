@@ -20,7 +20,7 @@ SEEING, SEEING_16_BIT = 3, 11  # of the vision tower's (patches, width), queries
 # values of the VAE's narrowest width that stand for each pixel at most: one frame alone, else the caches of all convolutions with it
 DECODING, ENCODING = (18.0, 50.8), (10.0, 36.7)
 IN_16_BIT = 2.0  # more of them, since norms and resizing are in float32
-IN_PLANES = (11.0, 14.0)  # more of them on a CPU, where conv3d.py lays frames side by side: decoding, encoding
+CONV2D_FACTORS = (11.0, 14.0)  # more of them on a CPU, where conv3d.py lays frames side by side: decoding, encoding
 VAE_WIDTH = 96  # of Wan 2.1's VAE at full resolution
 TILE, TILE_STRIDE = 256, 192  # pixels
 
@@ -73,7 +73,7 @@ def vae_decode_bytes(num_frames: int, height: int, width: int, itemsize: int, *,
 
     `planes` is for a CPU, where the library lays convolutions out so.
     """
-    per_pixel = _per_pixel(DECODING, num_frames, itemsize, IN_PLANES[0] if planes else 0.0) * channels * itemsize
+    per_pixel = _per_pixel(DECODING, num_frames, itemsize, CONV2D_FACTORS[0] if planes else 0.0) * channels * itemsize
     pixels, colour = height * width, 3 * num_frames * itemsize
     if not tiled or max(height, width) <= TILE:
         return round(pixels * (per_pixel + colour))
@@ -83,7 +83,7 @@ def vae_decode_bytes(num_frames: int, height: int, width: int, itemsize: int, *,
 
 def vae_encode_bytes(num_frames: int, height: int, width: int, itemsize: int, *, channels: int = VAE_WIDTH, planes: bool = False) -> int:
     """The most that encoding holds beside the weights and the pixels."""
-    return round(height * width * _per_pixel(ENCODING, num_frames, itemsize, IN_PLANES[1] if planes else 0.0) * channels * itemsize)
+    return round(height * width * _per_pixel(ENCODING, num_frames, itemsize, CONV2D_FACTORS[1] if planes else 0.0) * channels * itemsize)
 
 
 def _per_pixel(values: tuple[float, float], num_frames: int, itemsize: int, planes: float) -> float:

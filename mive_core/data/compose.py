@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..media.fit import cover, fit_clip, trimmed
-from ..media.paths import check_input, check_output_folder, numbered_name, sweep, written_folder
+from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name, remove_partial_files
 from ..media.remote import is_url, local_copy
 from ..media.video import VIDEO_SUFFIXES, read_clip, write_frames, write_video
 from ..types import Clip
-from .executor import Spread
+from .executor import Executor
 from .journal import Outcome, Task, mark_of, worked_through
 from .manifest import ManifestEntry, read_manifest, read_source, write_manifest
 from .segment_person import Segmenter
@@ -28,7 +28,7 @@ from .segment_person import Segmenter
 JOURNAL, MANIFEST = "composed.jsonl", "pairs.jsonl"
 STORES = ("video", "frames")  # H.264 of high quality, or PNG: 20 times the bytes
 CLEAN = 0.05  # alpha nearer than this to 0 or 1 is 0 or 1: what a mask's own compression leaves
-SMALLEST, LARGEST = 0.01, 0.9  # of a clip's pixels, that a person may cover
+MIN_PERSON, MAX_PERSON = 0.01, 0.9  # of a clip's pixels, that a person may cover
 WORDS = {
     "remove": ("remove the person", "take the person out of the video", "make the person disappear", "erase the person and keep the background as it is"),
     "add": ("add the person", "put the person of the reference into the scene", "let a person appear in front, as the reference shows"),
@@ -83,7 +83,7 @@ class ComposeWorker:
         composite = over(person.frames, background.frames, alpha)
         clips = {"original": person.frames, "background": background.frames, "composite": composite}
         name = numbered_name(item.number, item.person.name or Path(str(item.person.source)).stem, 6)
-        with written_folder(self.folder / name) as folder:
+        with atomic_folder(self.folder / name) as folder:
             for kind, frames in clips.items():
                 if self.settings.store == "frames":
                     write_frames(folder / kind, frames)
@@ -102,9 +102,9 @@ class ComposeWorker:
         alpha = self.segmenter.alpha(person.frames) if mask is None else cover(mask.frames[:count], size).mean(dim=-1).expand(count, -1, -1)
         alpha = torch.where(alpha < CLEAN, 0.0, torch.where(alpha > 1 - CLEAN, 1.0, alpha))
         share = alpha.mean().item()
-        if not SMALLEST <= share <= LARGEST:
+        if not MIN_PERSON <= share <= MAX_PERSON:
             raise UserError(
-                "there is no person to be cut out", where=item.person.title, got=f"{share:.1%} of the pixels", expected=f"{SMALLEST:.0%} to {LARGEST:.0%}"
+                "there is no person to be cut out", where=item.person.title, got=f"{share:.1%} of the pixels", expected=f"{MIN_PERSON:.0%} to {MAX_PERSON:.0%}"
             )
         return person, background, alpha
 
@@ -117,7 +117,7 @@ def compose(
     *,
     load: Callable[[], Segmenter] | None = None,
     made_by: object = "",
-    how: Spread = Spread(),
+    executor: Executor = Executor(),
 ) -> tuple[list[Outcome], Path]:
     """Composes what is not there yet -> each person's outcome, and the manifest of all pairs.
 
@@ -132,8 +132,8 @@ def compose(
     portraits = [Portrait(number, person, chosen_background(number, person, backgrounds, settings.seed)) for number, person in enumerate(people)]
     tasks = [Task(mark_of((contract, p.number), p.person, p.background), p.person.title, p) for p in portraits]
     make = lambda: ComposeWorker(load() if unmasked else None, folder.absolute(), settings)
-    outcomes = worked_through(tasks, make, folder / JOURNAL, how, "clips", lambda result: (folder / result["folder"] / "surroundings").is_dir())
-    sweep(folder)
+    outcomes = worked_through(tasks, make, folder / JOURNAL, executor, "clips", lambda result: (folder / result["folder"] / "surroundings").is_dir())
+    remove_partial_files(folder)
     pairs = [pair for outcome in outcomes if outcome.result for pair in pairs_of(outcome.result, folder, settings.store)]
     return outcomes, write_manifest(folder / MANIFEST, pairs)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..media.paths import check_input
 from .manifest import ManifestEntry, write_manifest
-from .tables import write_rows
+from .tables import write_table
 
 VIDEO_FOLDERS = ("", "videos", "videos_folders")  # of OpenVE-3M, below the set's own
 UPLOADED = ("{}", "{}_upload", "{}_upload2", "{}_videos_upload", "{}_videos_upload2")  # what a folder of Senorita-2M may be called
@@ -55,7 +55,7 @@ def import_set(layout: str, folder: str | Path, output: str | Path, edits: tuple
         raise UserError("the folder holds no whole pair", where=folder, got=f"{left_out[0].where}: {left_out[0].why}" if left_out else f"no {', '.join(edits)}")
     output = write_manifest(output, pairs)
     if left_out:
-        write_rows(output.with_suffix(".left_out.jsonl"), [vars(row) for row in left_out])
+        write_table(output.with_suffix(".left_out.jsonl"), [vars(row) for row in left_out])
     return len(pairs), left_out
 
 

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..evaluation.evaluate import Editor, EvaluationSettings, timed_edit
-from ..media.paths import check_output_folder, numbered_name, sweep
+from ..media.paths import check_output_folder, numbered_name, remove_partial_files
 from ..media.video import write_video
 from ..types import EditRequest
-from .executor import Spread
+from .executor import Executor
 from .journal import Outcome, Task, mark_of, worked_through
 from .manifest import ManifestEntry, load_entry
 
@@ -45,7 +45,7 @@ def edit_all(
     size: tuple[int, int] | None = None,
     num_frames: int | None = None,
     made_by: object = "",
-    how: Spread = Spread(),
+    executor: Executor = Executor(),
 ) -> list[Outcome]:
     """Edits what is not there yet -> each entry's outcome, with the file's name; the folder's edits.jsonl holds them too.
 
@@ -59,9 +59,9 @@ def edit_all(
         tasks,
         lambda: EditWorker(load(), settings, folder.absolute(), size, num_frames),
         folder / JOURNAL,
-        how,
+        executor,
         "clips",
         lambda result: (folder / result["edited"]).is_file(),
     )
-    sweep(folder)
+    remove_partial_files(folder)
     return outcomes

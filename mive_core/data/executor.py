@@ -15,8 +15,8 @@ import torch
 
 from ..errors import UserError
 
-MOST_BLOCKS = 10_000  # what Ray keeps track of
-UNUSABLE = (UserError, torch.OutOfMemoryError)  # what leaves an item out, where other errors end the work
+MAX_BLOCKS = 10_000  # what Ray keeps track of
+SKIPPED_ERRORS = (UserError, torch.OutOfMemoryError)  # what leaves an item out, where other errors end the work
 LOCAL = "local"
 
 
@@ -31,7 +31,7 @@ class Worker(Protocol):
 
 
 @dataclass(frozen=True)
-class Spread:
+class Executor:
     """Where the work is done."""
 
     ray: str | None = None  # None: in this process; "local": a cluster of this machine; else the address of one
@@ -39,7 +39,7 @@ class Spread:
     num_gpus: float = 0  # that each of them takes
 
 
-def spread(make: Callable[[], Worker], items: Sequence[Any], how: Spread = Spread()) -> Iterator[tuple[int, dict]]:
+def run_items(make: Callable[[], Worker], items: Sequence[Any], executor: Executor = Executor()) -> Iterator[tuple[int, dict]]:
     """The index of each item, once, and {"result": what `work` gave} or {"why": the reason it is left out}.
 
     `make` loads the models, once in each worker; on Ray it and the items must be picklable, and paths the same on every machine.
@@ -48,7 +48,7 @@ def spread(make: Callable[[], Worker], items: Sequence[Any], how: Spread = Sprea
     numbered = list(enumerate(items))
     if not numbered:
         return iter(())
-    return _spread_on_ray(make, numbered, how) if how.ray else done(make(), numbered)
+    return _run_on_ray(make, numbered, executor) if executor.ray else done(make(), numbered)
 
 
 def done(worker: Worker, numbered: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, dict]]:
@@ -56,7 +56,7 @@ def done(worker: Worker, numbered: Iterable[tuple[int, Any]]) -> Iterator[tuple[
     for (index, item), read in ahead(numbered, lambda pair: worker.read(pair[1])):
         try:
             yield index, {"result": worker.work(item, read())}
-        except UNUSABLE as error:
+        except SKIPPED_ERRORS as error:
             yield index, {"why": str(error)}
 
 
@@ -73,18 +73,18 @@ def ahead(items: Iterable[Any], read: Callable[[Any], Any]) -> Iterator[tuple[An
             yield before
 
 
-def _spread_on_ray(make: Callable[[], Worker], numbered: list[tuple[int, Any]], how: Spread) -> Iterator[tuple[int, dict]]:
-    ray, started = _started(how)
+def _run_on_ray(make: Callable[[], Worker], numbered: list[tuple[int, Any]], executor: Executor) -> Iterator[tuple[int, dict]]:
+    ray, started = _started(executor)
     try:
         rows = [{"index": index, "item": _Sealed(item)} for index, item in numbered]
-        outcomes = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS)).map_batches(
+        outcomes = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
             _Actor,
             fn_constructor_args=(make,),
             batch_size=None,
             batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=how.num_workers),
+            compute=ray.data.ActorPoolStrategy(size=executor.num_workers),
             num_cpus=1,
-            num_gpus=how.num_gpus,
+            num_gpus=executor.num_gpus,
         )
         for row in outcomes.iter_rows():
             yield int(row["index"]), json.loads(row["outcome"])
@@ -123,18 +123,18 @@ def check_ray():
     return ray
 
 
-def _started(how: Spread):
+def _started(executor: Executor):
     """Ray, connected, and whether it was this function that did so. Raises UserError."""
     ray = check_ray()
     started = not ray.is_initialized()
     if started:
         try:
-            cluster = {"address": LOCAL, "num_cpus": max(how.num_workers, os.cpu_count() or 1), "include_dashboard": False}
-            ray.init(**(cluster if how.ray == LOCAL else {"address": how.ray}), log_to_driver=False, logging_level="error")
+            cluster = {"address": LOCAL, "num_cpus": max(executor.num_workers, os.cpu_count() or 1), "include_dashboard": False}
+            ray.init(**(cluster if executor.ray == LOCAL else {"address": executor.ray}), log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             raise UserError(
                 "there is no Ray cluster to be reached",
-                where=f"ray {how.ray!r}",
+                where=f"ray {executor.ray!r}",
                 got=str(error).splitlines()[0],
                 expected="local, or an address such as auto or host:6379",
             ) from None

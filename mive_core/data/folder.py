@@ -18,13 +18,13 @@ from .manifest import ManifestEntry, read_manifest
 LAYOUT = "source/NAME.mp4, target/NAME.mp4 and NAME.txt"
 COMMON = "instruction.txt"
 NO_CLIPS = (".txt", ".json", ".jsonl", ".md", ".db", ".ini")  # what else lies about in such folders
-MOST_NAMED = 3  # in a message
+MAX_NAMED = 3  # in a message
 
 
-def read_pairs(place: str | os.PathLike, may_be_silent: bool = False) -> list[ManifestEntry]:
-    """A folder of pairs, or a manifest, which may be a URL. Raises UserError, and unless it `may_be_silent` for an instruction without words too."""
+def read_pairs(place: str | os.PathLike, allow_empty_instruction: bool = False) -> list[ManifestEntry]:
+    """A folder of pairs, or a manifest, which may be a URL. Raises UserError, and unless it `allow_empty_instruction` for an instruction without words too."""
     if is_url(place) or not check_input(place, "pairs").is_dir():
-        return read_manifest(place, may_be_silent=may_be_silent)
+        return read_manifest(place, allow_empty_instruction=allow_empty_instruction)
     return read_folder(Path(place))
 
 
@@ -81,5 +81,5 @@ def _instruction(folder: Path, name: str) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

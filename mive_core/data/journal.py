@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import UserError
-from .executor import Spread, Worker, spread
+from .executor import Executor, Worker, run_items
 from .manifest import ManifestEntry
 
 
@@ -72,7 +72,7 @@ def worked_through(
     tasks: Sequence[Task],
     make: Callable[[], Worker],
     path: Path,
-    how: Spread = Spread(),
+    executor: Executor = Executor(),
     what: str = "items",
     is_there: Callable[[dict], bool] = lambda result: True,
 ) -> list[Outcome]:
@@ -85,7 +85,7 @@ def worked_through(
     known = {mark: line for mark, line in journal.read().items() if "result" in line and is_there(line["result"])}
     missing = [task for task in {task.mark: task for task in tasks}.values() if task.mark not in known]
     try:
-        for index, outcome in tqdm(spread(make, [task.item for task in missing], how), total=len(missing), desc=what, disable=None):
+        for index, outcome in tqdm(run_items(make, [task.item for task in missing], executor), total=len(missing), desc=what, disable=None):
             task = missing[index]
             known[task.mark] = {"mark": task.mark, "title": task.title, **outcome}
             journal.add(known[task.mark])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..prompt import conversation, instruction_text, sample_frames, to_bytes, token_budget
 from ..types import Clip, PairedEdit
-from ..vlm import load_speaker
+from ..vlm import load_for_generation
 
 PROMPT = Path(__file__).parents[1] / "assets" / "prompts" / "score.txt"
 FPS = 2.0  # frames a second that it sees, as the editing model does
@@ -36,7 +36,7 @@ class Judge:
     @classmethod
     def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", prompt: Path = PROMPT) -> "Judge":
         """A Hugging Face folder of Qwen3-VL. Raises UserError."""
-        return cls(*load_speaker(folder, dtype=dtype, device=device), prompt.read_text(encoding="utf-8"))
+        return cls(*load_for_generation(folder, dtype=dtype, device=device), prompt.read_text(encoding="utf-8"))
 
     @torch.inference_mode()
     def rate(self, pair: PairedEdit) -> tuple[float, float]:

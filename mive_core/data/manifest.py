@@ -13,11 +13,11 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
 from ..media.fit import fit_clip, fit_mask, fit_reference, trimmed
-from ..media.paths import check_input, check_output_folder, numbered_name, written_folder
+from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name
 from ..media.remote import check_url, is_url, local_copy
 from ..media.video import DEFAULT_FPS, read_clip, read_image, write_frames
 from ..types import Clip, EditRequest, PairedEdit
-from .tables import Row, read_rows, write_rows
+from .tables import Row, read_table, write_table
 
 PATH_KEYS = ("source", "reference", "target", "mask")
 TEXT_KEYS = ("instruction", "name", "kind", "edit", "colour")
@@ -46,16 +46,16 @@ class ManifestEntry:
         return self.name or str(self.source)
 
 
-def read_manifest(place: str | os.PathLike, required: Sequence[str] = REQUIRED_KEYS, may_be_silent: bool = True) -> list[ManifestEntry]:
+def read_manifest(place: str | os.PathLike, required: Sequence[str] = REQUIRED_KEYS, allow_empty_instruction: bool = True) -> list[ManifestEntry]:
     """Raises UserError with the line, column and key for anything missing, unknown or outside the manifest's folder.
 
     What media behind URLs hold is found out when they are read. With `required` less than its default, lines are no pairs: only
-    those keys are asked for. Without `may_be_silent` an empty instruction is an error.
+    those keys are asked for. Without `allow_empty_instruction` an empty instruction is an error.
     """
-    rows = read_rows(place, "manifest")
+    rows = read_table(place, "manifest")
     entries = [_entry(row, place, required) for row in rows]
     for row, entry in zip(rows, entries):
-        if not may_be_silent and not entry.instruction.strip():
+        if not allow_empty_instruction and not entry.instruction.strip():
             raise UserError("the instruction is empty", where=row.at("instruction"), fix="say what the edit is, or leave the line out")
     return entries
 
@@ -66,7 +66,7 @@ def write_manifest(path: str | os.PathLike, entries: Iterable[ManifestEntry]) ->
     for entry in entries:
         values = {key: value for key, value in asdict(entry).items() if value not in ("", None)}
         rows.append({key: _relative(value, folder, path) if key in PATH_KEYS else value for key, value in values.items()})
-    return write_rows(path, rows)
+    return write_table(path, rows)
 
 
 def read_source(entry: ManifestEntry, num_frames: int | None = None) -> Clip:
@@ -120,9 +120,9 @@ def export_pairs(pairs: Iterable[tuple[PairedEdit, Mapping[str, str]]], folder: 
     Pairs of the folder that are not written again stay. Raises UserError where the folder cannot be written.
     """
     folder = check_output_folder(folder, "output")
-    with written_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         lines = [_write_pair(pair, labels, partial, index) for index, (pair, labels) in enumerate(pairs)]
-        write_rows(partial / "pairs.jsonl", lines)
+        write_table(partial / "pairs.jsonl", lines)
     return folder / "pairs.jsonl"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..media.paths import check_output
 from ..types import PairedEdit
-from .executor import Spread
+from .executor import Executor
 from .journal import Outcome, Task, mark_of, worked_through
 from .judge import FPS, MAX_VIDEO_TOKENS, PROMPT, Judge
 from .manifest import ManifestEntry, load_entry, write_manifest
@@ -44,7 +44,7 @@ def score(
     least: float = LEAST,
     most: int = MOST,
     made_by: object = "",
-    how: Spread = Spread(),
+    executor: Executor = Executor(),
 ) -> tuple[list[Outcome], list[ManifestEntry]]:
     """Rates what has no rating yet and writes the manifest of the best -> each entry's outcome, and what was kept.
 
@@ -54,7 +54,7 @@ def score(
     output = check_output(output, "output", SUFFIXES)
     contract = (PROMPT.read_text(encoding="utf-8"), FPS, MAX_VIDEO_TOKENS, made_by)
     tasks = [Task(mark_of(contract, entry), entry.title, entry) for entry in entries]
-    outcomes = worked_through(tasks, lambda: ScoreWorker(load()), output.with_suffix(".scores.jsonl"), how, "pairs")
+    outcomes = worked_through(tasks, lambda: ScoreWorker(load()), output.with_suffix(".scores.jsonl"), executor, "pairs")
     kept = [entries[index] for index in chosen([outcome.result for outcome in outcomes], least, most)]
     if not kept:
         best = max(min(r["instruction"], r["faithfulness"]) for outcome in outcomes if (r := outcome.result))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from ..media.paths import check_input, check_output, written_beside
+from ..media.paths import atomic_write, check_input, check_output
 from ..media.remote import check_url, is_url, read_bytes
 
 PARQUET = ".parquet"
@@ -30,7 +30,7 @@ class Row:
         return f"{self.where}:{found.start() + 1}" if found else self.where
 
 
-def read_rows(place: str | os.PathLike, what: str) -> list[Row]:
+def read_table(place: str | os.PathLike, what: str) -> list[Row]:
     """Raises UserError with the line and column of what is no JSON object, and for a file that cannot be read."""
     if is_url(place):
         where, content = check_url(place), read_bytes(place, what)
@@ -45,10 +45,10 @@ def read_rows(place: str | os.PathLike, what: str) -> list[Row]:
     return rows
 
 
-def write_rows(path: str | os.PathLike, rows: Sequence[Mapping]) -> Path:
+def write_table(path: str | os.PathLike, rows: Sequence[Mapping]) -> Path:
     """Complete or not at all, in the format that the suffix names. Raises UserError."""
     path = check_output(path, "output", SUFFIXES)
-    with written_beside(path) as partial:
+    with atomic_write(path) as partial:
         if path.suffix.lower() == PARQUET:
             pyarrow = _pyarrow(str(path))
             keys = dict.fromkeys(key for row in rows for key in row)  # a table takes its columns from the first row otherwise

@@ -18,7 +18,7 @@ from ..dit import MiVEDiT
 from ..errors import UserError
 from ..formats.safetensors_file import read_tensors
 from ..layers import parse_layers
-from ..train.flow_matching import VelocityRecipe, VelocityTask, check, training_attention
+from ..train.flow_matching import FlowMatchingRecipe, FlowMatchingTask, check, training_attention
 from ..train.loop import step_seed
 from ..train.objective import EditFeatures, stacked
 from ..train.recipe import parse_recipe
@@ -28,7 +28,7 @@ from .vae_network import LATENT_CHANNELS, WholeClipVAE, decode_clips, read_whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTRecipe(VelocityRecipe):
+class DiTRecipe(FlowMatchingRecipe):
     """How a DiT is trained on drawn clips."""
 
     preset: str
@@ -39,10 +39,10 @@ class DiTRecipe(VelocityRecipe):
     buckets: tuple  # (width, height, frames, clips, share of the steps) each; kinds and edits, lists of names, may follow
     layers: str = "first+last"
     num_feature_processes: int = 2
-    growth_share: float = 0.0  # of the steps, while which the clips that are drawn from grow from a few to all; the others are computed meanwhile
-    num_alike: int = 1  # batches in a row that are of one size, so that as many processes take equally long
+    growth_ratio: float = 0.0  # of the steps, while which the clips that are drawn from grow from a few to all; the others are computed meanwhile
+    num_same_size: int = 1  # batches in a row that are of one size, so that as many processes take equally long
     channel_power: float = 0.0  # of a latent channel's effect on the decoded pixels, that the loss weighs it by
-    copier_start: bool = False  # see initialise_copier
+    identity_init: bool = False  # see initialise_identity
     auxiliary_weight: float = 0.0  # of what the DiT is told about the edited thing beside the velocity, see auxiliary_heads.py; 0: nothing
     auxiliary_blocks: tuple = (3, 7)  # that are to know its place and shape, and its outline
     start_from: str = ""  # of the same shapes; it may have fewer blocks, see deepen
@@ -51,7 +51,7 @@ class DiTRecipe(VelocityRecipe):
     learning_rate: float = 1.2e-3
     betas: tuple = (0.9, 0.98)
     num_warmup_steps: int = 80
-    decay_share: float = 0.25
+    decay_ratio: float = 0.25
     time_shift: float = 3.0
     edited_weight: float = 4.0
     export_dtype: str = "fp16"
@@ -60,17 +60,17 @@ class DiTRecipe(VelocityRecipe):
 class FeatureBatches(Dataset):
     """dataset[step] is a batch of one size and one sequence length, so that nothing is padded."""
 
-    def __init__(self, buckets: list[tuple[Bucket, Sequence[EditFeatures]]], batch_size: int, seed: int, num_alike: int = 1, num_growing: int = 0):
+    def __init__(self, buckets: list[tuple[Bucket, Sequence[EditFeatures]]], batch_size: int, seed: int, num_same_size: int = 1, num_growing: int = 0):
         """Over the first `num_growing` batches the clips that they are drawn from grow to all, a shard's number at a time."""
         self.buckets = buckets
-        self.batch_size, self.seed, self.num_alike, self.num_growing = batch_size, seed, num_alike, num_growing
+        self.batch_size, self.seed, self.num_same_size, self.num_growing = batch_size, seed, num_same_size, num_growing
         self.seen = [0] * len(buckets)
         self.of_length: list[dict[int, list[int]]] = [{} for _ in buckets]  # for each bucket, by length: the clips seen, in order
 
     def __getitem__(self, step: int) -> EditFeatures:
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
-        of_size = generator if self.num_alike == 1 else torch.Generator().manual_seed(step_seed(self.seed + 1, step // self.num_alike))
-        shares, groups = zip(*self.groups(step // self.num_alike * self.num_alike))
+        of_size = generator if self.num_same_size == 1 else torch.Generator().manual_seed(step_seed(self.seed + 1, step // self.num_same_size))
+        shares, groups = zip(*self.groups(step // self.num_same_size * self.num_same_size))
         entries, indices, count = groups[torch.multinomial(torch.tensor(shares), 1, generator=of_size)]
         chosen = torch.randint(count, (self.batch_size,), generator=generator).tolist()
         return stacked([entries[indices[i]] for i in chosen])
@@ -94,7 +94,7 @@ class FeatureBatches(Dataset):
         return min(NUM_PER_SHARD * math.ceil((step + 1) / self.num_growing * num_clips / NUM_PER_SHARD), num_clips)
 
 
-class DiTTask(VelocityTask):
+class DiTTask(FlowMatchingTask):
     """A new DiT, or one that goes on from another, and batches of drawn clips."""
 
     def __init__(self, recipe: DiTRecipe, config: MiVEConfig, dataset: Dataset):
@@ -105,8 +105,8 @@ class DiTTask(VelocityTask):
             model.load_state_dict(deepen(weights, config.num_blocks))
         else:
             initialise(model)
-            if recipe.copier_start:
-                initialise_copier(model)
+            if recipe.identity_init:
+                initialise_identity(model)
         channels = channel_weights(read_whole_clip_vae(recipe.vae), recipe.channel_power) if recipe.channel_power else torch.ones(1)
         super().__init__(recipe, model.to(recipe.device), dataset, channels.to(recipe.device))
         if recipe.auxiliary_weight:
@@ -150,7 +150,7 @@ def initialise(model: MiVEDiT) -> None:
 
 
 @torch.no_grad()
-def initialise_copier(model: MiVEDiT, gain: float = 0.8, branch: float = 0.3) -> None:
+def initialise_identity(model: MiVEDiT, gain: float = 0.8, branch: float = 0.3) -> None:
     """Ours, for a DiT without a pretrained backbone: the stream carries noisy and source patches, the head reads their difference.
 
     x_t - source is t times the velocity wherever the edit keeps the source, so the copy is there at once and only the edit is
@@ -199,8 +199,8 @@ def check_auxiliary(recipe: DiTRecipe, num_blocks: int, where: object) -> None:
             got=str(list(recipe.auxiliary_blocks)),
             expected=f"two numbers from 0 to {num_blocks - 1}",
         )
-    if recipe.recompute:
-        raise UserError("auxiliary heads read what leaves a block, once a step", where=where, fix="set recompute to false")
+    if recipe.gradient_checkpointing:
+        raise UserError("auxiliary heads read what leaves a block, once a step", where=where, fix="set gradient_checkpointing to false")
 
 
 def build(values: dict, where: object = None) -> DiTTask:
@@ -210,7 +210,7 @@ def build(values: dict, where: object = None) -> DiTTask:
     config = PRESETS[recipe.preset]
     config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
     check_auxiliary(recipe, config.num_blocks, where)
-    if recipe.growth_share and recipe.num_workers:
+    if recipe.growth_ratio and recipe.num_workers:
         raise UserError("clips that grow are read where they are waited for", where=where, got=f"num_workers {recipe.num_workers}", fix="set num_workers to 0")
     buckets = [
         Bucket((width, height), num_frames, num_clips, share, *map(tuple, chosen)) for width, height, num_frames, num_clips, share, *chosen in recipe.buckets
@@ -224,6 +224,6 @@ def build(values: dict, where: object = None) -> DiTTask:
         ],
         recipe.num_feature_processes,
     )
-    num_growing = round(recipe.growth_share * recipe.num_steps)
+    num_growing = round(recipe.growth_ratio * recipe.num_steps)
     entries = clips if num_growing else wait(clips)
-    return DiTTask(recipe, config, FeatureBatches(list(zip(buckets, entries)), recipe.batch_size, recipe.seed, recipe.num_alike, num_growing))
+    return DiTTask(recipe, config, FeatureBatches(list(zip(buckets, entries)), recipe.batch_size, recipe.seed, recipe.num_same_size, num_growing))

@@ -24,7 +24,7 @@ from ..train.objective import EditFeatures, latent_mask
 from ..types import PairedEdit
 from ..vae import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..vlm import VLM, WEIGHTS
-from .synthetic import SHAPES, PairedEdits, SyntheticEdit, Thing
+from .synthetic import SHAPES, EditedObject, PairedEdits, SyntheticEdit
 from .vae_network import read_whole_clip_vae
 from .vae_patch_matrix import Encoder, encoder_of
 
@@ -112,13 +112,13 @@ def latents_of(pair: PairedEdit, encode: Encoder) -> dict[str, Tensor]:
     return latents | {"mask": latent_mask(pair.mask).to(torch.float16)}
 
 
-def thing_of(edit: SyntheticEdit) -> dict[str, Tensor]:
+def object_of(edit: SyntheticEdit) -> dict[str, Tensor]:
     """Means over each latent frame's pixels: track (T, 3) x, y, radius in latent cells, shape (), cover (T, 2Y, 2X) in 0..1.
 
     Without a thing: zeros, and the shape -1.
     """
     frames, height, width = edit.pair.mask.shape
-    thing = edit.thing or Thing(torch.zeros(frames, 3), "", torch.zeros(frames, height, width))
+    thing = edit.thing or EditedObject(torch.zeros(frames, 3), "", torch.zeros(frames, height, width))
     cover = torch.cat([thing.cover[:1].expand(TEMPORAL_FACTOR - 1, -1, -1), thing.cover])  # frame 0 is a latent frame of its own
     track = torch.cat([thing.track[:1].expand(TEMPORAL_FACTOR - 1, -1), thing.track])
     return {
@@ -131,7 +131,7 @@ def thing_of(edit: SyntheticEdit) -> dict[str, Tensor]:
 def features_of(shard: Shard) -> Callable[[SyntheticEdit], dict[str, Tensor]]:
     """The shard's part of a paired edit, its model loaded."""
     if shard.part == "things":
-        return thing_of
+        return object_of
     if shard.part == "states":
         vlm = VLM.load(shard.model)
         return lambda edit: states_of(edit.pair, vlm, shard.config)

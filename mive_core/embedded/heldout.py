@@ -15,7 +15,7 @@ from .synthetic.phrasing import LOOK_NOUNS, NUM_HELD_OUT
 FOOTAGE_LOOKS = ("night", "sepia", "grayscale", "warm", "cool", "invert", "faded", "pink")
 # what green becomes: for each channel out, which one it is read from
 GREEN_BECOMES = {"red": (1, 2, 2), "blue": (2, 2, 1), "purple": (1, 2, 1)}
-LEAST_GREEN = 0.05  # of the pixels
+MIN_GREEN = 0.05  # of the pixels
 
 
 def _luma(frames: Tensor) -> Tensor:
@@ -78,12 +78,12 @@ def unseen_look_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]
 def recolour_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
     """One pair a new colour of what is green in the clip; the mask is found by a colour threshold.
 
-    Raises UserError where less than LEAST_GREEN of the pixels are green.
+    Raises UserError where less than MIN_GREEN of the pixels are green.
     """
     mask = is_green(clip.frames)
-    if mask.float().mean() < LEAST_GREEN:
+    if mask.float().mean() < MIN_GREEN:
         raise UserError(
-            "there is too little green in the clip to recolour", got=f"{mask.float().mean():.1%} of the pixels", expected=f"{LEAST_GREEN:.0%} or more"
+            "there is too little green in the clip to recolour", got=f"{mask.float().mean():.1%} of the pixels", expected=f"{MIN_GREEN:.0%} or more"
         )
     for colour, channels in GREEN_BECOMES.items():
         target = torch.where(mask[..., None], clip.frames[..., list(channels)], clip.frames)

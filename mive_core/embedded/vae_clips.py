@@ -32,9 +32,9 @@ class ClipCrops(Dataset):
     A share of the pool is natural pictures, the rest drawn scenes, evenly mixed. It is stored under `folder`, once.
     """
 
-    def __init__(self, folder: Path, num_clips: int, num_steps: int, phases: tuple[Phase, ...], seed: int, natural_share: float = 0.5):
-        self.path = folder / f"pool_{num_clips}_{seed}_{natural_share}.npy"
-        self.num_clips, self.num_steps, self.phases, self.seed, self.natural_share = num_clips, num_steps, phases, seed, natural_share
+    def __init__(self, folder: Path, num_clips: int, num_steps: int, phases: tuple[Phase, ...], seed: int, natural_ratio: float = 0.5):
+        self.path = folder / f"pool_{num_clips}_{seed}_{natural_ratio}.npy"
+        self.num_clips, self.num_steps, self.phases, self.seed, self.natural_ratio = num_clips, num_steps, phases, seed, natural_ratio
 
     def phase(self, step: int) -> Phase:
         return next(phase for phase in self.phases if step < phase.until * self.num_steps or phase is self.phases[-1])
@@ -66,7 +66,7 @@ class ClipCrops(Dataset):
         pool = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(self.num_clips, *POOL_SHAPE))
         num_frames, height, width, _ = POOL_SHAPE
         for index in tqdm(range(self.num_clips), desc="draw clips", mininterval=5.0):
-            is_natural = int((index + 1) * self.natural_share) > int(index * self.natural_share)
+            is_natural = int((index + 1) * self.natural_ratio) > int(index * self.natural_ratio)
             draw = natural_clip if is_natural else random_clip
             pool[index] = np.round(draw(self.seed * self.num_clips + index, (width, height), num_frames) * 255).astype(np.uint8)
         pool.flush()

@@ -22,7 +22,7 @@ FAINT = 0.1  # of the usual initial weights, where nothing is known
 
 
 @torch.no_grad()
-def initialise_principal(vae: WholeClipVAE, video: Tensor) -> None:
+def initialise_from_pca(vae: WholeClipVAE, video: Tensor) -> None:
     """Sets all weights from clips, (B, 3, F, H, W) in -1..1 with F = 4n+1 > 1."""
     dim = vae.encoder.conv1.out_channels
     bases, deviations = principal_bases(video.transpose(1, 2), (min(dim - 1, 12), 2 * dim - 1, NUM_PAIRED + 1))

@@ -20,10 +20,10 @@ from ..train.recipe import Recipe, parse_recipe
 from ..vae import LATENTS_MEAN, LATENTS_STD
 from .vae_clips import ClipCrops, Phase
 from .vae_network import AttentionBlock, Downsample, ResidualBlock, Upsample, WholeClipVAE, read_whole_clip_vae, skip_empty_branches
-from .vae_pca_init import initialise_principal
+from .vae_pca_init import initialise_from_pca
 
 PATH_CHANNELS = 7  # +RGB, -RGB, constant
-LOG_FLOOR = 1e-5  # under a clip's mean square error, 56 dB: what is near perfect asks for no more
+LOG_MSE_EPS = 1e-5  # under a clip's mean square error, 56 dB: what is near perfect asks for no more
 CONSTANT = 3.0  # what the constant channel carries; large against colours, so the heads' norms stay near linear
 
 
@@ -31,11 +31,11 @@ CONSTANT = 3.0  # what the constant channel carries; large against colours, so t
 class VAERecipe(Recipe):
     dim: int = 8  # width of the first level
     num_clips: int = 1600  # in the pool
-    natural_share: float = 0.5  # of the pool; the rest is drawn
+    natural_ratio: float = 0.5  # of the pool; the rest is drawn
     phases: tuple = ((0.2, 2, 9, 32), (0.6, 1, 9, 64), (1.0, 1, 17, 64))  # until (fraction), batch, frames, pixels
-    muon_lr: float = 3e-3
-    adamw_lr: float = 6e-4
-    warmup: int = 100  # steps
+    muon_learning_rate: float = 3e-3
+    adamw_learning_rate: float = 6e-4
+    num_warmup_steps: int = 100  # steps
     l1_weight: float = 1.0
     mse_weight: float = 2.0
     edges_weight: float = 0.5
@@ -56,11 +56,11 @@ class VAETask(Task):
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.dataset = ClipCrops(
-            Path(recipe.output_dir), recipe.num_clips, recipe.num_steps, tuple(Phase(*phase) for phase in recipe.phases), recipe.seed, recipe.natural_share
+            Path(recipe.output_dir), recipe.num_clips, recipe.num_steps, tuple(Phase(*phase) for phase in recipe.phases), recipe.seed, recipe.natural_ratio
         )
         self.vae = read_whole_clip_vae(recipe.start_from) if recipe.start_from else WholeClipVAE(recipe.dim)
         if recipe.num_basis_clips and not recipe.start_from:
-            initialise_principal(self.vae, as_video(self.clips(recipe.num_basis_clips)))
+            initialise_from_pca(self.vae, as_video(self.clips(recipe.num_basis_clips)))
         elif not recipe.start_from:
             initialise(self.vae)
         self.frozen = recipe.frozen_encoder or bool(recipe.start_from)
@@ -73,8 +73,8 @@ class VAETask(Task):
         matrices = [p for p in learned if p.ndim >= 4 and min(p.flatten(1).shape) > 1 and not _is_gamma(p)]
         chosen = {id(p) for p in matrices}
         self.optimizers = {
-            "muon": Muon(matrices, lr=recipe.muon_lr),
-            "adamw": torch.optim.AdamW([p for p in learned if id(p) not in chosen], lr=recipe.adamw_lr, betas=(0.9, 0.99), weight_decay=0.0),
+            "muon": Muon(matrices, lr=recipe.muon_learning_rate),
+            "adamw": torch.optim.AdamW([p for p in learned if id(p) not in chosen], lr=recipe.adamw_learning_rate, betas=(0.9, 0.99), weight_decay=0.0),
         }
         self.bounds = [(weight, weight.detach().norm() * recipe.max_growth) for weight in stream_weights(self.vae) if weight.requires_grad]
 
@@ -83,7 +83,7 @@ class VAETask(Task):
         return torch.from_numpy(self.dataset.pool[:num_clips].copy())
 
     def rate(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.recipe.warmup) * 0.5 * (1 + math.cos(math.pi * step / self.recipe.num_steps))
+        return min(1.0, (step + 1) / self.recipe.num_warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / self.recipe.num_steps))
 
     def loss(self, step: int, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """(B, F, H, W, 3) uint8 -> the training loss and its parts."""
@@ -135,7 +135,7 @@ def distortion(output: Tensor, video: Tensor) -> dict[str, Tensor]:
     error = output - video
     edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3, 4)) / 3
     blocks = F.avg_pool2d(error.transpose(1, 2).flatten(0, 1), 8).abs().mean()
-    log_mse = (error.square().flatten(1).mean(1) + LOG_FLOOR).log().mean()
+    log_mse = (error.square().flatten(1).mean(1) + LOG_MSE_EPS).log().mean()
     return {"l1": error.abs().mean(), "mse": error.square().mean(), "edges": edges, "blocks": blocks, "log_mse": log_mse}
 
 

@@ -36,7 +36,7 @@ class Sentences:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class VLMBatch:
     """One batch of clips of equal size."""
 
     inputs: VLMInputs  # text padded on the right
@@ -83,12 +83,12 @@ def to_byte(values: Tensor) -> Tensor:
     return (values * HALF + HALF).round().clamp(0, 2 * HALF).to(torch.uint8)
 
 
-def batch_of(examples: Sequence[Example], pad_token: int) -> Lesson:
+def batch_of(examples: Sequence[Example], pad_token: int) -> VLMBatch:
     """Examples of one size -> a batch."""
     inputs = pad([one.inputs for one in examples], pad_token)
     inputs = replace(inputs, pixel_values=inputs.pixel_values.float() / HALF - 1, pixel_values_videos=inputs.pixel_values_videos.float() / HALF - 1)
     answers = (torch.stack(column) for column in zip(*(one.answer for one in examples)))
-    return Lesson(inputs, torch.stack([one.labels for one in examples]), *answers)
+    return VLMBatch(inputs, torch.stack([one.labels for one in examples]), *answers)
 
 
 def answer(edit: SyntheticEdit, processor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +179,7 @@ class Readings:
     last: Tensor  # (B, V, 4) layer L: edited, colour after
 
 
-def losses(readings: Readings, truth: Lesson, weights: Sequence[float]) -> dict[str, Tensor]:
+def losses(readings: Readings, truth: VLMBatch, weights: Sequence[float]) -> dict[str, Tensor]:
     """Scalars: heard, words, meant, where, becomes, first (its where and colour), and their sum under the weights as 'loss'."""
     first, last = readings.first, readings.last
     heard, words = (

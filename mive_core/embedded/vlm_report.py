@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..vlm import VLM
 from .synthetic import KINDS, VOCABULARIES, PairedEdits
-from .vlm_examples import Heads, Lesson, batch_of, example, load_heads, overlap
+from .vlm_examples import Heads, VLMBatch, batch_of, example, load_heads, overlap
 from .vlm_task import read
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "vlm"
@@ -37,7 +37,7 @@ def measure(vlm: VLM, heads: Heads, split: str, num_clips: int, kinds: tuple[str
     return {"clips": num_clips, **{f"{field}_accuracy": mean(hits) for field, hits in words.items()}, **{name: mean(values) for name, values in found.items()}}
 
 
-def lessons(vlm: VLM, split: str, num_clips: int, kinds: tuple[str, ...] | None) -> Iterator[Lesson]:
+def lessons(vlm: VLM, split: str, num_clips: int, kinds: tuple[str, ...] | None) -> Iterator[VLMBatch]:
     edits = PairedEdits(SEED, split=split, kinds=kinds)
     for start in tqdm(range(0, num_clips, BATCH), desc=f"{split} {kinds[0] if kinds else 'all kinds'}", unit="batch"):
         examples = [example(edits.sample(index), 0, vlm.processor) for index in range(start, min(start + BATCH, num_clips))]

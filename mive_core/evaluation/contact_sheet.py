@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..media.fit import cover
-from ..media.paths import check_output, written_beside
+from ..media.paths import atomic_write, check_output
 from ..types import EditRequest
 
 NUM_COLUMNS = 6
@@ -72,7 +72,7 @@ def draw_sheet(bands: Sequence[Band], heading: str = "", across: int = 1) -> Ima
 def write_sheet(path: str | Path, bands: Sequence[Band], heading: str = "", across: int = 1) -> Path:
     """draw_sheet to a PNG, complete or not at all. Raises UserError where it cannot be written."""
     path = check_output(path, "sheet", (".png",))
-    with written_beside(path) as partial:
+    with atomic_write(path) as partial:
         draw_sheet(bands, heading, across).save(partial)
     return path
 

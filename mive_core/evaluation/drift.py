@@ -15,7 +15,7 @@ from ..errors import UserError
 CHANNELS = (("red", (200, 60, 50)), ("green", (50, 150, 70)), ("blue", (60, 90, 200)))
 PAPER, INK, RULE = (250, 250, 248), (28, 28, 32), (222, 222, 218)
 WIDTH, PLOT_HEIGHT, LEFT, RIGHT, TOP, GAP = 960, 220, 64, 24, 40, 60
-LEAST_RANGE = 0.02  # of a plot's axis: less is noise
+MIN_RANGE = 0.02  # of a plot's axis: less is noise
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _plot(draw: ImageDraw.ImageDraw, top: int, title: str, values: np.ndarray, c
     font = ImageFont.load_default(14)
     finite = values[np.isfinite(values)]
     low, high = min(0.0, finite.min(initial=0)), max(0.0, finite.max(initial=0))
-    high = max(high, low + 255 * LEAST_RANGE)
+    high = max(high, low + 255 * MIN_RANGE)
     bottom = top + PLOT_HEIGHT - 24
     draw.text((LEFT, top - 8), title, INK, font, anchor="ls")
     for level in (low, (low + high) / 2, high):

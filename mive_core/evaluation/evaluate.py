@@ -1,8 +1,8 @@
 """How good edits are: PSNR against known outcomes, beside what copying or a perfect DiT would reach.
 
 F frames, H x W pixels. PSNR is over all frames and channels of a clip at once, peak 1; figures of a
-set are means over its clips. Where nothing differs PSNR_CAP stands for infinity. `edit_done` says in
-place of a person whether the edit is there in every frame; `clips_right` counts the clips where it is, and `alike` those where
+set are means over its clips. Where nothing differs PSNR_CAP stands for infinity. `edit_completion` says in
+place of a person whether the edit is there in every frame; `success_rate` counts the clips where it is, and `object_match` those where
 the edited thing has the truth's colour, place and shape.
 """
 
@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from ..config import MiVEConfig
 from ..errors import UserError
-from ..media.paths import check_output_folder, written_beside, written_folder
+from ..media.paths import atomic_folder, atomic_write, check_output_folder
 from ..media.video import write_video
 from ..types import Clip, EditRequest, PairedEdit
 from .contact_sheet import Band, make_band, write_sheet
-from .object_match import likeness
+from .object_match import match_object
 
 PSNR_CAP = 100.0
 REFERENCE_MODES = ("given", "source_frame")
@@ -33,8 +33,8 @@ FIGURES = ("psnr_edited", "psnr_kept", "psnr")  # in the mask, outside of it, of
 BASELINES = ("vae_ceiling", "copy_source", "repeat_reference")
 SHEET_ACROSS, PAGE_CLIPS = 4, 8
 VISIBLE = 0.15  # distance in RGB, of sqrt(3) at most, from which a pixel counts as changed by the edit
-LEAST_CHANGED = 0.01  # of a frame's pixels: where fewer change, the frame does not count
-RIGHT = 0.75  # edit_done from which a clip counts as right
+MIN_CHANGED = 0.01  # of a frame's pixels: where fewer change, the frame does not count
+SUCCESS_THRESHOLD = 0.75  # edit_completion from which a clip counts as right
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def evaluate(
     if not len(pairs):
         raise UserError("there is nothing to evaluate", got="0 pairs")
     rows, bands = [], []
-    with written_folder(output_dir) as folder:
+    with atomic_folder(output_dir) as folder:
         (folder / "edited").mkdir()
         for index in tqdm(range(len(pairs)), desc="clips", disable=None):
             pair = pairs[index]
@@ -156,10 +156,10 @@ def score(pipeline: Editor, pair: PairedEdit, edited: Tensor) -> dict:
         nothing = dict.fromkeys(FIGURES)
         return {
             "edited_fraction": None,
-            "edit_done": None,
-            "edit_done_ceiling": None,
-            "alike": None,
-            "alike_ceiling": None,
+            "edit_completion": None,
+            "edit_completion_ceiling": None,
+            "object_match": None,
+            "object_match_ceiling": None,
             **nothing,
             **dict.fromkeys(BASELINES, nothing),
         }
@@ -170,31 +170,31 @@ def score(pipeline: Editor, pair: PairedEdit, edited: Tensor) -> dict:
         "copy_source": source,
         "repeat_reference": pair.request.reference.expand_as(target),
     }
-    done = {"edit_done": edit_done(edited, source, target), "edit_done_ceiling": edit_done(outcomes["vae_ceiling"], source, target)}
-    for name, frames in (("alike", edited), ("alike_ceiling", outcomes["vae_ceiling"])):
-        found = likeness(frames, source, target, mask, pair.colour)
-        done[name] = {"right": found.right, **asdict(found)}
+    done = {"edit_completion": edit_completion(edited, source, target), "edit_completion_ceiling": edit_completion(outcomes["vae_ceiling"], source, target)}
+    for name, frames in (("object_match", edited), ("object_match_ceiling", outcomes["vae_ceiling"])):
+        found = match_object(frames, source, target, mask, pair.colour)
+        done[name] = {"matches": found.matches, **asdict(found)}
     return {
         "edited_fraction": mask.float().mean().item(),
         **done,
-        **in_and_out(edited, target, mask),
-        **{name: in_and_out(frames, target, mask) for name, frames in outcomes.items()},
+        **region_psnr(edited, target, mask),
+        **{name: region_psnr(frames, target, mask) for name, frames in outcomes.items()},
     }
 
 
-def edit_done(frames: Tensor, source: Tensor, target: Tensor) -> float | None:
+def edit_completion(frames: Tensor, source: Tensor, target: Tensor) -> float | None:
     """(F, H, W, 3) thrice -> of the pixels that the edit visibly changes, the share that lies nearer to the target than half of
     the way to the source, in the frame where it is smallest; None where the edit changes next to nothing."""
     change, error = ((target - other).norm(dim=-1).flatten(1) for other in (source, frames))
     changed = change > VISIBLE
     counts = changed.sum(dim=1)
-    seen = counts >= LEAST_CHANGED * changed.shape[1]
+    seen = counts >= MIN_CHANGED * changed.shape[1]
     if not seen.any():
         return None
     return (((error < change / 2) & changed).sum(dim=1)[seen] / counts[seen]).min().item()
 
 
-def in_and_out(frames: Tensor, target: Tensor, mask: Tensor) -> dict[str, float | None]:
+def region_psnr(frames: Tensor, target: Tensor, mask: Tensor) -> dict[str, float | None]:
     """(F, H, W, 3) twice, (F, H, W) bool -> PSNR inside the mask, outside and over all; None for an empty region."""
     return dict(zip(FIGURES, (psnr(frames, target, region) for region in (mask, ~mask, torch.ones_like(mask)))))
 
@@ -218,10 +218,10 @@ def summary(rows: Sequence[dict]) -> dict:
     }
     for key in FIGURES:
         means[key] = mean([row[key] for row in rows])
-    for key, done in (("clips_right", "edit_done"), ("clips_right_ceiling", "edit_done_ceiling")):
-        means[key] = mean([None if row[done] is None else float(row[done] >= RIGHT) for row in rows])
-    for name in ("alike", "alike_ceiling"):
-        means[name] = mean([None if row[name] is None else float(row[name]["right"]) for row in rows])
+    for key, done in (("success_rate", "edit_completion"), ("success_rate_ceiling", "edit_completion_ceiling")):
+        means[key] = mean([None if row[done] is None else float(row[done] >= SUCCESS_THRESHOLD) for row in rows])
+    for name in ("object_match", "object_match_ceiling"):
+        means[name] = mean([None if row[name] is None else float(row[name]["matches"]) for row in rows])
     for name in BASELINES:
         means[name] = {key: mean([row[name][key] for row in rows]) for key in FIGURES}
     return means | {"seconds_per_clip": mean([row["seconds"] for row in rows])}
@@ -241,7 +241,7 @@ def notes(row: dict) -> tuple[str, ...]:
     """What stands beside the reference on a sheet."""
     lines = [" · ".join(text for text in (row["name"], row.get("kind"), row.get("edit")) if text)]
     if row["psnr_edited"] is not None:
-        right = "" if row["edit_done"] is None else "right, " if row["edit_done"] >= RIGHT else "not right, "
+        right = "" if row["edit_completion"] is None else "right, " if row["edit_completion"] >= SUCCESS_THRESHOLD else "not right, "
         lines.append(
             f"{right}edited {row['psnr_edited']:.1f} dB (copy {_db(row['copy_source']['psnr_edited'])}, ceiling {_db(row['vae_ceiling']['psnr_edited'])})"
         )
@@ -252,7 +252,7 @@ def notes(row: dict) -> tuple[str, ...]:
 
 def write_json(path: Path, values: dict) -> None:
     """Complete or not at all; NaN is refused rather than written."""
-    with written_beside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """Whether the edited thing has its colour, its place and its shape: told from the colour that the truth gives it.
 
 F frames, H x W pixels; lengths are in shares of the frame's shorter side, colours in RGB distance (sqrt(3) at most).
-A thing is what has its colour inside the edited region, in truth and result alike, so texture and blur count against neither.
+A thing is what has its colour inside the edited region, in truth and result object_match, so texture and blur count against neither.
 """
 
 from dataclasses import dataclass
@@ -12,55 +12,55 @@ from torch import Tensor
 
 NEAR = 0.35  # a thing's texture strays no further from its colour
 MARGIN = 2  # pixels around the mask in which a thing may still lie
-LEAST_AREA = 0.004  # of a frame, from which a thing is there
-OFF_COLOUR = 0.15  # the bounds of what counts as right
-OFF_PLACE = 0.05
-LIKE_SHAPE = 0.75
-LEFT_OVER = 0.15
+MIN_AREA = 0.004  # of a frame, from which a thing is there
+MAX_COLOUR_DISTANCE = 0.15  # the bounds of what counts as right
+MAX_CENTRE_DISTANCE = 0.05
+MIN_IOU = 0.75
+MAX_REMAINING = 0.15
 NO_COLOUR = 10.0  # stands for what is not finite, far from any colour
 GONE = 0.1  # of the source's pixels in the thing's colour: where the truth keeps fewer, it is removed
 
 
 @dataclass(frozen=True)
-class Likeness:
+class ObjectMatch:
     """How near a result is to the truth; None where the edit has no such side. Place and shape are means over frames."""
 
-    colour: float | None  # between the mean colours
-    place: float | None = None  # between the centres
-    shape: float | None = None  # intersection over union
-    left: float | None = None  # of a removed thing's pixels, the share that still has its colour
+    colour_distance: float | None  # between the mean colours
+    centre_distance: float | None = None  # between the centres
+    iou: float | None = None  # intersection over union
+    remaining: float | None = None  # share of a removed object's pixels that still have its colour
 
     @property
-    def right(self) -> bool:
+    def matches(self) -> bool:
         """Within all bounds."""
-        bounds = ((self.colour, OFF_COLOUR), (self.place, OFF_PLACE), (self.left, LEFT_OVER))
-        return all(value is None or value <= bound for value, bound in bounds) and (self.shape is None or self.shape >= LIKE_SHAPE)
+        bounds = ((self.colour_distance, MAX_COLOUR_DISTANCE), (self.centre_distance, MAX_CENTRE_DISTANCE), (self.remaining, MAX_REMAINING))
+        return all(value is None or value <= bound for value, bound in bounds) and (self.iou is None or self.iou >= MIN_IOU)
 
 
-def likeness(edited: Tensor, source: Tensor, target: Tensor, mask: Tensor, colour: tuple[float, float, float] | None) -> Likeness:
+def match_object(edited: Tensor, source: Tensor, target: Tensor, mask: Tensor, colour: tuple[float, float, float] | None) -> ObjectMatch:
     """(F, H, W, 3) thrice in 0..1, mask (F, H, W) bool, the thing's colour after the edit, or before it where it is removed.
 
     Without a colour (a look, a background) only the region's mean colour is compared.
     """
     edited = edited.nan_to_num(nan=NO_COLOUR, posinf=NO_COLOUR, neginf=-NO_COLOUR)
     if colour is None:
-        return Likeness((mean_colour(edited, mask) - mean_colour(target, mask)).norm().item())
+        return ObjectMatch((mean_colour(edited, mask) - mean_colour(target, mask)).norm().item())
     region = F.max_pool2d(mask[:, None].float(), 2 * MARGIN + 1, stride=1, padding=MARGIN)[:, 0] > 0
     found, before, truth = (find(frames, colour, region) for frames in (edited, source, target))
     if truth.sum() < GONE * before.sum():
         gone = before & ~truth
-        return Likeness(None, left=(found & gone).sum().item() / gone.sum().item())
-    least = LEAST_AREA * truth[0].numel()
+        return ObjectMatch(None, remaining=(found & gone).sum().item() / gone.sum().item())
+    least = MIN_AREA * truth[0].numel()
     there = truth.flatten(1).sum(1) >= least
     if not there.any():
-        return Likeness(None)
+        return ObjectMatch(None)
     either = (found | truth).flatten(1).sum(1)
     overlap = (found & truth).flatten(1).sum(1) / either.clamp(min=1)
     both = there & found.flatten(1).any(1)
     if not both.any():
-        return Likeness(NO_COLOUR, 1.0, 0.0)
+        return ObjectMatch(NO_COLOUR, 1.0, 0.0)
     distance = (centres(found) - centres(truth)).norm(dim=1) / min(truth.shape[1:])
-    return Likeness(
+    return ObjectMatch(
         (mean_colour(edited, found) - mean_colour(target, truth)).norm().item(), distance[both].mean().item(), overlap[either >= least].mean().item()
     )
 

@@ -14,7 +14,7 @@ from ..config import MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
 from .float8 import MODES, Float8Linear
-from .safetensors_file import INDEX_SUFFIX, family_of, is_scale, read_headers, read_scaled, read_tensor, resolve, scale_of, write_tensors
+from .safetensors_file import INDEX_SUFFIX, family_of, is_scale, read_dequantized, read_headers, read_tensor, resolve, scale_of, write_tensors
 
 # Wan's and our spelling of the shared layers -> diffusers' WanTransformer3DModel
 WAN_TO_DIFFUSERS = {
@@ -96,7 +96,7 @@ def load_dit(
             model.set_submodule(layer, Float8Linear(weight, factor, model.get_submodule(layer).bias, float8 == "multiplied"))
             state |= {key: weight, f"{layer}.weight_scale": factor}
         elif not is_scale(key):
-            state[key] = read_scaled(file, key, dtype).to(device)
+            state[key] = read_dequantized(file, key, dtype).to(device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -16,7 +16,19 @@ from ..errors import UserError
 from ..layers import parse_layers
 from ..media.paths import check_input
 from .checkpoint import WAN_TO_DIFFUSERS, check_fit, rename, shapes_of
-from .safetensors_file import DTYPES, WAN_FAMILY, FileBytes, TensorFile, bytes_of, family_of, is_scale, read_headers, read_scaled, resolve, stream_tensors
+from .safetensors_file import (
+    DTYPES,
+    WAN_FAMILY,
+    FileBytes,
+    TensorFile,
+    family_of,
+    file_bytes,
+    is_scale,
+    read_dequantized,
+    read_headers,
+    resolve,
+    stream_tensors,
+)
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of whole ComfyUI checkpoints
 LEFT_OUT = re.compile(r"(^|\.)(cross_attn|attn2|norm3|norm2|text_embedding|condition_embedder\.text_embedder)\.")
@@ -63,8 +75,8 @@ def init_from_wan(
             return fresh_tensor(key, wanted[key], generator)
         file, name = where[key]
         if key != double and DTYPES.get(file.dtypes[name]) == dtype:
-            return bytes_of(file, name)
-        tensor = read_scaled(file, name, dtype).view(shapes[key])
+            return file_bytes(file, name)
+        tensor = read_dequantized(file, name, dtype).view(shapes[key])
         return torch.cat([tensor, torch.zeros_like(tensor)], dim=1) if key == double else tensor
 
     stream_tensors(Path(destination), {key: (dtype, shape) for key, shape in wanted.items()}, produce, config.to_metadata())

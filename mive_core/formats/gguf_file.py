@@ -88,7 +88,7 @@ class Reader:
         return self.number(SCALARS[kind])
 
 
-def read_outside(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, str], dict[str, tuple[int, int]]]:
+def read_gguf_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, str], dict[str, tuple[int, int]]]:
     """-> shapes, types, text entries and places in bytes, by name. Raises UserError for damaged files and unknown types."""
     with open(path, "rb") as file:
         reader = Reader(file, path)

@@ -17,7 +17,7 @@ from ..errors import UserError
 from . import gguf_file
 from .checkpoint import check_whole, read_config
 from .float8 import to_float8
-from .safetensors_file import DTYPES, FLOAT8, FileBytes, bytes_of, is_scale, read_headers, read_tensor, resolve, stream_tensors
+from .safetensors_file import DTYPES, FLOAT8, FileBytes, file_bytes, is_scale, read_headers, read_tensor, resolve, stream_tensors
 
 FORMATS = {"fp8_scaled": (torch.float8_e4m3fn, "float8_e4m3fn")}  # name -> storage, and what ComfyUI calls it
 MATRIX = re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]|ffn\.[02])\.weight")
@@ -56,7 +56,7 @@ def quantize(source: str | Path, destination: str | Path, form: str = "fp8_scale
 
     def produce(key: str) -> Tensor | FileBytes:
         if key in where and not MATRIX.fullmatch(key):
-            return bytes_of(where[key], key)
+            return file_bytes(where[key], key)
         if key.endswith(".comfy_quant"):
             return note
         if key.endswith(".weight_scale"):

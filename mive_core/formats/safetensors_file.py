@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..config import METADATA_KEY
 from ..errors import UserError
-from ..media.paths import check_input, written_beside
+from ..media.paths import atomic_write, check_input
 from . import gguf_file
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -101,7 +101,7 @@ def read_header(path: Path) -> TensorFile:
             "pickle files are never opened, because opening one runs its code", where=path, expected="a .safetensors file", fix="convert it with its own tool"
         )
     if path.suffix.lower() == gguf_file.SUFFIX:
-        return TensorFile(path, *gguf_file.read_outside(path))
+        return TensorFile(path, *gguf_file.read_gguf_header(path))
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(512)
@@ -177,7 +177,7 @@ def read_tensor(file: TensorFile, key: str) -> Tensor:
     return gguf_file.decode(data, label, file.shapes[key], file.path) if quantised else torch.from_numpy(data).view(dtype).view(file.shapes[key])
 
 
-def bytes_of(file: TensorFile, key: str) -> FileBytes:
+def file_bytes(file: TensorFile, key: str) -> FileBytes:
     """Where a tensor lies."""
     return FileBytes(file.path, *file.places[key])
 
@@ -188,7 +188,7 @@ def scale_of(file: TensorFile, key: str) -> str | None:
     return next((layer + end for end in SCALES if layer + end in file.shapes), None) if file.dtypes[key] in FLOAT8 else None
 
 
-def read_scaled(file: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
+def read_dequantized(file: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
     """One weight in `dtype`; an 8-bit one times its scale, where the file has one for it (for the whole, or one a row)."""
     weight, scale = read_tensor(file, key).to(dtype), scale_of(file, key)
     if scale is None:
@@ -221,7 +221,7 @@ def stream_tensors(
     free = shutil.disk_usage(path.parent).free
     if free < end:
         raise UserError("there is no room for the file", where=path, got=f"{free / 1e9:.1f} GB free", expected=f"{end / 1e9:.1f} GB")
-    with written_beside(path) as partial, open(partial, "wb") as file:
+    with atomic_write(path) as partial, open(partial, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key, (dtype, shape) in tqdm(layout.items(), desc=path.name, unit="tensor"):
             tensor = produce(key)
@@ -255,7 +255,7 @@ def send(place: FileBytes, file: BinaryIO) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """One safetensors file, whole or not at all. Raises UserError where the system refuses the write."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as partial:
+    with atomic_write(path) as partial:
         try:
             save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, metadata=metadata)
         except SafetensorError as error:

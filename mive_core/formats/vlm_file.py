@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import VLM_SIZES
 from ..errors import UserError
-from .safetensors_file import VLM_FAMILY, is_scale, read_header, read_scaled
+from .safetensors_file import VLM_FAMILY, is_scale, read_dequantized, read_header
 
 # published with every Qwen3-VL
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 151655, 151656, 151652, 151653
@@ -86,7 +86,7 @@ def read_repack(path: Path, dtype: torch.dtype) -> tuple[dict, dict[str, Tensor]
         raise UserError(f"this looks like {header.family}", where=path, expected=VLM_FAMILY)
     body = {key: key.removeprefix("model.") for key in header.shapes if not is_scale(key) and not key.startswith("lm_head.")}
     config = config_of(path, {name: header.shapes[key] for key, name in body.items()})
-    return config, {name: read_scaled(header, key, dtype) for key, name in body.items()}
+    return config, {name: read_dequantized(header, key, dtype) for key, name in body.items()}
 
 
 def name_of(width: int, path: Path) -> str:

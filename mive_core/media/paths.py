@@ -70,7 +70,7 @@ def numbered_name(number: int, name: str, digits: int) -> str:
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a path to write to, in the same folder, which takes the name of `path` at the end.
 
     On any failure the partial file is removed and what stood at `path` stays as it was.
@@ -90,7 +90,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def written_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path`, whose entries move into `path` at the end, each by a rename.
 
     Entries of the same name are replaced, others stay. On any failure nothing of it remains.
@@ -113,8 +113,8 @@ def written_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Removes what `written_beside` and `written_folder` of killed processes have left in it."""
+def remove_partial_files(folder: Path) -> None:
+    """Removes what `atomic_write` and `atomic_folder` of killed processes have left in it."""
     for path in folder.glob(".*.partial*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 

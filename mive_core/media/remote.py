@@ -6,7 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from ..errors import UserError
-from .paths import check_output_folder, written_beside, written_folder
+from .paths import atomic_folder, atomic_write, check_output_folder
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 OURSELVES = ("file", "local")  # protocols that would read this machine's files
@@ -51,12 +51,12 @@ def cache_folder() -> Path:
 
 
 def _copy_file(files, path: str, copy: Path) -> None:
-    with written_beside(copy) as partial:
+    with atomic_write(copy) as partial:
         files.get_file(path, str(partial))
 
 
 def _copy_folder(files, path: str, copy: Path) -> None:
-    with written_folder(copy) as partial:
+    with atomic_folder(copy) as partial:
         for entry in files.ls(path, detail=True):
             if entry["type"] == "file":
                 files.get_file(entry["name"], str(partial / PurePosixPath(entry["name"]).name))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..types import Clip
 from .fit import as_rgb, check_frames, check_size
-from .paths import check_input, check_output, written_beside
+from .paths import atomic_write, check_input, check_output
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
@@ -74,7 +74,7 @@ def write_video(path: str | os.PathLike, clip: Clip) -> Path:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise UserError("H.264 in yuv420p needs even sizes", where=path, got=f"{width}x{height}")
-    with written_beside(path) as partial:
+    with atomic_write(path) as partial:
         _encode(partial, frames, _rate(clip.fps, path), path)
     return path
 

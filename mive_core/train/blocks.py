@@ -12,14 +12,14 @@ from ..dit import MiVEDiT
 from ..errors import UserError
 
 
-def recompute(model: MiVEDiT) -> None:
+def checkpoint_activations(model: MiVEDiT) -> None:
     """Gradient checkpointing: a block keeps its input only."""
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def offload(model: MiVEDiT) -> None:
-    """What blocks keep, which after `recompute` are their inputs, waits in main memory for the backward pass."""
+    """What blocks keep, which after `checkpoint_activations` are their inputs, waits in main memory for the backward pass."""
     for block in model.blocks:
         block.forward = partial(_offloaded, block.forward)
 

@@ -12,7 +12,7 @@ from ..cost.flops import Layout, dit_flops, training_flops
 from ..cost.memory import weight_bytes
 from ..errors import UserError
 from ..formats.checkpoint import shapes_of
-from .flow_matching import DTYPES, VelocityRecipe
+from .flow_matching import DTYPES, FlowMatchingRecipe
 from .throughput import PEAK_TFLOPS
 
 # Bytes of one block's activations while it runs backward, for each of (N D) and (N F): counted, see tests. What is kept of each block
@@ -42,10 +42,10 @@ class Memory:
         return sum(getattr(self, name) for name in self.__dataclass_fields__)
 
 
-def memory_of(recipe: VelocityRecipe, config: MiVEConfig, num_tokens: int, num_processes: int = 1) -> Memory:
+def memory_of(recipe: FlowMatchingRecipe, config: MiVEConfig, num_tokens: int, num_processes: int = 1) -> Memory:
     """Of a recipe that recomputes, with sequences of N tokens. Raises UserError for one that does not."""
-    if not recipe.recompute:
-        raise UserError("memory is counted where blocks are recomputed", where="recompute", got=False)
+    if not recipe.gradient_checkpointing:
+        raise UserError("memory is counted where blocks are recomputed", where="gradient_checkpointing", got=False)
     itemsize = DTYPES[getattr(recipe, "weight_dtype", "fp32")].itemsize
     frozen = weight_bytes(config, itemsize, 1 if getattr(recipe, "float8", "") == "kept" else None)
     trained = lora_size(config, recipe.lora_rank) * 4 if recipe.lora_rank else frozen
@@ -59,7 +59,7 @@ def memory_of(recipe: VelocityRecipe, config: MiVEConfig, num_tokens: int, num_p
         weights=(frozen // share) + (trained if recipe.lora_rank else 0),
         gradients=trained // share,
         optimizer=optimizer // share,
-        averages=trained // share if recipe.ema else 0,
+        averages=trained // share if recipe.ema_decay else 0,
         activations=kept + rows * (wide * config.width + inner * config.ffn_width),
         in_flight=IN_FLIGHT * block_size(config) * number if recipe.sharded else 0,
     )
@@ -92,7 +92,7 @@ def scale(preset: str = "14b", *, card: str = "H100", share_of_peak: float = 0.4
         if got not in known:
             raise UserError(f"unknown {what}", got=got, expected=", ".join(known))
     config, rows = PRESETS[preset], []
-    recipe = VelocityRecipe(task="edit", output_dir="", export="", num_steps=1, start_from="", bf16=True, recompute=True, sharded=True)
+    recipe = FlowMatchingRecipe(task="edit", output_dir="", export="", num_steps=1, start_from="", bf16=True, gradient_checkpointing=True, sharded=True)
     peak = PEAK_TFLOPS[card] * 1e12
     for size, count, offload in product(((832, 480), (1280, 720)), processes, (False, True)):
         layout, recipe = layout_of(size, num_frames), replace(recipe, offload=offload)
@@ -142,7 +142,7 @@ def kept_bytes(config: MiVEConfig, num_tokens: int, itemsize: int) -> int:
     return config.num_blocks * num_tokens * config.width * itemsize
 
 
-def longest_sequence(recipe: VelocityRecipe, config: MiVEConfig, num_processes: int, card_bytes: float) -> int:
+def longest_sequence(recipe: FlowMatchingRecipe, config: MiVEConfig, num_processes: int, card_bytes: float) -> int:
     """The most tokens that fit one card: from there on a sequence has to be spread over several."""
     none, many = (memory_of(recipe, config, tokens, num_processes).total for tokens in (0, 10_000))
     return max(int((card_bytes - RESERVED - none) / (many - none) * 10_000), 0)

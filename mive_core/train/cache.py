@@ -18,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import MiVEConfig
-from ..data.executor import UNUSABLE, Spread, ahead, spread
+from ..data.executor import SKIPPED_ERRORS, Executor, ahead, run_items
 from ..data.journal import mark_of
 from ..data.manifest import ManifestEntry, load_entry, read_source
 from ..errors import UserError
 from ..formats.checkpoint import read_config
 from ..formats.safetensors_file import read_header, resolve, shard_files, write_tensors
-from ..media.paths import check_output_folder, sweep, written_beside
+from ..media.paths import atomic_write, check_output_folder, remove_partial_files
 from ..pipeline import check_device, check_vlm
 from ..types import Clip, PairedEdit
 from ..vae import VAE
@@ -169,7 +169,7 @@ def cache(
     folder: str | Path,
     settings: CacheSettings = CacheSettings(),
     say: Callable[[str], None] = lambda text: None,
-    how: Spread = Spread(),
+    executor: Executor = Executor(),
     load: Callable[[], Encoders] | None = None,
 ) -> dict:
     """Computes what is missing of the cache -> its index.
@@ -184,11 +184,11 @@ def cache(
     shards = shards_of(entries, folder.absolute(), contract)
     missing = [shard for shard in shards if report_of(shard) is None]
     known = check_space(folder, missing, len(shards), encoders, settings, say) if missing else {}
-    make = (lambda: ShardWorker(load(), settings)) if how.ray and load else lambda: ShardWorker(encoders, settings, known)
-    for _, outcome in tqdm(spread(make, missing, how), total=len(missing), desc="cache", unit="shard", disable=None):
+    make = (lambda: ShardWorker(load(), settings)) if executor.ray and load else lambda: ShardWorker(encoders, settings, known)
+    for _, outcome in tqdm(run_items(make, missing, executor), total=len(missing), desc="cache", unit="shard", disable=None):
         if "why" in outcome:
             raise UserError(outcome["why"])
-    sweep(folder)
+    remove_partial_files(folder)
     return write_index(folder, contract, [report_of(shard) for shard in shards])
 
 
@@ -259,7 +259,7 @@ def usable(
     for (line, entry), read in ahead(zip(shard.lines, shard.entries), read_one):
         try:
             features = known.pop(line) if line in known else encoders.features(read(), settings)
-        except UNUSABLE as error:
+        except SKIPPED_ERRORS as error:
             skipped.append({"pair": line, "name": entry.title, "why": str(error)})
             continue
         yield line, entry, features
@@ -307,7 +307,7 @@ def write_index(folder: Path, contract: dict, reports: Sequence[dict]) -> dict:
     }
     if not index["entries"]:
         raise UserError("none of the pairs can be used", where=folder, got=index["skipped"][0]["why"])
-    with written_beside(folder / INDEX) as partial:
+    with atomic_write(folder / INDEX) as partial:
         partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return index
 

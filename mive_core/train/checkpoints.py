@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..formats.safetensors_file import write_tensors
-from .distributed import Ranks, placed_like, whole
+from .distributed import ProcessGroup, distribute_like, whole
 from .optim import packed, unpacked
+from .recipe import renamed
 
 METADATA_KEY = "mive.training"
 PATTERN = "step_*.safetensors"
-ORPHANS = ".step_*.partial.safetensors"  # as files.written_beside names what it has not finished
+ORPHANS = ".step_*.partial.safetensors"  # as files.atomic_write names what it has not finished
 PART = ":"  # between an optimizer's value in 8 bits and what it is made of
 
 
-class OtherRecipe(UserError):
+class RecipeMismatch(UserError):
     """The checkpoints in a folder were written with other settings: the fields that `differ`."""
 
     def __init__(self, folder: Path, differ: list[str]):
@@ -40,7 +41,7 @@ def save(
     optimizers: Mapping[str, torch.optim.Optimizer],
     recipe: dict,
     keep: int,
-    ranks: Ranks = Ranks(),
+    processes: ProcessGroup = ProcessGroup(),
 ) -> Path:
     """Everything that the step after `step` needs; older checkpoints beyond `keep` are removed.
 
@@ -61,9 +62,9 @@ def save(
     parts, tensors = tensors, {}
     for key, value in parts.items():
         joined = whole(value.detach())
-        if ranks.is_first:
+        if processes.is_first:
             tensors[key] = joined.cpu().clone()
-    if not ranks.is_first:
+    if not processes.is_first:
         return path
     write_tensors(path, tensors, {METADATA_KEY: json.dumps({"step": step, "recipe": recipe, "scalars": scalars})})
     for old in sorted(folder.glob(PATTERN))[:-keep]:
@@ -82,7 +83,7 @@ def restore(
 ) -> int:
     """Loads the newest complete checkpoint and returns the first step to do, 0 where there is none; what a crash left unfinished is removed.
 
-    A field that the checkpoint does not know counts as its default, one of `free` does not count. Raises OtherRecipe where it was
+    A field that the checkpoint does not know counts as its default, one of `free` does not count. Raises RecipeMismatch where it was
     written by another.
     """
     for orphan in folder.glob(ORPHANS):
@@ -90,17 +91,17 @@ def restore(
     stored, state = _newest(folder)
     if stored is None:
         return 0
-    written = defaults | state["recipe"]
+    written = defaults | renamed(state["recipe"], recipe.keys())
     differing = sorted(key for key in (recipe.keys() | written.keys()) - free if recipe.get(key) != written.get(key))
     if differing:
-        raise OtherRecipe(folder, differing)
+        raise RecipeMismatch(folder, differing)
     for name, module in modules.items():
         check_shapes(folder, {key: stored.shape(f"module.{name}.{key}") for key in _below(stored, f"module.{name}.")}, module.state_dict())
     for name, module in modules.items():
         current = module.state_dict()
-        module.load_state_dict({key: placed_like(stored[f"module.{name}.{key}"], current[key]) for key in _below(stored, f"module.{name}.")})
+        module.load_state_dict({key: distribute_like(stored[f"module.{name}.{key}"], current[key]) for key in _below(stored, f"module.{name}.")})
     for key in _below(stored, "average."):
-        averages[key].copy_(placed_like(stored[f"average.{key}"], averages[key]))
+        averages[key].copy_(distribute_like(stored[f"average.{key}"], averages[key]))
     for name, optimizer in optimizers.items():
         prefix = f"optimizer.{name}."
         values = ((key, source[prefix + key]) for source in (stored, state["scalars"]) for key in _below(source, prefix))
@@ -152,7 +153,7 @@ def _entries(values: Iterable[tuple[str, object]], optimizer: torch.optim.Optimi
         if part:
             entry.setdefault(field, {})[part] = value.to(weight.device)
         else:
-            entry[field] = placed_like(value, weight) if getattr(value, "shape", None) == weight.shape else value
+            entry[field] = distribute_like(value, weight) if getattr(value, "shape", None) == weight.shape else value
     return {index: {field: packed(field, value) if isinstance(value, dict) else value for field, value in entry.items()} for index, entry in entries.items()}
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """This process's number, and how many there are."""
 
     rank: int = 0
@@ -23,10 +23,10 @@ class Ranks:
         """Whether this process writes logs, checkpoints and the export."""
         return self.rank == 0
 
-    def batches_of(self, step: int, num_accumulated: int) -> range:
-        """The numbers of this process's batches of a step; together the processes take size * num_accumulated in a row."""
-        first = (step * self.size + self.rank) * num_accumulated
-        return range(first, first + num_accumulated)
+    def batches_of(self, step: int, gradient_accumulation_steps: int) -> range:
+        """The numbers of this process's batches of a step; together the processes take size * gradient_accumulation_steps in a row."""
+        first = (step * self.size + self.rank) * gradient_accumulation_steps
+        return range(first, first + gradient_accumulation_steps)
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes its mean over the processes, in one exchange for each dtype; gradients of sharded weights already are."""
@@ -71,16 +71,16 @@ def num_processes() -> int:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def joined(device: str) -> Iterator[ProcessGroup]:
     """The processes that the launcher's environment names, connected; one alone where there is no launcher."""
     if num_processes() == 1:
-        yield Ranks()
+        yield ProcessGroup()
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+        yield ProcessGroup(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
 
@@ -90,6 +90,6 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def placed_like(value: Tensor, like: Tensor) -> Tensor:
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, in the parts that `like` is in."""
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else value

@@ -18,7 +18,7 @@ from ..formats.checkpoint import load_dit, read_config
 from ..formats.safetensors_file import resolve
 from ..pipeline import EMBEDDED
 from .cache import CacheEntry, read_index, restored
-from .flow_matching import DTYPES, VelocityRecipe, VelocityTask, check, training_attention
+from .flow_matching import DTYPES, FlowMatchingRecipe, FlowMatchingTask, check, training_attention
 from .loop import step_seed
 from .objective import EditFeatures, stacked
 from .recipe import parse_recipe
@@ -29,7 +29,7 @@ FLOAT8 = ("scaled_back", "kept")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditRecipe(VelocityRecipe):
+class EditRecipe(FlowMatchingRecipe):
     """How a DiT is trained on cached pairs."""
 
     caches: tuple  # folders that `mive data cache` wrote for that checkpoint
@@ -97,7 +97,7 @@ class CachedBatches(Dataset):
         return self._open[path]
 
 
-class EditTask(VelocityTask):
+class EditTask(FlowMatchingTask):
     """A checkpoint, and the batches of its caches."""
 
     def __init__(self, recipe: EditRecipe, where: object = None):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UserError
-from ..media.paths import written_beside
+from ..media.paths import atomic_write
 from .recipe import Recipe
 
 FILES = {"train": "log.jsonl", "validation": "validation.jsonl"}
@@ -56,7 +56,7 @@ def forget(path: Path, first: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
     if kept != lines:
-        with written_beside(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
 
 

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import checkpoints
-from .distributed import Ranks, whole
+from .distributed import ProcessGroup, whole
 from .log import Log
 from .recipe import Recipe, defaults_of, fingerprint
-from .throughput import Meter, Work, peak_flops
+from .throughput import ThroughputMeter, Work, peak_flops
 
 
 class Task:
@@ -29,7 +29,7 @@ class Task:
     recipe: Recipe
     modules: Mapping[str, nn.Module]  # trained, averaged and checkpointed
     optimizers: Mapping[str, torch.optim.Optimizer]
-    dataset: Dataset  # dataset[n] is the n-th batch, a function of (seed, n) alone; a step takes recipe.num_accumulated of them
+    dataset: Dataset  # dataset[n] is the n-th batch, a function of (seed, n) alone; a step takes recipe.gradient_accumulation_steps of them
 
     def rate(self, step: int) -> float:
         """Factor on every optimizer's learning rate at this step, 0..1."""
@@ -49,7 +49,7 @@ class Task:
         """What the batch amounts to, where it is to be measured."""
 
     def export(self, path: Path) -> None:
-        """Writes the finished model. The modules then hold the averaged weights, where `ema` is set.
+        """Writes the finished model. The modules then hold the averaged weights, where `ema_decay` is set.
 
         Called by the first process, and by all of them where weights are sharded: then the first one is to write.
         """
@@ -61,7 +61,7 @@ class Validation(Protocol):
 
     def due(self, step: int) -> bool: ...
 
-    def __call__(self, step: int, ranks: Ranks) -> tuple[dict[str, float], Path]:
+    def __call__(self, step: int, processes: ProcessGroup) -> tuple[dict[str, float], Path]:
         """Figures, and a picture of them that the first process wrote."""
 
 
@@ -69,7 +69,7 @@ def run(
     task: Task,
     *,
     stop_at: int | None = None,
-    ranks: Ranks = Ranks(),
+    processes: ProcessGroup = ProcessGroup(),
     watch: Callable[[int, dict[str, Tensor]], None] | None = None,
     validation: Validation | None = None,
 ) -> None:
@@ -85,22 +85,22 @@ def run(
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
     averages = _copies(task)
-    plan = plan_of(recipe, ranks)
+    plan = plan_of(recipe, processes)
     first = checkpoints.restore(folder, task.modules, averages, task.optimizers, plan, _defaults(recipe), recipe.free_fields)
-    ranks.wait()  # until all have read, before one writes
+    processes.wait()  # until all have read, before one writes
     rates = [(group, float(group["lr"])) for optimizer in task.optimizers.values() for group in optimizer.param_groups]
     last = recipe.num_steps if stop_at is None else min(stop_at, recipe.num_steps)
     saved_at = time.monotonic()
-    batches, sums = _batches(task, first, last, ranks), {}
+    batches, sums = _batches(task, first, last, processes), {}
     with ExitStack() as stack:
-        log = stack.enter_context(closing(Log(recipe, first))) if ranks.is_first else None
-        meter = Meter(peak_flops(recipe.device, recipe.peak_tflops), ranks.size)
-        for step in _progress(recipe, first, last, ranks):
+        log = stack.enter_context(closing(Log(recipe, first))) if processes.is_first else None
+        meter = ThroughputMeter(peak_flops(recipe.device, recipe.peak_tflops), processes.size)
+        for step in _progress(recipe, first, last, processes):
             with meter.waiting():
                 own = next(batches)
             for group, base_rate in rates:
                 _set_rate(group, base_rate * task.rate(step))
-            losses = _step(task, step, own, ranks)
+            losses = _step(task, step, own, processes)
             _average(task, averages, step)
             meter.count(task.work(batch) for batch in own)
             sums = {name: sums.get(name, 0) + pair for name, pair in losses.items() if pair.ndim}
@@ -113,26 +113,26 @@ def run(
                     log.write(step, figures)
             stopped = _stopped(watch, step, losses)
             due = validation is not None and validation.due(step)
-            if stopped or due or step == recipe.num_steps - 1 or ranks.agree(time.monotonic() - saved_at > recipe.checkpoint_every_s):
-                checkpoints.save(folder, step, task.modules, averages, task.optimizers, plan, recipe.num_checkpoints, ranks)
+            if stopped or due or step == recipe.num_steps - 1 or processes.agree(time.monotonic() - saved_at > recipe.checkpoint_every_s):
+                checkpoints.save(folder, step, task.modules, averages, task.optimizers, plan, recipe.num_checkpoints, processes)
                 saved_at = time.monotonic()
             if stopped:
                 raise stopped
             if due:
                 with _averaged(task, averages):
-                    figures, picture = validation(step, ranks)
+                    figures, picture = validation(step, processes)
                 if log is not None:
                     log.write(step, figures, "validation", picture)
                 meter.restart()
     if last == recipe.num_steps:
         _exchange(task, averages)
-        if ranks.is_first or _is_sharded(task):
+        if processes.is_first or _is_sharded(task):
             task.export(Path(recipe.export))
 
 
-def plan_of(recipe: Recipe, ranks: Ranks) -> dict:
+def plan_of(recipe: Recipe, processes: ProcessGroup) -> dict:
     """What a checkpoint depends on: the recipe, and how many batches make a step, however they are shared out."""
-    return fingerprint(recipe) | {"batches_a_step": recipe.num_accumulated * ranks.size}
+    return fingerprint(recipe) | {"batches_a_step": recipe.gradient_accumulation_steps * processes.size}
 
 
 def export_newest(task: Task, path: Path) -> int:
@@ -140,7 +140,7 @@ def export_newest(task: Task, path: Path) -> int:
     averages = _copies(task)
     recipe = task.recipe
     num_steps = checkpoints.restore(
-        Path(recipe.output_dir), task.modules, averages, task.optimizers, plan_of(recipe, Ranks()), _defaults(recipe), recipe.free_fields
+        Path(recipe.output_dir), task.modules, averages, task.optimizers, plan_of(recipe, ProcessGroup()), _defaults(recipe), recipe.free_fields
     )
     _exchange(task, averages)
     task.export(path)
@@ -152,24 +152,24 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
 
 
-def _step(task: Task, step: int, batches: list, ranks: Ranks = Ranks()) -> dict[str, Tensor]:
+def _step(task: Task, step: int, batches: list, processes: ProcessGroup = ProcessGroup()) -> dict[str, Tensor]:
     """One optimizer step on the mean gradient of all processes' batches -> their mean losses."""
     recipe = task.recipe
     parameters = [p for module in task.modules.values() for p in module.parameters()]
     for optimizer in task.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     means: dict[str, Tensor] = {}
-    for number, batch in zip(ranks.batches_of(step, len(batches)), batches):
+    for number, batch in zip(processes.batches_of(step, len(batches)), batches):
         generator = torch.Generator().manual_seed(step_seed(recipe.seed, number))
         with torch.autocast(torch.device(recipe.device).type, torch.bfloat16, enabled=recipe.bf16):
             losses = task.loss(step, batch, generator)
         (losses["loss"] / len(batches)).backward()
         for name, value in losses.items():
             means[name] = means.get(name, 0) + value.detach() / len(batches)
-    ranks.average_([p.grad for p in parameters if p.grad is not None])
-    ranks.average_(list(means.values()))
-    if recipe.clip_norm:
-        means["grad_norm"] = whole(nn.utils.clip_grad_norm_(parameters, recipe.clip_norm))
+    processes.average_([p.grad for p in parameters if p.grad is not None])
+    processes.average_(list(means.values()))
+    if recipe.max_grad_norm:
+        means["grad_norm"] = whole(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
     for optimizer in task.optimizers.values():
         optimizer.step()
     task.after_step(step)
@@ -186,17 +186,17 @@ def _stopped(watch: Callable[[int, dict[str, Tensor]], None] | None, step: int, 
     return None
 
 
-def _batches(task: Task, first: int, last: int, ranks: Ranks) -> Iterator[list]:
+def _batches(task: Task, first: int, last: int, processes: ProcessGroup) -> Iterator[list]:
     """This process's batches of each step."""
-    count = task.recipe.num_accumulated
-    numbers = [number for step in range(first, last) for number in ranks.batches_of(step, count)]
+    count = task.recipe.gradient_accumulation_steps
+    numbers = [number for step in range(first, last) for number in processes.batches_of(step, count)]
     loader = iter(DataLoader(task.dataset, batch_size=None, sampler=numbers, num_workers=task.recipe.num_workers))
     return ([next(loader) for _ in range(count)] for _ in range(first, last))
 
 
-def _progress(recipe: Recipe, first: int, last: int, ranks: Ranks) -> Iterator[int]:
+def _progress(recipe: Recipe, first: int, last: int, processes: ProcessGroup) -> Iterator[int]:
     return tqdm(
-        range(first, last), desc=f"train {recipe.task}", initial=first, total=recipe.num_steps, unit="step", mininterval=5.0, disable=not ranks.is_first
+        range(first, last), desc=f"train {recipe.task}", initial=first, total=recipe.num_steps, unit="step", mininterval=5.0, disable=not processes.is_first
     )
 
 
@@ -224,7 +224,7 @@ def _is_sharded(task: Task) -> bool:
 
 def _copies(task: Task) -> dict[str, Tensor]:
     """Where the averaged weights are kept."""
-    return {name: value.detach().clone() for name, value in _weights(task)} if task.recipe.ema else {}
+    return {name: value.detach().clone() for name, value in _weights(task)} if task.recipe.ema_decay else {}
 
 
 def _weights(task: Task) -> Iterator[tuple[str, Tensor]]:
@@ -236,7 +236,7 @@ def _weights(task: Task) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def _average(task: Task, averages: dict[str, Tensor], step: int) -> None:
     """Exponential moving average whose window opens with the run, so that it never remembers the initial weights."""
-    decay = min(task.recipe.ema, (1 + step) / (10 + step))
+    decay = min(task.recipe.ema_decay, (1 + step) / (10 + step))
     for name, parameter in _weights(task) if averages else ():
         averages[name].lerp_(parameter, 1 - decay)
 

@@ -47,7 +47,7 @@ def latent_mask(mask: Tensor) -> Tensor:
     return torch.cat([first, rest], dim=1)[0]
 
 
-def velocity_losses(
+def flow_matching_losses(
     model: MiVEDiT,
     batch: EditFeatures,
     states: Tensor,
@@ -56,23 +56,23 @@ def velocity_losses(
     edited_weight: float,
     channels: Tensor | float = 1.0,
     drafts: Tensor | None = None,
-    log_floor: float = 0.0,
+    cauchy_scale: float = 0.0,
 ) -> dict[str, Tensor]:
     """Weighted squared error of the velocity (loss), the unweighted one inside and outside the mask (edited, kept), and by t.
 
     noise (B, C, T, Y, X), t (B,); `channels` (C,) or one number weighs latent channels. `drafts` (n, C, T, Y, X) take the place of the
     first n targets in x_t; an error there is that of the target which the velocity leads to, t times the velocity's own.
-    With a `log_floor` the loss is log_loss instead.
+    With a `cauchy_scale` the loss is cauchy_loss instead.
     """
     path, reach = flow_path(batch.target, noise, t), torch.ones_like(t)
     if drafts is not None:
         n = len(drafts)
-        path = with_drafts(path, drafts, batch.target[:n], noise[:n])
+        path = from_predictions(path, drafts, batch.target[:n], noise[:n])
         reach[:n] = t[:n]
     velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t)
     error = reach.view(-1, 1, 1, 1).square() * (torch.as_tensor(channels).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
-    if log_floor:
-        loss = log_loss(batch.mask, error, edited_weight, log_floor)
+    if cauchy_scale:
+        loss = cauchy_loss(batch.mask, error, edited_weight, cauchy_scale)
     else:
         weight = 1 + (edited_weight - 1) * batch.mask
         loss = (weight * error).sum() / weight.sum()
@@ -84,7 +84,7 @@ def velocity_losses(
     }
 
 
-def log_loss(mask: Tensor, error: Tensor, edited_weight: float, floor: float) -> Tensor:
+def cauchy_loss(mask: Tensor, error: Tensor, edited_weight: float, floor: float) -> Tensor:
     """Mean over clips and their regions of floor * log(1 + e / floor), e being a region's mean error.
 
     A region is what lies under the mask, which counts `edited_weight`, or outside it, which counts 1; mask and error (B, T, Y, X).
@@ -97,7 +97,7 @@ def log_loss(mask: Tensor, error: Tensor, edited_weight: float, floor: float) ->
     return (floor * weight * torch.log1p(means / floor)).sum() / weight.sum()
 
 
-def with_drafts(path: FlowSample, drafts: Tensor, target: Tensor, noise: Tensor) -> FlowSample:
+def from_predictions(path: FlowSample, drafts: Tensor, target: Tensor, noise: Tensor) -> FlowSample:
     """The first n entries lie between noise and a draft, as in sampling, and their velocity leads to the target all the same."""
     n = len(drafts)
     x_t = flow_path(drafts, noise, path.t[:n]).x_t
@@ -106,7 +106,7 @@ def with_drafts(path: FlowSample, drafts: Tensor, target: Tensor, noise: Tensor)
 
 
 @torch.no_grad()
-def first_draft(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor) -> Tensor:
+def one_step_prediction(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor) -> Tensor:
     """Noise (n, C, T, Y, X) -> what one step of sampling makes of it, for the first n entries."""
     n = len(noise)
     return noise - model(noise, batch.source[:n], batch.reference[:n], model.embed_condition(states[:n]), noise.new_ones(n)).float()

@@ -1,7 +1,8 @@
 """A training recipe: one YAML file, read into one frozen dataclass."""
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -26,11 +27,11 @@ class Recipe:
     checkpoint_every_s: float = 120.0
     num_checkpoints: int = 2  # kept
     log_every: int = 20  # steps
-    clip_norm: float = 1.0  # of the gradient, 0: none
-    num_accumulated: int = 1  # batches whose gradients are averaged into one step
+    max_grad_norm: float = 1.0  # of the gradient, 0: none
+    gradient_accumulation_steps: int = 1  # batches whose gradients are averaged into one step
     device: str = "cpu"  # or cuda
     bf16: bool = False  # matrix products and convolutions in bfloat16, weights and sums in float32; only some CPUs gain
-    ema: float = 0.0  # decay of the averaged weights, 0: none; the export takes them
+    ema_decay: float = 0.0  # decay of the averaged weights, 0: none; the export takes them
     wandb: str = ""  # a project of Weights & Biases that is to see the log too
     peak_tflops: float = 0.0  # of each device, for the share of its peak (mfu); 0: the card's own, where it is a known one
 
@@ -49,7 +50,7 @@ class Recipe:
 FREE_FIELDS = frozenset(
     {
         "device",
-        "num_accumulated",
+        "gradient_accumulation_steps",
         "output_dir",
         "export",
         "version",
@@ -62,6 +63,36 @@ FREE_FIELDS = frozenset(
         "peak_tflops",
     }
 )
+
+# Keys as they were called up to 0.1, accepted with a warning until 0.3.
+RENAMED = {
+    "adamw_lr": "adamw_learning_rate",
+    "clip_norm": "max_grad_norm",
+    "copier_start": "identity_init",
+    "decay_share": "decay_ratio",
+    "draft_share": "scheduled_sampling_ratio",
+    "ema": "ema_decay",
+    "final_lr": "final_learning_rate_ratio",
+    "growth_share": "growth_ratio",
+    "half_batch": "num_new_clips",
+    "initial": "start_from",
+    "local_odds": "local_edit_ratio",
+    "log_floor": "cauchy_scale",
+    "lr": "learning_rate",
+    "memory": "replay_steps",
+    "muon_floor": "muon_min_norm",
+    "muon_lr": "muon_learning_rate",
+    "muon_rate": "muon_learning_rate",
+    "natural_share": "natural_ratio",
+    "num_accumulated": "gradient_accumulation_steps",
+    "num_alike": "num_same_size",
+    "odds": "size_probabilities",
+    "recompute": "gradient_checkpointing",
+    "time_rate": "time_learning_rate",
+    "warmup": "num_warmup_steps",
+    "warmup_steps": "num_warmup_steps",
+    "weights": "loss_weights",
+}
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -83,6 +114,12 @@ def read_recipe(path: str | Path) -> dict:
 def parse_recipe(cls: type[AnyRecipe], values: Mapping, where: object = None) -> AnyRecipe:
     """Checks names and types, lists become tuples. Raises UserError for unknown, missing or ill-typed keys."""
     known = {field.name: field for field in fields(cls)}
+    old = {name: RENAMED[name] for name in values if name not in known and RENAMED.get(name) in known}
+    for name, new in old.items():
+        if new in values:
+            raise UserError(f"the recipe has {name} and {new}, which are the same key", where=where, fix=f"keep {new}")
+        warnings.warn(f"{where or 'recipe'}: the key {name} is now called {new}; the old name will be refused from version 0.3 on", stacklevel=2)
+    values = renamed(values, known)
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise UserError("unknown keys in the recipe", where=where, got=", ".join(unknown), expected=", ".join(known))
@@ -103,6 +140,11 @@ def _typed(name: str, value: object, wanted: type, where: object) -> object:
     if wanted in (int, float, str, bool) and type(value) is not wanted:
         raise UserError(f"the recipe's {name} has the wrong type", where=where, got=repr(value), expected=wanted.__name__)
     return value
+
+
+def renamed(values: Mapping, known: Collection[str]) -> dict:
+    """The values under today's names, where they have names of up to 0.1 that stand for one of the `known`."""
+    return {name if name in known else RENAMED[name] if RENAMED.get(name) in known else name: value for name, value in values.items()}
 
 
 def fingerprint(recipe: Recipe) -> dict:

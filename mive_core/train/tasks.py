@@ -36,9 +36,9 @@ def train(recipe_path: str | Path, tasks: Mapping[str, Build] = TASKS) -> None:
     from .loop import run
     from .validate import validation_of
 
-    with joined(values.get("device", "cpu")) as ranks:
+    with joined(values.get("device", "cpu")) as processes:
         task = tasks[values["task"]](values, recipe_path)
-        run(task, ranks=ranks, validation=validation_of(task, recipe_path))
+        run(task, processes=processes, validation=validation_of(task, recipe_path))
 
 
 def read_task(recipe_path: str | Path, tasks: Mapping[str, Build] = TASKS) -> dict:

@@ -35,7 +35,7 @@ class Work:
     flops: float  # forward and backward, each once, and forward of drafts: recomputation does not count
 
 
-class Meter:
+class ThroughputMeter:
     """Time and work of one process between two readings; figures are of all `num_processes`, which do alike."""
 
     def __init__(self, peak_flops: float | None = None, num_processes: int = 1):

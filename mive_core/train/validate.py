@@ -18,22 +18,22 @@ from ..evaluation.evaluate import EvaluationSettings, evaluate, summary
 from ..evaluation.loss_curve import draw_losses, read_losses
 from ..flow import schedule
 from ..formats.safetensors_file import resolve
-from ..media.paths import check_input, written_beside
+from ..media.paths import atomic_write, check_input
 from ..pipeline import EMBEDDED, Pipeline
 from ..types import Clip, Condition, EditLatents, EditRequest, PairedEdit
 from ..vae import VAE
 from . import blocks
 from .cache import CacheEntry, CacheSettings, read_index, read_pair
-from .distributed import Ranks
+from .distributed import ProcessGroup
 from .edit_task import CachedBatches, check_cache
-from .flow_matching import VelocityRecipe, VelocityTask
+from .flow_matching import FlowMatchingRecipe, FlowMatchingTask
 from .log import FILES
 from .loop import Task
-from .objective import EditFeatures, stacked, velocity_losses
+from .objective import EditFeatures, flow_matching_losses, stacked
 
 FOLDER = "validation"  # in output_dir: a folder a step
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the loss is measured
-LOGGED = ("psnr_edited", "psnr_kept", "clips_right")
+LOGGED = ("psnr_edited", "psnr_kept", "success_rate")
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class HeldOut(Sequence):
 class Share(Sequence):
     """The part of a sequence that one process takes: all take as many, the last ones begin again."""
 
-    def __init__(self, whole: Sequence, ranks: Ranks):
-        count = -(-len(whole) // ranks.size)
-        self.whole, self.numbers = whole, [ranks.rank + i * ranks.size for i in range(count)]
+    def __init__(self, whole: Sequence, processes: ProcessGroup):
+        count = -(-len(whole) // processes.size)
+        self.whole, self.numbers = whole, [processes.rank + i * processes.size for i in range(count)]
 
     def __getitem__(self, index: int) -> PairedEdit:
         return self.whole[self.numbers[index] % len(self.whole)]
@@ -95,7 +95,7 @@ class TrainedEditor:
     """Edits with the DiT as it is at this step; an Editor of evaluation/evaluate.py."""
 
     pipeline: Pipeline
-    recipe: VelocityRecipe
+    recipe: FlowMatchingRecipe
 
     @property
     def config(self) -> MiVEConfig:
@@ -127,7 +127,7 @@ class TrainedEditor:
 class Validation:
     """Every so many steps of a task, and after the last one."""
 
-    def __init__(self, task: VelocityTask, where: object = None):
+    def __init__(self, task: FlowMatchingTask, where: object = None):
         """Raises UserError for a recipe without a manifest, cache or VAE, and where they do not fit."""
         self.task, self.recipe = task, task.recipe
         for name in ("validation_manifest", "validation_cache", "validation_vae"):
@@ -144,19 +144,19 @@ class Validation:
     def due(self, step: int) -> bool:
         return (step + 1) % self.recipe.validate_every == 0 or step == self.recipe.num_steps - 1
 
-    def __call__(self, step: int, ranks: Ranks) -> tuple[dict[str, float], Path]:
+    def __call__(self, step: int, processes: ProcessGroup) -> tuple[dict[str, float], Path]:
         """Each process edits its share into a folder of its own: report.json, sheet.png, edited/. -> figures of all, and the first one's sheet."""
-        folder = Path(self.recipe.output_dir) / FOLDER / f"step_{step:08d}" / ("" if ranks.is_first else f"process_{ranks.rank}")
-        share = Share(self.pairs, ranks)
+        folder = Path(self.recipe.output_dir) / FOLDER / f"step_{step:08d}" / ("" if processes.is_first else f"process_{processes.rank}")
+        share = Share(self.pairs, processes)
         settings = EvaluationSettings(steps=self.recipe.validation_steps or None)
         report = evaluate(self.editor, share, folder, settings, command=f"validation of {self.recipe.output_dir} after {step + 1} steps")
         losses = [self.losses(number % len(self.pairs)) for number in share.numbers]
         blocks.part(self.task.model)
-        done = [part for one in ranks.gather(list(zip(share.numbers, report["per_clip"], losses))) for part in one if part[0] < len(self.pairs)]
+        done = [part for one in processes.gather(list(zip(share.numbers, report["per_clip"], losses))) for part in one if part[0] < len(self.pairs)]
         figures = summary([row for _, row, _ in done])
         logged = {name: figures[name] for name in LOGGED} | {f"{name}_ceiling": figures["vae_ceiling"][name] for name in LOGGED[:2]}
         logged |= {name: sum(found[name] for *_, found in done) / len(done) for name in losses[0]}
-        if ranks.is_first:
+        if processes.is_first:
             self.draw(logged, step)
         return {name: value for name, value in logged.items() if value is not None}, folder / "sheet.png"
 
@@ -168,7 +168,7 @@ class Validation:
         features, found = features.to(device), {}
         for t in TIMES:
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.recipe.bf16):
-                losses = velocity_losses(self.task.model, features, features.states, noise, torch.tensor([t], device=device), self.recipe.edited_weight)
+                losses = flow_matching_losses(self.task.model, features, features.states, noise, torch.tensor([t], device=device), self.recipe.edited_weight)
             found[f"loss_t{t}"] = float(losses["loss"])
         return {"loss": sum(found.values()) / len(TIMES), **found}
 
@@ -185,7 +185,7 @@ class Validation:
         page = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)))
         for number, picture in enumerate(pictures):
             page.paste(picture, (0, number * picture.height))
-        with written_beside(folder / "curves.png") as partial:
+        with atomic_write(folder / "curves.png") as partial:
             page.save(partial, "PNG", optimize=True)
 
 

@@ -18,7 +18,7 @@ from ...mive_core.errors import UserError
 from ...mive_core.evaluation.loss_curve import read_losses
 from ...mive_core.media.remote import is_url
 from ...mive_core.train.cache import CacheSettings, cache, contract_of
-from ...mive_core.train.checkpoints import PATTERN, OtherRecipe
+from ...mive_core.train.checkpoints import PATTERN, RecipeMismatch
 from ...mive_core.train.edit_task import EditRecipe, EditTask
 from ...mive_core.train.loop import run
 from ...mive_core.train.lora import check_peft
@@ -142,7 +142,7 @@ class Job:
         self.lora.parent.mkdir(parents=True, exist_ok=True)
         try:
             run(EditTask(recipe), watch=watch)
-        except OtherRecipe as error:
+        except RecipeMismatch as error:
             differ = ", ".join(dict.fromkeys(INPUTS.get(field, field) for field in error.differ))
             raise UserError(
                 "the training of that name was begun with other settings",

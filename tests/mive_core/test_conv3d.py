@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mive_core.conv3d import convolve_in_planes, stacked_conv2d
+from mive_core.conv3d import conv3d_by_conv2d, use_conv2d
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from mive_core.conv3d import convolve_in_planes, stacked_conv2d
 def test_it_is_conv3d(kernel, stride, padding):
     x, weight, bias = torch.randn(2, 5, 7, 8, 6), torch.randn(4, 5, *kernel), torch.randn(4)
     expected = F.conv3d(x, weight, bias, stride, padding)
-    torch.testing.assert_close(stacked_conv2d(x, weight, bias, stride, padding), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(conv3d_by_conv2d(x, weight, bias, stride, padding), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_a_network_keeps_its_keys_and_its_output():
@@ -24,6 +24,6 @@ def test_a_network_keeps_its_keys_and_its_output():
     network = nn.Sequential(nn.Conv3d(3, 4, 1), Odd(4, 2, 3))
     x = torch.randn(1, 3, 5, 6, 6)
     keys, expected = list(network.state_dict()), network(x)
-    convolve_in_planes(network)
+    use_conv2d(network)
     assert list(network.state_dict()) == keys and isinstance(network[1], Odd)
     torch.testing.assert_close(network(x), expected, atol=1e-5, rtol=1e-5)

@@ -2,7 +2,7 @@
 
 from .labels import BACKGROUNDS, COLOURS, EDITS, KINDS, LOOKS, PICKS, PLACES, SHAPES, VOCABULARIES, EditLabels, is_held_out
 from .looks import LOOKS_FN, apply_look
-from .paired_edits import PairedEdits, SyntheticEdit, Thing
+from .paired_edits import EditedObject, PairedEdits, SyntheticEdit
 from .phrasing import PHRASINGS
 from .random_scenes import random_clip
 
@@ -19,9 +19,9 @@ __all__ = [
     "SHAPES",
     "VOCABULARIES",
     "EditLabels",
+    "EditedObject",
     "PairedEdits",
     "SyntheticEdit",
-    "Thing",
     "apply_look",
     "is_held_out",
     "random_clip",

@@ -19,7 +19,7 @@ PLAIN = Texture("plain", (0.0, 1.0), 0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Cast:
+class EditScenes:
     """Source: backdrop, others and `before`. Target: new_backdrop, others and `after`, then the look."""
 
     backdrop: Backdrop
@@ -32,7 +32,7 @@ class Cast:
     where: str = NONE  # the place that the instruction names for an added body
 
 
-def draw_cast(rng: np.random.Generator, plan: Plan, size: tuple[int, int], duration: float) -> Cast:
+def draw_edit_scenes(rng: np.random.Generator, plan: Plan, size: tuple[int, int], duration: float) -> EditScenes:
     """One attempt at the plan's scenes, in time units; whether the edit can be seen is checked once rendered."""
     labels = plan.labels
     if labels.edit == "look":
@@ -41,7 +41,7 @@ def draw_cast(rng: np.random.Generator, plan: Plan, size: tuple[int, int], durat
         others = _extras(rng, plan, size, draw_places(rng, size, int(rng.integers(2, 5))))
         new = _new_backdrop(rng, plan)
         old = _backdrop_for(rng, [b.rgb for b in others])
-        return Cast(old, others, len(others), None, None, new)
+        return EditScenes(old, others, len(others), None, None, new)
     body, twin, where = _edited(rng, plan, size, ENTRY_TIME * min(duration, 1.0))
     num_extras = int(rng.integers(0, 2)) if twin else int(rng.integers(1, 4))
     taken = [b.motion.start for b in (body, twin) if b is not None and not plan.late]
@@ -52,15 +52,15 @@ def draw_cast(rng: np.random.Generator, plan: Plan, size: tuple[int, int], durat
     after = None if labels.edit == "remove" else _outcome(rng, plan, body)
     before = None if labels.edit == "add" else body
     backdrop = _backdrop_for(rng, [b.rgb for b in (before, after) if b is not None], [b.rgb for b in extras])
-    return Cast(backdrop, others, depth, before, after, backdrop, where=where)
+    return EditScenes(backdrop, others, depth, before, after, backdrop, where=where)
 
 
-def _cast_look(rng: np.random.Generator, plan: Plan, size: tuple[int, int]) -> Cast:
+def _cast_look(rng: np.random.Generator, plan: Plan, size: tuple[int, int]) -> EditScenes:
     backdrop = draw_backdrop(rng, "picture" if rng.uniform() < 0.75 else None)
     smallest = 0 if backdrop.camera else 2
     others = _extras(rng, plan, size, draw_places(rng, size, int(rng.integers(smallest, 4))))
     look = draw_look(rng) if plan.labels.look == "match" else LOOKS_FN[plan.labels.look]
-    return Cast(backdrop, others, len(others), None, None, backdrop, look)
+    return EditScenes(backdrop, others, len(others), None, None, backdrop, look)
 
 
 def _extras(rng: np.random.Generator, plan: Plan, size: tuple[int, int], places: list[tuple[float, float]]) -> tuple[Body, ...]:

@@ -9,7 +9,7 @@ import torch
 from ...errors import UserError
 from ...types import Clip, EditRequest, PairedEdit
 from .edit_plan import Plan, draw_plan, plan_odds
-from .edit_scenes import Cast, draw_cast
+from .edit_scenes import EditScenes, draw_edit_scenes
 from .labels import NONE, PLACES, EditLabels
 from .phrasing import instruct
 from .random_scenes import clip_times
@@ -17,12 +17,12 @@ from .scene import TIME_UNIT, compose, render_body, visible
 
 SPLITS = ("train", "heldout")
 MAX_ATTEMPTS = 12
-LEAST_AREA = 0.025  # of a square of the shorter side, that a local edit must change
+MIN_AREA = 0.025  # of a square of the shorter side, that a local edit must change
 SETTLED = 0.7  # seconds after which what comes in late must be seen
 
 
 @dataclass(frozen=True)
-class Thing:
+class EditedObject:
     """The single body that an edit is about."""
 
     track: torch.Tensor  # (F, 3) its centre's x and y and its radius, in pixels
@@ -36,7 +36,7 @@ class SyntheticEdit:
 
     pair: PairedEdit
     labels: EditLabels
-    thing: Thing | None = None  # of a look or a background there is none
+    thing: EditedObject | None = None  # of a look or a background there is none
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class PairedEdits:
         if body is None:
             return SyntheticEdit(pair, labels)
         track = torch.from_numpy(body.motion.track(times, self.size)[:, :3].astype(np.float32))
-        return SyntheticEdit(pair, labels, Thing(track, labels.new_shape, torch.from_numpy(rendered.cover)))
+        return SyntheticEdit(pair, labels, EditedObject(track, labels.new_shape, torch.from_numpy(rendered.cover)))
 
     def say(self, index: int) -> tuple[str, EditLabels]:
         """An instruction and what it asks for, with nothing rendered; `place` is there only where the instruction names it."""
@@ -102,21 +102,21 @@ class PairedEdits:
         rng = np.random.default_rng((self.seed, crc32(self.split.encode()), index, 1))
         plan = draw_plan(rng, self.odds, held_out)
         times = clip_times(self.num_frames, self.fps)
-        cast = draw_cast(rng, plan, self.size, float(times[-1]))
+        cast = draw_edit_scenes(rng, plan, self.size, float(times[-1]))
         return instruct(rng, plan, cast, _tracks(cast, times, self.size), held_out), replace(plan.labels, place=cast.where)
 
 
-def draw_visible(rng: np.random.Generator, plan: Plan, times: np.ndarray, size: tuple[int, int]) -> tuple[Cast, Rendered] | None:
+def draw_visible(rng: np.random.Generator, plan: Plan, times: np.ndarray, size: tuple[int, int]) -> tuple[EditScenes, Rendered] | None:
     """Draw until the edit can be seen; None where a plan does not fit the frame, as a few do not."""
     for _ in range(MAX_ATTEMPTS):
-        cast = draw_cast(rng, plan, size, float(times[-1]))
-        rendered = render_cast(cast, times, size)
+        cast = draw_edit_scenes(rng, plan, size, float(times[-1]))
+        rendered = render_edit_scenes(cast, times, size)
         if shows(plan, rendered.footprint, times):
             return cast, rendered
     return None
 
 
-def render_cast(cast: Cast, times: np.ndarray, size: tuple[int, int]) -> Rendered:
+def render_edit_scenes(cast: EditScenes, times: np.ndarray, size: tuple[int, int]) -> Rendered:
     """Both clips of a cast from the same layers, so that what is not edited is equal bit for bit."""
     others = [render_body(body, times, size) for body in cast.others]
     shape = (len(times), size[1], size[0])
@@ -154,8 +154,8 @@ def shows(plan: Plan, footprint: np.ndarray, times: np.ndarray) -> bool:
     areas = (footprint > 0.5).sum(axis=(1, 2)) / min(footprint.shape[1:]) ** 2
     if plan.late:
         settled = areas[times * TIME_UNIT >= min(SETTLED, times[-1] * TIME_UNIT)]
-        return not (footprint[0] > 0).any() and bool(settled.min() >= 0.6 * LEAST_AREA and settled.mean() >= LEAST_AREA)
-    return bool(areas[0] >= LEAST_AREA and areas.min() >= 0.4 * LEAST_AREA and areas.mean() >= LEAST_AREA)
+        return not (footprint[0] > 0).any() and bool(settled.min() >= 0.6 * MIN_AREA and settled.mean() >= MIN_AREA)
+    return bool(areas[0] >= MIN_AREA and areas.min() >= 0.4 * MIN_AREA and areas.mean() >= MIN_AREA)
 
 
 def place_of(plan: Plan, footprint: np.ndarray) -> str:
@@ -180,6 +180,6 @@ def dilate(mask: np.ndarray) -> np.ndarray:
     return out
 
 
-def _tracks(cast: Cast, times: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
+def _tracks(cast: EditScenes, times: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
     edited = cast.before or cast.after
     return [] if edited is None else [body.motion.track(times, size) for body in (edited, *cast.others)]

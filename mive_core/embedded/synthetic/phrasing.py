@@ -3,7 +3,7 @@
 import numpy as np
 
 from .edit_plan import Plan
-from .edit_scenes import Cast
+from .edit_scenes import EditScenes
 from .labels import NONE
 
 NUM_HELD_OUT = 2  # at the end of each list below
@@ -291,7 +291,7 @@ TWINS = {
 }
 
 
-def instruct(rng: np.random.Generator, plan: Plan, cast: Cast, tracks: list[np.ndarray], held_out: bool) -> str:
+def instruct(rng: np.random.Generator, plan: Plan, cast: EditScenes, tracks: list[np.ndarray], held_out: bool) -> str:
     """The sentence for a plan; empty where the kind is 'no instruction'.
 
     tracks: (F, 4) each, the edited body's first, then the others'; empty for edits of no body.
@@ -326,7 +326,7 @@ def _dress(rng: np.random.Generator, phrasing: str) -> str:
     return opening + phrasing + closing
 
 
-def _refer(rng: np.random.Generator, plan: Plan, cast: Cast, tracks: list[np.ndarray]) -> str:
+def _refer(rng: np.random.Generator, plan: Plan, cast: EditScenes, tracks: list[np.ndarray]) -> str:
     """A name that fits the edited body and no other."""
     labels = plan.labels
     twins = labels.pick != NONE

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mive_core.data.executor import Spread, ahead
+from mive_core.data.executor import Executor, ahead
 from mive_core.data.journal import Journal, Task, mark_of, worked_through
 from mive_core.data.manifest import ManifestEntry
 from mive_core.errors import UserError
@@ -131,7 +131,7 @@ def killed_squares(folder: Path):
 
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(ray, tmp_path):
     numbers = (*range(8), 13)
-    outcomes = worked_through(tasks(*numbers), killed_squares(tmp_path), tmp_path / "journal", Spread("local", 2))
+    outcomes = worked_through(tasks(*numbers), killed_squares(tmp_path), tmp_path / "journal", Executor("local", 2))
     assert (tmp_path / "killed").exists()
     assert [outcome.result and outcome.result["square"] for outcome in outcomes] == [n * n for n in range(8)] + [None]
     assert outcomes[-1].why == "thirteen cannot be squared"
@@ -145,13 +145,13 @@ def test_a_cluster_that_is_not_there(ray, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a running cluster would have left its address
     with pytest.raises(UserError, match="ray 'auto': there is no Ray cluster to be reached"):
-        worked_through(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", Spread("auto"))
+        worked_through(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", Executor("auto"))
 
 
 def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r'--ray needs the package ray.*pip install "mive\[ray\]"'):
-        worked_through(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", Spread("local"))
+        worked_through(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", Executor("local"))
 
 
 def test_a_journal_is_read_line_by_line(tmp_path):

@@ -175,7 +175,7 @@ def test_an_error_names_line_and_column(folder):
         ('{"source": "source", "reference": "reference.png", "instruction":  " "}', r":2:52: the instruction is empty"),
     ):
         with pytest.raises(UserError, match=rf"pairs\.jsonl{says}"):
-            read_manifest(write(folder, LINE, line), may_be_silent=False)
+            read_manifest(write(folder, LINE, line), allow_empty_instruction=False)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

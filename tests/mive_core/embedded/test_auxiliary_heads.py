@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from mive_core.embedded.auxiliary_heads import fine_cover, place_in_patches
 from mive_core.embedded.dit_task import FeatureBatches, check_auxiliary
-from mive_core.embedded.features import Bucket, compute, shards_of, thing_of
+from mive_core.embedded.features import Bucket, compute, object_of, shards_of
 from mive_core.embedded.synthetic import SHAPES, PairedEdits
 from mive_core.errors import UserError
 from mive_core.formats.checkpoint import load_dit
@@ -53,14 +53,14 @@ def test_a_thing_is_where_the_target_differs_and_as_large(edit):
 
 def test_looks_and_backgrounds_have_no_thing():
     for edit in ("look", "background"):
-        found = thing_of(clip(0, kinds=("seen in reference",), edits=(edit,)))
+        found = object_of(clip(0, kinds=("seen in reference",), edits=(edit,)))
         assert found["shape"] == -1 and not found["track"].any() and not found["cover"].any()
         assert found["track"].shape == (3, 3) and found["cover"].shape == (3, 16, 16)
 
 
 def test_what_is_told_is_the_mean_over_a_latent_frame():
     sample = clip(1, kinds=("seen in reference",), edits=("replace",))
-    found, thing = thing_of(sample), sample.thing
+    found, thing = object_of(sample), sample.thing
     torch.testing.assert_close(found["track"][0], thing.track[0] / 8)
     torch.testing.assert_close(found["track"][2], thing.track[5:9].mean(dim=0) / 8)
     torch.testing.assert_close(found["cover"][1, 3, 5].float(), thing.cover[1:5, 12:16, 20:24].mean(), atol=1e-3, rtol=1e-3)
@@ -120,23 +120,28 @@ def test_things_are_a_part_of_the_features_that_needs_no_model(tmp_path):
     assert all(shard.is_written() for shard in shards) and "seen-in-reference_add_replace" in shards[0].path.name
     edits = PairedEdits(4, "train", (32, 32), 5, kinds=bucket.kinds, edits=bucket.edits)
     stored = load_file(shards[0].path)
-    assert torch.equal(stored["1.cover"], thing_of(edits.sample(1))["cover"])
+    assert torch.equal(stored["1.cover"], object_of(edits.sample(1))["cover"])
 
 
 @pytest.mark.parametrize(
-    "change, what", [({"auxiliary_blocks": (3,)}, "auxiliary_blocks"), ({"auxiliary_blocks": (3, 9)}, "from 0 to 8"), ({"recompute": True}, "set recompute")]
+    "change, what",
+    [
+        ({"auxiliary_blocks": (3,)}, "auxiliary_blocks"),
+        ({"auxiliary_blocks": (3, 9)}, "from 0 to 8"),
+        ({"gradient_checkpointing": True}, "set gradient_checkpointing"),
+    ],
 )
 def test_heads_that_cannot_be_put_on_are_refused(tmp_path, change, what):
     recipe = replace(make_task(tmp_path).recipe, auxiliary_weight=0.1, **change)
     with pytest.raises(UserError) as error:
         check_auxiliary(recipe, 9, "recipe.yaml")
     assert what in str(error.value)
-    check_auxiliary(replace(recipe, auxiliary_blocks=(0, 8), recompute=False), 9, "recipe.yaml")
+    check_auxiliary(replace(recipe, auxiliary_blocks=(0, 8), gradient_checkpointing=False), 9, "recipe.yaml")
 
 
 def test_batches_in_a_row_may_be_of_one_size(tmp_path):
     dataset = make_task(tmp_path).dataset
-    dataset.num_alike = 2
+    dataset.num_same_size = 2
     sizes = [(batch.states.shape[2], batch.target.shape[-1]) for batch in (dataset[step] for step in range(40))]
     assert all(a == b for a, b in zip(sizes[::2], sizes[1::2])) and len(set(sizes)) == 3
     assert not torch.equal(dataset[0].target, dataset[1].target)

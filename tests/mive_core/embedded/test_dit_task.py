@@ -12,7 +12,7 @@ from torch import nn
 from mive_core.attention import torch_attention
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
-from mive_core.embedded.dit_task import DiTRecipe, DiTTask, FeatureBatches, build, channel_weights, deepen, initialise, initialise_copier
+from mive_core.embedded.dit_task import DiTRecipe, DiTTask, FeatureBatches, build, channel_weights, deepen, initialise, initialise_identity
 from mive_core.embedded.features import Bucket
 from mive_core.embedded.vae_network import WholeClipVAE
 from mive_core.errors import UserError
@@ -21,7 +21,7 @@ from mive_core.formats.checkpoint import inspect, load_dit
 from mive_core.pipeline import EMBEDDED
 from mive_core.train.flow_matching import check
 from mive_core.train.loop import run, step_seed
-from mive_core.train.objective import EditFeatures, by_time, first_draft, latent_mask, log_loss, velocity_losses
+from mive_core.train.objective import EditFeatures, by_time, cauchy_loss, flow_matching_losses, latent_mask, one_step_prediction
 from mive_core.train.recipe import parse_recipe
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=1)
@@ -38,7 +38,7 @@ VALUES = {
     "learning_rate": "3e-3",
     "num_warmup_steps": 1,
     "num_workers": 0,
-    "ema": 0.5,
+    "ema_decay": 0.5,
     "checkpoint_every_s": 0.0,
     "log_every": 1,
 }
@@ -101,18 +101,18 @@ def test_a_deepened_dit_does_what_it_did_and_can_learn_more(tmp_path):
 
 
 def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tmp_path):
-    task = make_task(tmp_path, muon_rate=0.01, num_steps=3)
+    task = make_task(tmp_path, muon_learning_rate=0.01, num_steps=3)
     held = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in task.optimizers.values()]
     assert held[0].isdisjoint(held[1]) and len(held[0] | held[1]) == len(list(task.model.parameters()))
     weight, bias = task.model.blocks[0].ffn[0].weight, task.model.blocks[0].ffn[0].bias
     assert id(weight) in held[1] and id(bias) in held[0]
     run(task)
-    task = make_task(tmp_path, muon_rate=0.01, num_steps=3)
+    task = make_task(tmp_path, muon_learning_rate=0.01, num_steps=3)
     assert not torch.equal(weight, task.model.blocks[0].ffn[0].weight) and not torch.equal(bias, task.model.blocks[0].ffn[0].bias)
 
 
 def test_a_steps_operations_count_the_forward_pass_of_its_drafts(tmp_path):
-    plain, drafting = make_task(tmp_path, batch_size=4), make_task(tmp_path, batch_size=4, draft_share=0.5)
+    plain, drafting = make_task(tmp_path, batch_size=4), make_task(tmp_path, batch_size=4, scheduled_sampling_ratio=0.5)
     batch = plain.dataset[0]
     once, more = plain.work(batch), drafting.work(batch)
     assert (more.num_samples, more.num_tokens) == (once.num_samples, once.num_tokens)
@@ -121,7 +121,17 @@ def test_a_steps_operations_count_the_forward_pass_of_its_drafts(tmp_path):
 
 def test_the_time_layers_move_at_their_own_rate(tmp_path):
     """AdamW's first step moves every weight by its rate, however large the gradient."""
-    task = make_task(tmp_path, learning_rate=1e-2, time_rate=1e-4, muon_rate=0.01, weight_decay=0.0, num_steps=1, num_warmup_steps=1, clip_norm=0.0, ema=0.0)
+    task = make_task(
+        tmp_path,
+        learning_rate=1e-2,
+        time_learning_rate=1e-4,
+        muon_learning_rate=0.01,
+        weight_decay=0.0,
+        num_steps=1,
+        num_warmup_steps=1,
+        max_grad_norm=0.0,
+        ema_decay=0.0,
+    )
     assert sum(len(group["params"]) for optimizer in task.optimizers.values() for group in optimizer.param_groups) == len(list(task.model.parameters()))
     nn.init.normal_(task.model.head.head.weight, std=0.05)
     before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
@@ -135,7 +145,7 @@ def test_the_time_layers_move_at_their_own_rate(tmp_path):
 
 def test_a_silent_matrix_wakes_by_the_recipes_floor(tmp_path):
     """What starts at zero has no norm to move a fraction of."""
-    task = make_task(tmp_path, muon_rate=0.01, muon_floor=20.0, num_steps=1, clip_norm=0.0, ema=0.0)
+    task = make_task(tmp_path, muon_learning_rate=0.01, muon_min_norm=20.0, num_steps=1, max_grad_norm=0.0, ema_decay=0.0)
     initialise(task.model)
     nn.init.normal_(task.model.head.head.weight, std=0.05)
     silent = task.model.blocks[0].ffn[2].weight
@@ -163,17 +173,17 @@ def test_with_a_floor_clips_and_regions_count_alike_by_their_logarithm():
     error = torch.tensor([0.01, 2.0, 0.5]).view(3, 1, 1, 1) * mask + 0.1 * (1 - mask)
     counted = lambda e: 0.05 * math.log(1 + e / 0.05)
     expected = (4 * (counted(0.01) + counted(2.0) + counted(0.5)) + 2 * counted(0.1)) / (3 * 4 + 2)
-    assert log_loss(mask, error, 4.0, 0.05).item() == pytest.approx(expected, rel=1e-5)
-    assert log_loss(mask, error, 4.0, 1e6).item() == pytest.approx((4 * 2.51 + 2 * 0.1) / 14, rel=1e-4)  # all far below it
+    assert cauchy_loss(mask, error, 4.0, 0.05).item() == pytest.approx(expected, rel=1e-5)
+    assert cauchy_loss(mask, error, 4.0, 1e6).item() == pytest.approx((4 * 2.51 + 2 * 0.1) / 14, rel=1e-4)  # all far below it
 
 
 def test_a_recipe_with_a_floor_trains_by_it(tmp_path):
-    plain, by_log = (make_task(tmp_path, log_floor=floor) for floor in (0.0, 0.05))
+    plain, by_log = (make_task(tmp_path, cauchy_scale=floor) for floor in (0.0, 0.05))
     losses = [task.loss(0, task.dataset[0], torch.Generator().manual_seed(0)) for task in (plain, by_log)]
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in ("edited", "kept"))
     assert 0 < losses[1]["loss"] < losses[0]["loss"]
-    with pytest.raises(UserError, match="log_floor"):
-        check(parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "log_floor": -0.1}))
+    with pytest.raises(UserError, match="cauchy_scale"):
+        check(parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "cauchy_scale": -0.1}))
 
 
 def test_errors_are_told_apart_by_time():
@@ -185,11 +195,11 @@ def test_a_drafted_entry_is_held_by_the_target_that_its_velocity_leads_to(tmp_pa
     task = make_task(tmp_path)
     batch, t = task.dataset[0], torch.tensor([0.4, 0.9])
     noise = torch.randn(batch.target.shape)
-    draft = first_draft(task.model, batch, batch.states, noise[:1])
+    draft = one_step_prediction(task.model, batch, batch.states, noise[:1])
     x_t = (1 - t.view(2, 1, 1, 1, 1)) * torch.cat([draft, batch.target[1:]]) + t.view(2, 1, 1, 1, 1) * noise
     velocity = task.model(x_t, batch.source, batch.reference, task.model.embed_condition(batch.states), t)
     errors = torch.cat([(x_t - 0.4 * velocity - batch.target)[:1], (velocity - (noise - batch.target))[1:]]).square().mean(dim=1)
-    losses = velocity_losses(task.model, batch, batch.states, noise, t, 1.0, drafts=draft)
+    losses = flow_matching_losses(task.model, batch, batch.states, noise, t, 1.0, drafts=draft)
     assert torch.allclose(losses["loss"], errors.mean(), rtol=1e-4)
     assert torch.allclose(losses["edited"], (batch.mask * errors).sum() / batch.mask.sum(), rtol=1e-4)
 
@@ -200,7 +210,7 @@ def test_the_first_draft_is_one_step_of_sampling(tmp_path):
     noise, condition = torch.randn(batch.target.shape), task.model.embed_condition(batch.states)
     with torch.no_grad():
         stepped = euler(lambda x, t: task.model(x, batch.source, batch.reference, condition, torch.full((2,), t)), noise, schedule(1, 3.0))
-    draft = first_draft(task.model, batch, batch.states, noise)
+    draft = one_step_prediction(task.model, batch, batch.states, noise)
     assert not draft.requires_grad and torch.allclose(draft, stepped, atol=1e-5)
 
 
@@ -208,7 +218,7 @@ def test_drafts_leave_every_weight_its_gradient(tmp_path):
     """Also those whose copy in bfloat16 the draft's pass made, which records none."""
     gradients, losses = {}, {}
     for share in (0.0, 0.5):
-        task = make_task(tmp_path, bf16=True, draft_share=share)
+        task = make_task(tmp_path, bf16=True, scheduled_sampling_ratio=share)
         initialise(task.model)
         nn.init.normal_(task.model.head.head.weight, std=0.05)
         with torch.autocast("cpu", torch.bfloat16):
@@ -221,13 +231,13 @@ def test_drafts_leave_every_weight_its_gradient(tmp_path):
 
 @pytest.mark.parametrize("share", [0.2, 1.3, -0.5])
 def test_a_share_of_drafts_is_a_part_of_the_batch(share):
-    with pytest.raises(UserError, match="draft_share"):
-        check(parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "draft_share": share}))
+    with pytest.raises(UserError, match="scheduled_sampling_ratio"):
+        check(parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "scheduled_sampling_ratio": share}))
 
 
 def test_the_steps_by_hand(tmp_path):
     """What the embedded models were trained by, written out: a change of it would make their recipes train something else."""
-    task = make_task(tmp_path, clip_norm=0.0, time_shift=6.0, decay_share=0.5)
+    task = make_task(tmp_path, max_grad_norm=0.0, time_shift=6.0, decay_ratio=0.5)
     model = MiVEDiT(CONFIG, operations=nn, attention=torch_attention)
     model.load_state_dict(task.model.state_dict())
     run(task)
@@ -284,14 +294,14 @@ def test_a_copier_start_is_a_velocity_towards_the_source():
         return (velocity - path.velocity).square().mean() / path.velocity.square().mean()
 
     plain = error()
-    initialise_copier(model)
+    initialise_identity(model)
     assert error() < 0.3 < 0.9 < plain
 
 
 def test_a_copier_start_needs_the_width():
     narrow = MiVEDiT(replace(CONFIG, width=96, num_heads=3, patch_size=(1, 2, 2)), operations=torch.nn, attention=torch_attention)
     with pytest.raises(UserError, match="at least 128"):
-        initialise_copier(narrow)
+        initialise_identity(narrow)
 
 
 def test_channel_weights_follow_what_the_decoder_shows():
@@ -334,11 +344,11 @@ def test_clips_that_are_drawn_from_grow_to_all_and_a_step_is_the_same_whatever_w
 
 def test_clips_that_grow_are_read_in_the_training_process(tmp_path):
     with pytest.raises(UserError, match="set num_workers to 0"):
-        build(VALUES | {"growth_share": 0.5, "num_workers": 1, "output_dir": str(tmp_path), "export": str(tmp_path / "dit.safetensors")}, "recipe.yaml")
+        build(VALUES | {"growth_ratio": 0.5, "num_workers": 1, "output_dir": str(tmp_path), "export": str(tmp_path / "dit.safetensors")}, "recipe.yaml")
 
 
-@pytest.mark.parametrize("growth_share", [0.0, 0.5])
-def test_a_recipe_trains_on_clips_that_it_draws_whether_before_or_meanwhile(tmp_path, growth_share):
+@pytest.mark.parametrize("growth_ratio", [0.0, 0.5])
+def test_a_recipe_trains_on_clips_that_it_draws_whether_before_or_meanwhile(tmp_path, growth_ratio):
     tiny = EMBEDDED["tiny"]
     values = VALUES | {
         "vae": str(tiny / "vae.safetensors"),
@@ -347,13 +357,13 @@ def test_a_recipe_trains_on_clips_that_it_draws_whether_before_or_meanwhile(tmp_
         "num_steps": 4,
         "buckets": [[32, 32, 5, 3, 1.0]],
         "num_blocks": 1,
-        "growth_share": growth_share,
+        "growth_ratio": growth_ratio,
         "num_feature_processes": 1,
         "output_dir": str(tmp_path / "run"),
         "export": str(tmp_path / "dit.safetensors"),
     }
     task = build(values, "recipe.yaml")
-    assert len(list((tmp_path / "features").glob("*.safetensors"))) == (0 if growth_share else 2)
+    assert len(list((tmp_path / "features").glob("*.safetensors"))) == (0 if growth_ratio else 2)
     run(task)
     assert len(list((tmp_path / "features").glob("*.safetensors"))) == 2
     assert load_dit(tmp_path, attention=torch_attention).config.num_blocks == 1

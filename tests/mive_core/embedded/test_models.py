@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mive_core.embedded.synthetic import PairedEdits
-from mive_core.evaluation.evaluate import in_and_out, mean, psnr
-from mive_core.evaluation.object_match import likeness
+from mive_core.evaluation.evaluate import mean, psnr, region_psnr
+from mive_core.evaluation.object_match import match_object
 from mive_core.formats.checkpoint import inspect
 from mive_core.pipeline import EMBEDDED, Pipeline
 
@@ -48,10 +48,10 @@ def test_edits_pass_the_gate(pipeline, pairs):
     for pair in pairs:
         edited = pipeline.edit(pair.request, seed=0).frames
         assert edited.shape == pair.target.shape and torch.isfinite(edited).all()
-        figures["ours"].append(in_and_out(edited, pair.target, pair.mask))
-        figures["copy"].append(in_and_out(pair.request.source.frames, pair.target, pair.mask))
+        figures["ours"].append(region_psnr(edited, pair.target, pair.mask))
+        figures["copy"].append(region_psnr(pair.request.source.frames, pair.target, pair.mask))
         ceiling = pipeline.vae.decode(pipeline.vae.encode(pair.target))
-        figures["ceiling"].append(in_and_out(ceiling, pair.target, pair.mask))
+        figures["ceiling"].append(region_psnr(ceiling, pair.target, pair.mask))
         decoded.append(psnr(ceiling, pair.target, torch.ones_like(pair.mask)))
     means = {name: {key: mean([row[key] for row in rows]) for key in ("psnr_edited", "psnr_kept")} for name, rows in figures.items()}
     assert means["ours"]["psnr_edited"] >= means["copy"]["psnr_edited"] + 13.7, means
@@ -66,8 +66,8 @@ def test_words_alone_tell_a_new_shape(pipeline):
     for pair in (edits.sample(i).pair for i in range(NUM_CLIPS)):
         source = pair.request.source.frames
         edited = pipeline.edit(pair.request, steps=4, seed=0).frames
-        overlaps.append(likeness(edited, source, pair.target, pair.mask, pair.colour).shape)
-        gains.append(in_and_out(edited, pair.target, pair.mask)["psnr_edited"] - in_and_out(source, pair.target, pair.mask)["psnr_edited"])
+        overlaps.append(match_object(edited, source, pair.target, pair.mask, pair.colour).iou)
+        gains.append(region_psnr(edited, pair.target, pair.mask)["psnr_edited"] - region_psnr(source, pair.target, pair.mask)["psnr_edited"])
     assert mean(overlaps) >= 0.9 and mean(gains) >= 13.2, (overlaps, gains)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from mive_core.embedded.synthetic import COLOURS, LOOKS_FN, PHRASINGS, SHAPES, VOCABULARIES, PairedEdits, apply_look, is_held_out, random_clip
 from mive_core.embedded.synthetic.edit_plan import EDIT_ODDS, KIND_ODDS, draw_plan, plan_odds
-from mive_core.embedded.synthetic.edit_scenes import draw_cast
+from mive_core.embedded.synthetic.edit_scenes import draw_edit_scenes
 from mive_core.embedded.synthetic.natural_images import PICTURES, pyramid
 from mive_core.embedded.synthetic.phrasing import NUM_HELD_OUT
 from mive_core.embedded.synthetic.random_scenes import clip_times
@@ -136,7 +136,7 @@ def test_the_target_moves_in_no_way_that_the_inputs_hide():
     for edit in ("add", "background", "replace"):
         for _ in range(20):
             plan = draw_plan(rng, plan_odds("train", ("seen in reference", "no instruction"), (edit,)), False)
-            cast = draw_cast(rng, plan, size, float(times[-1]))
+            cast = draw_edit_scenes(rng, plan, size, float(times[-1]))
             if edit == "background":
                 frames = cast.new_backdrop.render(times, size)
                 assert (frames == frames[:1]).all()
@@ -150,7 +150,7 @@ def test_a_new_shape_that_only_words_tell_is_upright_and_plain():
     rng = np.random.default_rng(9)
     for kind in ("enters late", "two alike", "instruction only"):
         for _ in range(10):
-            cast = draw_cast(rng, draw_plan(rng, plan_odds("train", (kind,), ("replace",)), False), size, float(times[-1]))
+            cast = draw_edit_scenes(rng, draw_plan(rng, plan_odds("train", (kind,), ("replace",)), False), size, float(times[-1]))
             before, after = (body.motion.track(times, size) for body in (cast.before, cast.after))
             assert (after[:, 3] == 0).all() and cast.after.texture.pattern == "plain"
             assert (before[:, :3] == after[:, :3]).all() and (before[:, 3].all() or cast.before.shape in ("circle", "ring"))

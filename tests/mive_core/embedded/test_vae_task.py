@@ -10,8 +10,8 @@ from mive_core.embedded.natural_clips import natural_clip
 from mive_core.embedded.synthetic import random_clip
 from mive_core.embedded.vae_clips import ClipCrops, Phase
 from mive_core.embedded.vae_network import WholeClipVAE, decode_clips, encode_clips, read_whole_clip_vae, skip_empty_branches
-from mive_core.embedded.vae_pca_init import initialise_principal
-from mive_core.embedded.vae_task import LOG_FLOOR, as_video, build, distortion, fold_statistics, initialise, stream_weights
+from mive_core.embedded.vae_pca_init import initialise_from_pca
+from mive_core.embedded.vae_task import LOG_MSE_EPS, as_video, build, distortion, fold_statistics, initialise, stream_weights
 from mive_core.formats.safetensors_file import read_tensors
 from mive_core.train.loop import run
 from mive_core.train.optim import Muon, orthogonalise
@@ -59,7 +59,7 @@ def test_the_principal_start_codes_better_than_means(dim):
     torch.manual_seed(0)
     vae = WholeClipVAE(dim)
     clip = video(6)
-    initialise_principal(vae, clip)
+    initialise_from_pca(vae, clip)
     for module in vae.modules():
         if hasattr(module, "active"):
             module.active = False
@@ -140,7 +140,7 @@ def test_a_frozen_encoder_is_the_principal_start_to_the_bit(tmp_path):
 def test_skipping_empty_branches_changes_no_latent(tmp_path):
     torch.manual_seed(0)
     vae, clip = WholeClipVAE(16), video(6)
-    initialise_principal(vae, clip)
+    initialise_from_pca(vae, clip)
     whole = vae.encode(clip)[0]
     skip_empty_branches(vae.encoder)
     assert not any(module.active for module in vae.encoder.modules() if hasattr(module, "active"))
@@ -170,7 +170,7 @@ def test_crops_follow_the_curriculum_and_the_seed(tmp_path):
 
 
 def test_a_share_of_the_pool_is_natural(tmp_path):
-    pool = ClipCrops(tmp_path, 4, 1, (Phase(1.0, 1, 5, 16),), seed=3, natural_share=0.25).pool
+    pool = ClipCrops(tmp_path, 4, 1, (Phase(1.0, 1, 5, 16),), seed=3, natural_ratio=0.25).pool
     as_pixels = [np.round(draw(3 * 4 + index, (96, 96), 17) * 255) for index, draw in enumerate([random_clip] * 3 + [natural_clip])]
     assert all((clip == pixels).all() for clip, pixels in zip(pool, as_pixels))
 
@@ -179,7 +179,7 @@ def test_the_logarithm_of_the_error_is_taken_clip_by_clip():
     clips = as_video(torch.randint(0, 256, (2, 5, 16, 16, 3), dtype=torch.uint8))
     off = torch.tensor([0.1, 1.0]).view(2, 1, 1, 1, 1)
     assert distortion(clips + off, clips)["log_mse"] == pytest.approx(math.log(0.1), abs=2e-3)
-    assert distortion(clips, clips)["log_mse"] == pytest.approx(math.log(LOG_FLOOR))
+    assert distortion(clips, clips)["log_mse"] == pytest.approx(math.log(LOG_MSE_EPS))
 
 
 def test_distortion_of_equal_clips_is_zero():

@@ -6,7 +6,7 @@ import torch
 from mive_core.embedded.synthetic import VOCABULARIES, PairedEdits
 from mive_core.embedded.vlm_examples import HEADS, Heads, as_typed, batch_of, example, losses, misheard, per_token, phrases, sentences_of
 from mive_core.embedded.vlm_folder import FIRST_SPECIAL, SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer
-from mive_core.embedded.vlm_task import Lessons, VLMRecipe, VLMTask, build, carry_words, read
+from mive_core.embedded.vlm_task import VLMBatches, VLMRecipe, VLMTask, build, carry_words, read
 from mive_core.types import VLMInputs
 from mive_core.vlm import VLM
 
@@ -18,9 +18,9 @@ def values(tmp_path):
         "output_dir": str(tmp_path / "run"),
         "export": str(tmp_path / "model"),
         "num_steps": 12,
-        "half_batch": 2,
-        "warmup_steps": 2,
-        "lr": 3e-3,
+        "num_new_clips": 2,
+        "num_warmup_steps": 2,
+        "learning_rate": 3e-3,
         "num_workers": 0,
         "log_every": 1,
     }
@@ -70,7 +70,7 @@ def test_a_padded_batch_reads_each_prompt_as_if_alone(vlm):
 
 def test_lessons_are_a_function_of_the_step(values):
     task = build(values)
-    again = Lessons(task.recipe, task.folder)
+    again = VLMBatches(task.recipe, task.folder)
     for step in (0, 1):
         task.dataset[step]
     ours, theirs = task.dataset[2], again[2]
@@ -97,7 +97,7 @@ def test_a_few_steps_reduce_the_loss_on_a_few_clips(values):
 
 def test_every_weight_of_the_model_is_taught(values):
     task = VLMTask(VLMRecipe(**values))
-    losses(read(task.model, task.heads, task.dataset[0].inputs), task.dataset[0], task.recipe.weights)["loss"].backward()
+    losses(read(task.model, task.heads, task.dataset[0].inputs), task.dataset[0], task.recipe.loss_weights)["loss"].backward()
     idle = [name for name, p in task.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert idle == []
 
@@ -162,7 +162,7 @@ def test_a_sentence_without_pictures_reads_as_the_prompt_begins(vlm):
 def test_sentences_are_part_of_a_lesson_and_of_the_loss(values):
     task = build(values | {"num_sentences": 4})
     lesson = task.dataset[0]
-    assert len(lesson.said.labels) == 4 and torch.equal(lesson.said.input_ids, Lessons(task.recipe, task.folder)[0].said.input_ids)
+    assert len(lesson.said.labels) == 4 and torch.equal(lesson.said.input_ids, VLMBatches(task.recipe, task.folder)[0].said.input_ids)
     found = task.loss(0, lesson, torch.Generator())
-    without = losses(read(task.model, task.heads, lesson.inputs), lesson, task.recipe.weights)
-    torch.testing.assert_close(found["loss"], without["loss"] + task.recipe.weights[0] * found["said"])
+    without = losses(read(task.model, task.heads, lesson.inputs), lesson, task.recipe.loss_weights)
+    torch.testing.assert_close(found["loss"], without["loss"] + task.recipe.loss_weights[0] * found["said"])

@@ -7,7 +7,7 @@ import torch
 
 from mive_core.config import PRESETS, MiVEConfig
 from mive_core.errors import UserError
-from mive_core.evaluation.evaluate import PSNR_CAP, EvaluationSettings, asked, edit_done, evaluate, psnr
+from mive_core.evaluation.evaluate import PSNR_CAP, EvaluationSettings, asked, edit_completion, evaluate, psnr
 from mive_core.media.video import read_clip
 from mive_core.types import Clip, EditRequest, PairedEdit
 
@@ -66,15 +66,15 @@ def test_an_edit_is_done_where_every_frame_lies_nearer_to_the_target():
     half[:, :5] = 0.5  # more than half of the way, 0.3 from the target
     short = half.clone()
     short[1, :5, :4] = 0.3  # in one frame 20 of 50 pixels stay behind
-    assert edit_done(half, source, target) == edit_done(target, source, target) == 1
-    assert edit_done(source, source, target) == 0
-    assert edit_done(short, source, target) == pytest.approx(0.6)
-    assert edit_done(target, source, source) is None  # nothing was to be changed
+    assert edit_completion(half, source, target) == edit_completion(target, source, target) == 1
+    assert edit_completion(source, source, target) == 0
+    assert edit_completion(short, source, target) == pytest.approx(0.6)
+    assert edit_completion(target, source, source) is None  # nothing was to be changed
     short[2] = target[2, 1:] = 0
     target[2, 0, 1:] = 0  # one pixel of 100 is the fewest that count, and here it is not done
-    assert edit_done(short, source, target) == 0
+    assert edit_completion(short, source, target) == 0
     target[2] = 0
-    assert edit_done(short, source, target) == pytest.approx(0.6)
+    assert edit_completion(short, source, target) == pytest.approx(0.6)
 
 
 def test_figures_by_hand(tmp_path):
@@ -87,8 +87,8 @@ def test_figures_by_hand(tmp_path):
     assert report["copy_source"] == {"psnr_edited": db(0.25), "psnr_kept": PSNR_CAP, "psnr": db(0.25 / math.sqrt(2))}
     assert report["vae_ceiling"] == {"psnr_edited": db(0.1), "psnr_kept": db(0.1), "psnr": db(0.1)}
     assert report["repeat_reference"] == {"psnr_edited": db(0.25), "psnr_kept": db(0.25), "psnr": db(0.25)}
-    assert (report["clips_right"], report["clips_right_ceiling"]) == (0, 1)
-    assert (report["alike"], report["alike_ceiling"]) == (0, 0)  # 0.2 and 0.1 off in each of three channels
+    assert (report["success_rate"], report["success_rate_ceiling"]) == (0, 1)
+    assert (report["object_match"], report["object_match_ceiling"]) == (0, 0)  # 0.2 and 0.1 off in each of three channels
     assert report["seconds_per_clip"] >= 0
     assert report["by_kind"]["late"]["clips"] == 1 and set(report["by_kind"]) == {"late"}
     row = report["per_clip"][0]

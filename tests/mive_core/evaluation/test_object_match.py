@@ -1,11 +1,11 @@
-"""Colour, place and shape of a drawn thing: each fault is seen by the measure that is for it, and a look-alike passes."""
+"""Colour, place and shape of a drawn thing: each fault is seen by the measure that is for it, and a look-object_match passes."""
 
 import math
 
 import pytest
 import torch
 
-from mive_core.evaluation.object_match import Likeness, centres, likeness
+from mive_core.evaluation.object_match import ObjectMatch, centres, match_object
 
 RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.1, 0.9)
 EVERYWHERE = torch.ones(3, 32, 32, dtype=torch.bool)
@@ -20,14 +20,14 @@ def clip(colour=None, rows=slice(8, 20), columns=slice(8, 20)):
 
 
 def test_the_truth_is_like_itself():
-    found = likeness(clip(RED), clip(), clip(RED), EVERYWHERE, RED)
-    assert found == Likeness(0.0, 0.0, 1.0) and found.right
+    found = match_object(clip(RED), clip(), clip(RED), EVERYWHERE, RED)
+    assert found == ObjectMatch(0.0, 0.0, 1.0) and found.matches
 
 
 def test_a_texture_and_a_little_blur_count_against_nothing():
     worn = clip(RED) + 0.1 * torch.randn(3, 32, 32, 3, generator=torch.Generator().manual_seed(0)).clamp(-1.5, 1.5)
-    found = likeness(worn, clip(), clip(RED), EVERYWHERE, RED)
-    assert found.right and found.colour < 0.05 and found.place < 0.02 and found.shape > 0.9
+    found = match_object(worn, clip(), clip(RED), EVERYWHERE, RED)
+    assert found.matches and found.colour_distance < 0.05 and found.centre_distance < 0.02 and found.iou > 0.9
 
 
 @pytest.mark.parametrize(
@@ -41,22 +41,22 @@ def test_a_texture_and_a_little_blur_count_against_nothing():
     ],
 )
 def test_each_fault_is_seen(result, wrong):
-    found = likeness(result, clip(), clip(RED), EVERYWHERE, RED)
-    bounds = {"colour": found.colour > 0.15, "place": found.place > 0.05, "shape": found.shape < 0.75}
-    assert not found.right and tuple(name for name, off in bounds.items() if off) == wrong
+    found = match_object(result, clip(), clip(RED), EVERYWHERE, RED)
+    bounds = {"colour": found.colour_distance > 0.15, "place": found.centre_distance > 0.05, "shape": found.iou < 0.75}
+    assert not found.matches and tuple(name for name, off in bounds.items() if off) == wrong
 
 
 def test_a_square_is_no_cross_of_its_colour():
     cross = clip(RED, rows=slice(12, 16), columns=slice(8, 20))
     cross[:, 8:20] = torch.where(clip(RED, columns=slice(12, 16))[:, 8:20] == torch.tensor(RED), torch.tensor(RED), cross[:, 8:20])
-    assert likeness(clip(RED), clip(BLUE), cross, EVERYWHERE, RED).shape < 0.6
+    assert match_object(clip(RED), clip(BLUE), cross, EVERYWHERE, RED).iou < 0.6
 
 
 def test_a_removed_thing_has_to_be_gone():
     gone, half = clip(), clip(RED)
     half[:, :14] = 0.6
-    assert likeness(gone, clip(RED), clip(), EVERYWHERE, RED) == Likeness(None, left=0.0)
-    assert likeness(half, clip(RED), clip(), EVERYWHERE, RED).left == 0.5 and not likeness(half, clip(RED), clip(), EVERYWHERE, RED).right
+    assert match_object(gone, clip(RED), clip(), EVERYWHERE, RED) == ObjectMatch(None, remaining=0.0)
+    assert match_object(half, clip(RED), clip(), EVERYWHERE, RED).remaining == 0.5 and not match_object(half, clip(RED), clip(), EVERYWHERE, RED).matches
 
 
 def test_only_the_edited_region_is_looked_at():
@@ -64,18 +64,18 @@ def test_only_the_edited_region_is_looked_at():
     mask[:, 6:24, 6:24] = True
     twin = clip(RED)
     twin[:, 27:, 27:] = torch.tensor(RED)
-    assert likeness(twin, clip(), clip(RED), mask, RED).right and not likeness(twin, clip(), clip(RED), EVERYWHERE, RED).right
+    assert match_object(twin, clip(), clip(RED), mask, RED).matches and not match_object(twin, clip(), clip(RED), EVERYWHERE, RED).matches
 
 
 def test_a_look_has_a_colour_only():
-    assert likeness(clip(RED) * 0.5, clip(RED), clip(RED) * 0.5, EVERYWHERE, None) == Likeness(0.0)
-    assert not likeness(clip(RED), clip(RED), clip(RED) * 0.5, EVERYWHERE, None).right
+    assert match_object(clip(RED) * 0.5, clip(RED), clip(RED) * 0.5, EVERYWHERE, None) == ObjectMatch(0.0)
+    assert not match_object(clip(RED), clip(RED), clip(RED) * 0.5, EVERYWHERE, None).matches
 
 
 @pytest.mark.parametrize("colour", [None, RED])
 def test_what_is_not_finite_is_not_right(colour):
-    found = likeness(torch.full((3, 32, 32, 3), math.nan), clip(), clip(RED), EVERYWHERE, colour)
-    assert not found.right and math.isfinite(found.colour)
+    found = match_object(torch.full((3, 32, 32, 3), math.nan), clip(), clip(RED), EVERYWHERE, colour)
+    assert not found.matches and math.isfinite(found.colour_distance)
 
 
 def test_centres():

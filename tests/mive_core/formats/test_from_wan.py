@@ -155,7 +155,7 @@ def test_one_tensor_is_held_at_a_time(wan, tmp_path):
     size = (tmp_path / "wan.safetensors").stat().st_size
     assert size > 2e8
     script = (
-        "import resource, sys; from mive_core.convert import init_from_wan; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024;"
+        "import resource, sys; from mive_core.formats.from_wan import init_from_wan; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024;"
         "before = peak(); init_from_wan(sys.argv[1], sys.argv[2]); print(peak() - before)"
     )
     run = subprocess.run(

@@ -16,14 +16,16 @@ from mive_core.train import blocks
 from mive_core.train.budget import CARDS, RESERVED, block_size, layout_of, lora_size, memory_of, scale
 from mive_core.train.edit_task import EditRecipe
 from mive_core.train.lora import TARGETS, add_lora
-from mive_core.train.objective import EditFeatures, velocity_losses
+from mive_core.train.objective import EditFeatures, flow_matching_losses
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=3, width=192, num_heads=3, ffn_width=768, patch_size=(1, 2, 2))
 LAYOUT = Layout(40, (5, 12, 12))
 
 
 def recipe(**changes) -> EditRecipe:
-    return EditRecipe(**{"task": "edit", "output_dir": "", "export": "", "num_steps": 1, "start_from": "", "caches": ("c",), "recompute": True, **changes})
+    return EditRecipe(
+        **{"task": "edit", "output_dir": "", "export": "", "num_steps": 1, "start_from": "", "caches": ("c",), "gradient_checkpointing": True, **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,14 +38,14 @@ def test_a_step_holds_what_the_budget_says(changes):
     model = MiVEDiT(CONFIG, operations=nn, attention=torch_attention, dtype=torch.bfloat16 if own.weight_dtype == "bf16" else torch.float32)
     if own.lora_rank:
         add_lora(model, own.lora_rank, TARGETS, own.alpha)
-    blocks.recompute(model)
+    blocks.checkpoint_activations(model)
     draw = lambda *shape: torch.randn(1, *shape)
     (frames, rows, columns), states = LAYOUT.grid, draw(2, LAYOUT.num_condition, CONFIG.vlm_width)
     target, source, noise = (draw(16, frames, 2 * rows, 2 * columns) for _ in range(3))
     batch = EditFeatures(target, source, target[:, :, :1], states, torch.ones(1, frames, 2 * rows, 2 * columns))
     with Counted() as counted:
         with torch.autocast("cpu", torch.bfloat16, enabled=own.bf16, cache_enabled=False):
-            loss = velocity_losses(model, batch, states, noise, torch.tensor([0.5]), 1.0)["loss"]
+            loss = flow_matching_losses(model, batch, states, noise, torch.tensor([0.5]), 1.0)["loss"]
         loss.backward()
     budget = memory_of(own, CONFIG, LAYOUT.num_tokens)
     assert budget.activations + budget.gradients == pytest.approx(counted.peak, rel=0.12)
@@ -56,7 +58,7 @@ def test_sizes_are_those_of_the_models():
 
 
 def test_where_the_bytes_lie():
-    plain, many = memory_of(recipe(bf16=True), CONFIG, 1000), memory_of(recipe(bf16=True, sharded=True, ema=0.9), CONFIG, 1000, 4)
+    plain, many = memory_of(recipe(bf16=True), CONFIG, 1000), memory_of(recipe(bf16=True, sharded=True, ema_decay=0.9), CONFIG, 1000, 4)
     assert plain.optimizer == 2 * plain.weights and plain.averages == plain.in_flight == 0
     assert many.weights == plain.weights // 4 and many.averages == many.weights and many.in_flight > 0
     assert memory_of(recipe(bf16=True, offload=True), CONFIG, 1000).activations == plain.activations - 3 * 1000 * CONFIG.width * 2
@@ -64,7 +66,7 @@ def test_where_the_bytes_lie():
     kept = memory_of(recipe(bf16=True, weight_dtype="bf16", float8="kept", lora_rank=4), CONFIG, 1000)
     assert kept.weights < 0.4 * plain.weights and kept.optimizer < 0.05 * plain.optimizer
     with pytest.raises(UserError, match="counted where blocks are recomputed"):
-        memory_of(recipe(recompute=False), CONFIG, 1000)
+        memory_of(recipe(gradient_checkpointing=False), CONFIG, 1000)
 
 
 def test_scale_says_what_fits_and_where_a_sequence_has_to_be_spread():

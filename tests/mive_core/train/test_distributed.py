@@ -18,7 +18,7 @@ from mive_core.embedded.synthetic import PairedEdits
 from mive_core.errors import UserError
 from mive_core.pipeline import check_compiler
 from mive_core.train.cache import Encoders, cache
-from mive_core.train.distributed import Ranks
+from mive_core.train.distributed import ProcessGroup
 from mive_core.train.tasks import train
 
 STEPS = 20
@@ -27,7 +27,7 @@ STEPS = 20
 def test_the_batches_of_a_step_are_shared_out_and_none_is_left_over():
     for size in (1, 2, 3):
         for step in range(3):
-            shared = [number for rank in range(size) for number in Ranks(rank, size).batches_of(step, 2)]
+            shared = [number for rank in range(size) for number in ProcessGroup(rank, size).batches_of(step, 2)]
             assert shared == list(range(step * 2 * size, (step + 1) * 2 * size))
 
 
@@ -52,7 +52,7 @@ def recipe(folder: Path, pairs, random_models, **changes) -> Path:
         "export": str(folder / "out.safetensors"),
         "num_workers": 0,
         "log_every": 1,
-        "ema": 0.9,
+        "ema_decay": 0.9,
         **changes,
     }
     path = folder / "recipe.yaml"
@@ -79,9 +79,11 @@ def train_by_two(path: Path) -> None:
         assert process.returncode == 0, errors[-2000:]
 
 
-@pytest.mark.parametrize("changes, others", [({"lora_rank": 2}, {}), ({}, {}), ({}, {"sharded": True, "recompute": True})], ids=["lora", "full", "sharded"])
+@pytest.mark.parametrize(
+    "changes, others", [({"lora_rank": 2}, {}), ({}, {}), ({}, {"sharded": True, "gradient_checkpointing": True})], ids=["lora", "full", "sharded"]
+)
 def test_two_processes_equal_one_with_accumulation(pairs, random_models, tmp_path, changes, others):
-    train(recipe(tmp_path / "one", pairs, random_models, num_accumulated=2, **changes))
+    train(recipe(tmp_path / "one", pairs, random_models, gradient_accumulation_steps=2, **changes))
     train_by_two(recipe(tmp_path / "two", pairs, random_models, **changes, **others))
     one, two = ([json.loads(line) for line in (tmp_path / name / "run" / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
     assert len(one) == len(two) == STEPS and len({line["loss"] for line in one}) == STEPS
@@ -117,7 +119,7 @@ def test_two_processes_validate_as_one(pairs, random_models, tmp_path, sharded):
         "validation_vae": str(random_models),
         "validation_pairs": 3,
     }
-    train(recipe(tmp_path / "one", pairs, random_models, num_accumulated=2, **changes))
+    train(recipe(tmp_path / "one", pairs, random_models, gradient_accumulation_steps=2, **changes))
     train_by_two(recipe(tmp_path / "two", pairs, random_models, sharded=sharded, **changes))
     one, two = ([json.loads(line) for line in (tmp_path / name / "run" / "validation.jsonl").read_text().splitlines()] for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 3]
@@ -132,8 +134,8 @@ def test_two_processes_validate_as_one(pairs, random_models, tmp_path, sharded):
 
 def test_sharded_in_bf16_with_what_waits_in_main_memory(pairs, random_models, tmp_path):
     """As configs/paper_14b_8xh100.yaml has it: weights are put together in bf16, blocks' inputs leave the device. Rounding differs a little."""
-    changes = {"bf16": True, "recompute": True, "offload": True, "attention": "sdpa", "num_steps": 6, "checkpoint_every_s": 0.0}
-    train(recipe(tmp_path / "one", pairs, random_models, num_accumulated=2, **changes))
+    changes = {"bf16": True, "gradient_checkpointing": True, "offload": True, "attention": "sdpa", "num_steps": 6, "checkpoint_every_s": 0.0}
+    train(recipe(tmp_path / "one", pairs, random_models, gradient_accumulation_steps=2, **changes))
     train_by_two(recipe(tmp_path / "two", pairs, random_models, sharded=True, **changes))
     one, two = ([json.loads(line)["loss"] for line in (tmp_path / name / "run" / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
     assert one == pytest.approx(two, rel=0.01)
@@ -146,8 +148,8 @@ def test_sharded_and_compiled(pairs, random_models, tmp_path):
         check_compiler("cpu")
     except UserError as error:
         pytest.skip(str(error))
-    changes = {"recompute": True, "num_steps": 4}
-    train(recipe(tmp_path / "one", pairs, random_models, num_accumulated=2, **changes))
+    changes = {"gradient_checkpointing": True, "num_steps": 4}
+    train(recipe(tmp_path / "one", pairs, random_models, gradient_accumulation_steps=2, **changes))
     train_by_two(recipe(tmp_path / "two", pairs, random_models, sharded=True, compiled=True, **changes))
     one, two = ([json.loads(line)["loss"] for line in (tmp_path / name / "run" / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
     assert one == pytest.approx(two, abs=1e-5)

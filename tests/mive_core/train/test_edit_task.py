@@ -73,7 +73,7 @@ def test_an_epoch_visits_every_pair_in_batches_of_one_shape(cached):
 @pytest.mark.parametrize("alpha", [0.0, 6.0])
 def test_a_lora_in_peft_format_is_what_was_trained(cached, random_models, tmp_path, alpha):
     """The product of its matrices is the whole change: alpha is in them."""
-    task = EditTask(recipe(cached, random_models, tmp_path, lora_rank=3, lora_alpha=alpha, ema=0.9))
+    task = EditTask(recipe(cached, random_models, tmp_path, lora_rank=3, lora_alpha=alpha, ema_decay=0.9))
     base = {name: value.clone() for name, value in load_dit(random_models, attention=torch_attention).state_dict().items()}
     run(task)
     weights = load_file(tmp_path / "out.safetensors")
@@ -102,7 +102,7 @@ def test_all_weights_are_trained_and_exported_whole(cached, random_models, tmp_p
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}], ids=["full", "lora"])
 def test_recomputed_and_offloaded_activations_change_no_bit(cached, random_models, tmp_path, changes):
-    for name, how in (("plain", {}), ("recomputed", {"recompute": True}), ("offloaded", {"recompute": True, "offload": True})):
+    for name, how in (("plain", {}), ("recomputed", {"gradient_checkpointing": True}), ("offloaded", {"gradient_checkpointing": True, "offload": True})):
         run(EditTask(recipe(cached, random_models, tmp_path / name, batch_size=2, **changes, **how)))
     plain = load_file(tmp_path / "plain" / "out.safetensors")
     for name in ("recomputed", "offloaded"):
@@ -117,7 +117,7 @@ def test_compiled_blocks_learn_the_same(cached, random_models, tmp_path):
     except UserError as error:
         pytest.skip(str(error))
     for name, compiled in (("eager", False), ("compiled", True)):
-        run(EditTask(recipe(cached, random_models, tmp_path / name, compiled=compiled, recompute=True, learning_rate=1e-3)))
+        run(EditTask(recipe(cached, random_models, tmp_path / name, compiled=compiled, gradient_checkpointing=True, learning_rate=1e-3)))
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_a_lora_over_weights_that_stay_in_8_bits(cached, random_models, tmp_path
     quantize(random_models / "dit.safetensors", tmp_path / "fp8.safetensors", "fp8_scaled")
     changes = {"start_from": str(tmp_path / "fp8.safetensors"), "lora_rank": 3}
     for name, float8 in (("back", "scaled_back"), ("kept", "kept")):
-        run(EditTask(recipe(cached, random_models, tmp_path / name, float8=float8, recompute=float8 == "kept", **changes)))
+        run(EditTask(recipe(cached, random_models, tmp_path / name, float8=float8, gradient_checkpointing=float8 == "kept", **changes)))
     task = EditTask(recipe(cached, random_models, tmp_path / "kept", float8="kept", **changes))
     inside = task.model.blocks[0].self_attn.q
     assert inside.base_layer.weight.dtype == torch.float8_e4m3fn and {p.dtype for p in task.modules["lora"].parameters()} == {torch.float32}
@@ -149,7 +149,7 @@ def test_averages_in_8_bits_resume_bit_for_bit(cached, random_models, tmp_path):
     assert not torch.equal(whole["head.head.weight"], precise["head.head.weight"])
 
 
-@pytest.mark.parametrize("changes", [{"lora_rank": 2, "ema": 0.5}, {"num_accumulated": 2, "condition_dropout": 0.5}])
+@pytest.mark.parametrize("changes", [{"lora_rank": 2, "ema_decay": 0.5}, {"gradient_accumulation_steps": 2, "condition_dropout": 0.5}])
 def test_resume_equals_uninterrupted(cached, random_models, tmp_path, changes):
     run(EditTask(recipe(cached, random_models, tmp_path / "whole", **changes)))
     run(EditTask(recipe(cached, random_models, tmp_path / "halves", **changes)), stop_at=2)
@@ -167,9 +167,9 @@ def test_a_finished_run_goes_on_to_more_steps(cached, random_models, tmp_path):
 
 
 def test_where_the_rate_decays_to_the_end_the_end_stays(cached, random_models, tmp_path):
-    run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=2, decay_share=0.5)))
+    run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=2, decay_ratio=0.5)))
     with pytest.raises(UserError, match="different num_steps"):
-        run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=4, decay_share=0.5)))
+        run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=4, decay_ratio=0.5)))
 
 
 def test_a_lora_learns_a_pair_by_heart(cached, random_models, tmp_path):
@@ -205,9 +205,9 @@ def test_times_are_spread_as_asked():
         ({"optimizer": "sgd"}, "optimizer is unknown; got 'sgd'; expected adamw or adamw_8bit"),
         ({"float8": "kept"}, "weights in 8 bits are not trained"),
         ({"weight_dtype": "bf16"}, "set bf16 to true"),
-        ({"offload": True}, "offload moves what recompute keeps"),
-        ({"muon_rate": 0.1, "lora_rank": 1}, "Muon moves whole matrices"),
-        ({"time_rate": 1e-4, "lora_rank": 1}, "a LoRA leaves the time layers"),
+        ({"offload": True}, "offload moves what gradient_checkpointing keeps"),
+        ({"muon_learning_rate": 0.1, "lora_rank": 1}, "Muon moves whole matrices"),
+        ({"time_learning_rate": 1e-4, "lora_rank": 1}, "a LoRA leaves the time layers"),
         ({"sharded": True, "lora_rank": 1}, "a LoRA is not sharded"),
         pytest.param({"device": "cuda"}, "there is no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="A CUDA DEVICE IS THERE")),
         ({"caches": ["nowhere"]}, "no cache of features"),

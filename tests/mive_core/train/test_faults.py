@@ -52,7 +52,7 @@ def recipe(folder: Path, cached, random_models, **changes) -> Path:
         "export": str(folder / "out.safetensors"),
         "num_workers": 0,
         "log_every": 1,
-        "ema": 0.9,
+        "ema_decay": 0.9,
         "checkpoint_every_s": 0.0,
         **changes,
     }
@@ -104,7 +104,12 @@ def killed_after(path: Path, num_processes: int, step: int, delay: float) -> Non
 
 @pytest.mark.parametrize(
     "num_processes, steps, changes",
-    [(1, (3, 9), {"lora_rank": 2, "num_accumulated": 2}), (1, (5,), {"recompute": True}), (2, (5,), {"lora_rank": 2}), (2, (5,), {"sharded": True})],
+    [
+        (1, (3, 9), {"lora_rank": 2, "gradient_accumulation_steps": 2}),
+        (1, (5,), {"gradient_checkpointing": True}),
+        (2, (5,), {"lora_rank": 2}),
+        (2, (5,), {"sharded": True}),
+    ],
     ids=["lora", "full", "two", "sharded"],
 )
 def test_killed_it_ends_bit_equal(cached, random_models, tmp_path, num_processes, steps, changes):

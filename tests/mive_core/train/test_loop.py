@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from mive_core.embedded.tasks import TASKS
 from mive_core.errors import UserError
 from mive_core.train.loop import Task, _step, export_newest, run, step_seed
-from mive_core.train.recipe import Recipe, parse_recipe
+from mive_core.train.recipe import RENAMED, Recipe, parse_recipe
 from mive_core.train.tasks import train
 
 
@@ -58,7 +58,7 @@ def recipe(folder: Path, **changes) -> LineRecipe:
         "num_workers": 0,
         "checkpoint_every_s": 0.0,
         "log_every": 1,
-        "ema": 0.9,
+        "ema_decay": 0.9,
     }
     return parse_recipe(LineRecipe, values | changes)
 
@@ -159,7 +159,7 @@ def test_an_unfinished_run_exports_its_averaged_weights(tmp_path):
 
 def test_accumulated_batches_give_the_mean_gradient(tmp_path):
     """Two batches of 8 in one step: as one batch of both, since the line's loss is a mean."""
-    task = LineTask(recipe(tmp_path, num_accumulated=2, clip_norm=0.0))
+    task = LineTask(recipe(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.0))
     batches = [task.dataset[0], task.dataset[1]]
     noises = [0.1 * torch.randn(8, 3, generator=torch.Generator().manual_seed(step_seed(0, n))) for n in (0, 1)]
     x, y = torch.cat([b[0] + n for b, n in zip(batches, noises)]), torch.cat([b[1] for b in batches])
@@ -208,11 +208,11 @@ def test_a_checkpoint_older_than_a_field_resumes_with_its_default(tmp_path):
     for path in (tmp_path / "run").glob("step_*.safetensors"):
         with safe_open(str(path), framework="pt") as file:
             tensors, state = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["mive.training"])
-        del state["recipe"]["batches_a_step"], state["recipe"]["clip_norm"]
+        del state["recipe"]["batches_a_step"], state["recipe"]["max_grad_norm"]
         save_file(tensors, str(path), {"mive.training": json.dumps(state)})
     run(LineTask(recipe(tmp_path)), stop_at=6)
     with pytest.raises(UserError, match="different batches_a_step"):
-        run(LineTask(recipe(tmp_path, num_accumulated=2)))
+        run(LineTask(recipe(tmp_path, gradient_accumulation_steps=2)))
 
 
 def test_step_seeds_differ():
@@ -240,3 +240,29 @@ def test_a_wrong_recipe_is_refused(tmp_path, text, message):
 def test_a_missing_recipe_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such recipe"):
         train(tmp_path / "none.yaml", TASKS)
+
+
+def test_keys_as_they_were_called_before_are_taken_with_a_warning(tmp_path):
+    """Recipes that people have keep working for one release, and so do their checkpoints."""
+    old = dict(task="line", output_dir=str(tmp_path), export=str(tmp_path / "line.safetensors"), num_steps=4, ema=0.9, clip_norm=0.5)
+    with pytest.warns(UserWarning, match="the key (ema|clip_norm) is now called (ema_decay|max_grad_norm)"):
+        read = parse_recipe(Recipe, old)
+    assert (read.ema_decay, read.max_grad_norm) == (0.9, 0.5)
+    with pytest.raises(UserError, match="clip_norm and max_grad_norm, which are the same key"):
+        parse_recipe(Recipe, old | {"max_grad_norm": 0.5})
+
+
+def test_a_checkpoint_with_the_names_before_is_gone_on_from(tmp_path):
+    whole = exported(tmp_path / "a")
+    assert same(whole, exported(tmp_path / "b", stop_at=17, damage=with_old_names))
+
+
+def with_old_names(folder: Path) -> None:
+    """Every checkpoint as 0.1 wrote it."""
+    for path in folder.glob("step_*.safetensors"):
+        with safe_open(str(path), framework="pt") as file:
+            state, tensors = json.loads(file.metadata()["mive.training"]), {key: file.get_tensor(key) for key in file.keys()}
+        old = {new: name for name, new in RENAMED.items()}
+        assert {"ema", "clip_norm"} <= {old.get(name, name) for name in state["recipe"]}
+        state["recipe"] = {old.get(name, name): value for name, value in state["recipe"].items()}
+        save_file(tensors, path, metadata={"mive.training": json.dumps(state)})

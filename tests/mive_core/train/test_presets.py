@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mive_core.cli import main
 from mive_core.train.edit_task import EditRecipe, check_own
-from mive_core.train.flow_matching import VelocityRecipe, check
+from mive_core.train.flow_matching import FlowMatchingRecipe, check
 from mive_core.train.tasks import train
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 def test_every_recipe_is_read_and_what_it_sets_can_work_together(recipes):
     assert {"paper_14b_8xh100", "lora_14b_1x24gb", "full_1p3b_1x80gb", "tiny_cpu", "tiny_dit_start", "tiny_dit"} <= recipes.keys()
     for name, recipe in recipes.items():
-        if isinstance(recipe, VelocityRecipe):
+        if isinstance(recipe, FlowMatchingRecipe):
             check(replace(recipe, device="cpu"), name)
         if isinstance(recipe, EditRecipe):
             check_own(recipe, name)

@@ -2,11 +2,11 @@ import time
 
 import pytest
 
-from mive_core.train.throughput import Meter, Work, peak_flops, peak_of
+from mive_core.train.throughput import ThroughputMeter, Work, peak_flops, peak_of
 
 
 def test_figures_are_of_the_time_between_two_readings():
-    meter = Meter(peak_flops=1e9, num_processes=2)
+    meter = ThroughputMeter(peak_flops=1e9, num_processes=2)
     for _ in range(2):
         with meter.waiting():
             time.sleep(0.05)

@@ -15,7 +15,7 @@ from mive_core.errors import UserError
 from mive_core.evaluation.loss_curve import SIZE
 from mive_core.pipeline import Pipeline
 from mive_core.train.cache import CacheSettings, Encoders, cache
-from mive_core.train.distributed import Ranks
+from mive_core.train.distributed import ProcessGroup
 from mive_core.train.edit_task import EditRecipe, EditTask
 from mive_core.train.loop import run
 from mive_core.train.recipe import parse_recipe
@@ -44,7 +44,7 @@ def recipe(held_out, random_models, folder, **changes) -> EditRecipe:
         "learning_rate": "1e-2",
         "log_every": 1,
         "checkpoint_every_s": 0.0,
-        "ema": 0.5,
+        "ema_decay": 0.5,
         "validate_every": 2,
         "validation_manifest": str(held_out / "pairs" / "pairs.jsonl"),
         "validation_cache": str(held_out / "cache"),
@@ -88,7 +88,7 @@ def test_what_is_edited_is_what_the_pipeline_edits(held_out, random_models, tmp_
 
 def test_processes_share_the_pairs_and_take_as_many_each():
     pairs = list("abcde")
-    shares = [Share(pairs, Ranks(rank, 2)) for rank in (0, 1)]
+    shares = [Share(pairs, ProcessGroup(rank, 2)) for rank in (0, 1)]
     assert [[share[i] for i in range(len(share))] for share in shares] == [["a", "c", "e"], ["b", "d", "a"]]
     assert sorted(number for share in shares for number in share.numbers if number < 5) == [0, 1, 2, 3, 4]
 
@@ -123,6 +123,6 @@ def test_a_cache_made_by_other_models_is_refused(held_out, random_models, tmp_pa
 def test_a_validation_may_be_added_to_a_run(held_out, random_models, tmp_path):
     plain = recipe(held_out, random_models, tmp_path, validate_every=0, validation_manifest="", validation_cache="", validation_vae="")
     run(EditTask(plain), stop_at=3)
-    task = EditTask(replace(recipe(held_out, random_models, tmp_path), recompute=True))
+    task = EditTask(replace(recipe(held_out, random_models, tmp_path), gradient_checkpointing=True))
     run(task, validation=Validation(task))
     assert [line["step"] for line in lines(tmp_path, "log.jsonl")] == list(range(5))
