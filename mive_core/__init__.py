@@ -1,3 +1,3 @@
 """MiVE: multiscale vision-language features for reference-guided video editing, in plain PyTorch."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import mive_core
+
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
     "subprocess",
@@ -213,6 +215,7 @@ def test_is_described_for_the_registry():
     project, comfy = described["project"], described["tool"]["comfy"]
     assert re.fullmatch(r"[a-z][a-z0-9]*", project["name"]) and re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
     assert project["description"] and project["license"] == "Apache-2.0" and project["classifiers"] == ["Operating System :: OS Independent"]
+    assert project["version"] == mive_core.__version__  # what `mive --version` prints
     assert comfy["PublisherId"] and comfy["DisplayName"] and re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
 
 

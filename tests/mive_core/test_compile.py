@@ -39,6 +39,7 @@ def compiled(call) -> MiVEDiT:
     return model.compile_blocks()
 
 
+@pytest.mark.slow
 def test_one_graph_serves_every_block_and_equals_eager():
     if not any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name):
         pytest.skip("NO C++ COMPILER: torch.compile is not tested here")

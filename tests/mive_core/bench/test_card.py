@@ -11,6 +11,7 @@ from mive_core.errors import UserError
 SMALL = dict(size=(96, 64), num_frames=5, device="cpu", dtype=torch.float32, repeats=1)
 
 
+@pytest.mark.slow
 def test_every_part_runs_and_is_held_against_the_devices_own_speed():
     quick = set(PARTS) - {"compiled"}  # which takes a compiler half a minute; test_compile.py compiles once
     report = bench_card("tiny", blocks=2, parts=tuple(quick), **SMALL)

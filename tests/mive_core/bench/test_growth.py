@@ -51,6 +51,7 @@ def test_exponents():
     assert exponent([{"frames": n, "processor_seconds": 0.1 * n} for n in (1, 2, 4, 8)]) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CLEAR.exists(), reason="NO /proc: peak memory cannot be told here")
 def test_the_report_and_its_picture():
     report = bench_growth("tiny", size=(64, 64), frames=(5, 17, 33), sizes=((64, 64),), blocks=1, window_frames=9, overlap_frames=5)

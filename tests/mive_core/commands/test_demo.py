@@ -1,6 +1,7 @@
 import json
 import os
 
+import pytest
 from PIL import Image
 
 from mive_core.cli import main
@@ -15,6 +16,7 @@ def test_the_demo_clips_are_held_out_and_fit():
     assert footage.request.instruction and (footage.target - footage.request.source.frames).abs().mean() > 0.1
 
 
+@pytest.mark.slow
 def test_the_demo_writes_what_it_says(tmp_path, random_models, capsys):
     out = tmp_path / "out" / "demo"
     assert main(["demo", "--output", str(out), "--models", str(random_models), "--steps", "1"]) == 0

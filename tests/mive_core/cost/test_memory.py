@@ -103,6 +103,7 @@ def test_a_cpu_holds_what_the_formula_says(size, frames):
     assert vae_encode_bytes(frames, height, width, 4, channels=16, planes=True) == pytest.approx(encoding.peak, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("text, vision", [((2048, 6144, 16), (1024, 4096))], ids=["2b"])
 def test_the_vlm_holds_what_the_formula_says(text, vision, dtype):

@@ -129,6 +129,7 @@ def killed_squares(folder: Path):
     return Killed
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(ray, tmp_path):
     numbers = (*range(8), 13)
     outcomes = worked_through(tasks(*numbers), killed_squares(tmp_path), tmp_path / "journal", Executor("local", 2))

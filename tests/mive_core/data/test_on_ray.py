@@ -11,6 +11,8 @@ from mive_core.embedded.heldout import drawn_pairs
 from mive_core.embedded.synthetic import PairedEdits
 from mive_core.media.video import read_clip
 
+pytestmark = pytest.mark.slow
+
 RAY = ["--ray", "local", "--workers", "2"]
 
 

@@ -86,6 +86,7 @@ def test_a_mean_over_nothing_is_nothing():
     assert mean_where(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([2.0, 9.0, 4.0])) == 3
 
 
+@pytest.mark.slow
 def test_the_model_learns_what_it_is_told(tmp_path):
     task, seen = supervised(tmp_path, [told(seed) for seed in range(2)], num_steps=200), []
     run(task, watch=lambda step, losses: seen.append({name: float(value) for name, value in losses.items() if name.startswith("aux")}))

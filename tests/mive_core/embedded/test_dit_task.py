@@ -347,6 +347,7 @@ def test_clips_that_grow_are_read_in_the_training_process(tmp_path):
         build(VALUES | {"growth_ratio": 0.5, "num_workers": 1, "output_dir": str(tmp_path), "export": str(tmp_path / "dit.safetensors")}, "recipe.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("growth_ratio", [0.0, 0.5])
 def test_a_recipe_trains_on_clips_that_it_draws_whether_before_or_meanwhile(tmp_path, growth_ratio):
     tiny = EMBEDDED["tiny"]

@@ -37,11 +37,13 @@ def test_they_fit_in_the_repository_and_say_what_they_are():
     assert all(part["metadata"].get("mive.version") for part in (report["dit.safetensors"], report["vae.safetensors"], report["vlm/model.safetensors"]))
 
 
+@pytest.mark.slow
 def test_latents_have_unit_variance(pipeline, pairs):
     latents = torch.cat([pipeline.vae.encode(pair.target) for pair in pairs])
     assert 0.7 < latents.std() < 1.45 and latents.mean().abs() < 0.3  # measured over softer pictures, so drawn edges give more
 
 
+@pytest.mark.slow
 def test_edits_pass_the_gate(pipeline, pairs):
     """Means over a few clips, so the bounds are below the card's figures."""
     figures, decoded = {"ours": [], "copy": [], "ceiling": []}, []
@@ -59,6 +61,7 @@ def test_edits_pass_the_gate(pipeline, pairs):
     assert mean(decoded) >= 27.8, decoded
 
 
+@pytest.mark.slow
 def test_words_alone_tell_a_new_shape(pipeline):
     """A blob of the right colour in the right place, which earlier weights drew, has an overlap of 0.59 here."""
     edits = PairedEdits(13, "heldout", (96, 96), 17, kinds=("instruction only",), edits=("replace", "add"))

@@ -51,6 +51,7 @@ def published(body):
     return {f"model.{key}": value.clone() for key, value in body.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_a_file_gives_the_states_of_the_model_it_holds(body, tokenizer, tmp_path):
     path = tmp_path / "qwen3vl_bf16.safetensors"
     save_file({**published(body), "lm_head.weight": torch.zeros(3, 3)}, path)

@@ -69,6 +69,7 @@ def test_where_the_bytes_lie():
         memory_of(recipe(gradient_checkpointing=False), CONFIG, 1000)
 
 
+@pytest.mark.slow
 def test_scale_says_what_fits_and_where_a_sequence_has_to_be_spread():
     report = scale()
     rows = {(row["size"][1], row["cards"], row["offload"]): row for row in report["rows"]}

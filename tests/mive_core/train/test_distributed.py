@@ -79,6 +79,7 @@ def train_by_two(path: Path) -> None:
         assert process.returncode == 0, errors[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, others", [({"lora_rank": 2}, {}), ({}, {}), ({}, {"sharded": True, "gradient_checkpointing": True})], ids=["lora", "full", "sharded"]
 )
@@ -93,6 +94,7 @@ def test_two_processes_equal_one_with_accumulation(pairs, random_models, tmp_pat
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a) and a.keys() == b.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_resume_bit_for_bit(pairs, random_models, tmp_path, sharded):
     """A run that was cut off in its sixth step, for the checkpoint after the fourth is the newest."""
@@ -108,6 +110,7 @@ def test_two_processes_resume_bit_for_bit(pairs, random_models, tmp_path, sharde
     assert len((tmp_path / "halves" / "run" / "log.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_validate_as_one(pairs, random_models, tmp_path, sharded):
     """Each edits half of the pairs, with weights that are whole or shared."""
@@ -132,6 +135,7 @@ def test_two_processes_validate_as_one(pairs, random_models, tmp_path, sharded):
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_sharded_in_bf16_with_what_waits_in_main_memory(pairs, random_models, tmp_path):
     """As configs/paper_14b_8xh100.yaml has it: weights are put together in bf16, blocks' inputs leave the device. Rounding differs a little."""
     changes = {"bf16": True, "gradient_checkpointing": True, "offload": True, "attention": "sdpa", "num_steps": 6, "checkpoint_every_s": 0.0}
@@ -143,6 +147,7 @@ def test_sharded_in_bf16_with_what_waits_in_main_memory(pairs, random_models, tm
     assert {value.dtype for value in stored.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_sharded_and_compiled(pairs, random_models, tmp_path):
     try:
         check_compiler("cpu")

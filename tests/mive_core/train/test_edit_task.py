@@ -111,6 +111,7 @@ def test_recomputed_and_offloaded_activations_change_no_bit(cached, random_model
         assert all(torch.equal(plain[key], other[key]) for key in plain)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_learn_the_same(cached, random_models, tmp_path):
     try:
         check_compiler("cpu")

@@ -102,6 +102,7 @@ def killed_after(path: Path, num_processes: int, step: int, delay: float) -> Non
         assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_processes, steps, changes",
     [
@@ -126,6 +127,7 @@ def test_killed_it_ends_bit_equal(cached, random_models, tmp_path, num_processes
     assert not list((tmp_path / "killed" / "run").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_whole(cached, random_models, tmp_path):
     """Files may grow to half a checkpoint: the log is written, the next checkpoint is not."""
     train(recipe(tmp_path / "whole", cached, random_models))

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import yaml
 from safetensors.torch import load_file
 
@@ -31,6 +32,7 @@ def test_an_unknown_key_is_an_error(tmp_path, capsys):
     assert "unknown keys in the recipe; got leraning_rate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_small_preset_runs_by_the_commands_that_it_names(tmp_path, monkeypatch):
     """With fewer pairs and steps; the commands stand in its first lines."""
     monkeypatch.chdir(tmp_path)
@@ -54,6 +56,7 @@ def test_the_small_preset_runs_by_the_commands_that_it_names(tmp_path, monkeypat
     assert sorted(Path("runs").rglob("*")) == before  # it leaves nothing
 
 
+@pytest.mark.slow
 def test_scale_on_paper_from_the_command_line(tmp_path, capsys):
     assert main(["bench", "scale", "--preset", "1.3b", "--json", str(tmp_path / "scale.json")]) == 0
     report = json.loads((tmp_path / "scale.json").read_text())

@@ -58,6 +58,7 @@ def lines(folder, name) -> list[dict]:
     return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_figures_sheets_and_curves_and_no_trace_in_what_is_trained(held_out, random_models, tmp_path):
     run(EditTask(recipe(held_out, random_models, tmp_path / "alone")))
     task = EditTask(recipe(held_out, random_models, tmp_path / "watched"))
