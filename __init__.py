@@ -1,7 +1,7 @@
-"""The door of the ComfyUI pack."""
+"""The entry point of the ComfyUI pack."""
 
 from .nodes import comfy_entrypoint
 
-WEB_DIRECTORY = "./web"  # help pages
+WEB_DIRECTORY = "./web"  # icons and help pages
 
 __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

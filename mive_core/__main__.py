@@ -1,4 +1,4 @@
-"""`python -m mive_core` works like `mive`; launchers such as torchrun start it so."""
+"""`python -m mive_core` is the same as `mive`; launchers such as torchrun start it this way."""
 
 import sys
 

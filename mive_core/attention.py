@@ -1,6 +1,6 @@
-"""Attention as a value: the DiT is given one of these at construction and never chooses by itself.
+"""Attention functions. The DiT gets one of them at construction and never chooses by itself.
 
-The form is ComfyUI's, so that its own back ends fit unchanged.
+The signature is ComfyUI's, so that its own back ends fit unchanged.
 B batch, L tokens, H heads, d head width.
 """
 
@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .errors import UserError
 
 BACKENDS = ("auto", "sdpa", "sage", "matmul")
-HOPPER_AND_BLACKWELL = (9, 10)  # compute capabilities whose cuDNN kernel is ahead of flash attention
+HOPPER_AND_BLACKWELL = (9, 10)  # compute capabilities on which cuDNN's kernel is faster than flash attention
 KERNEL_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-TOLERANCE = 0.1  # relative difference of a sound 8-bit kernel is a few hundredths, that of noise above one
+TOLERANCE = 0.1  # relative difference; a correct 8-bit kernel differs by a few hundredths, noise by more than one
 
 
 class AttentionFn(Protocol):
@@ -36,18 +36,18 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | 
 
 
 def best_kernels(device: torch.device) -> AbstractContextManager:
-    """cuDNN's kernel before flash attention where the card is made for it, as torch 2.11 orders them by itself and earlier ones do not.
+    """A context that prefers cuDNN's kernel to flash attention on Hopper and Blackwell. torch 2.11 uses this order by default, earlier versions do not.
 
-    In what the compiler traces the order is torch's own.
+    While compiling, torch's own order is kept.
     """
-    own = device.type != "cuda" or torch.version.hip is not None or torch.compiler.is_compiling()
-    if own or torch.cuda.get_device_capability(device)[0] not in HOPPER_AND_BLACKWELL:
+    keep_order = device.type != "cuda" or torch.version.hip is not None or torch.compiler.is_compiling()
+    if keep_order or torch.cuda.get_device_capability(device)[0] not in HOPPER_AND_BLACKWELL:
         return nullcontext()
     return sdpa_kernel(KERNEL_ORDER, set_priority=True)
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs) -> Tensor:
-    """AttentionFn as two matrix products. Holds (B, H, L, L); forward and backward in bfloat16 on a CPU in 0.4 of the kernel's time."""
+    """AttentionFn as two matrix products. Holds (B, H, L, L); forward and backward in bfloat16 on a CPU take 0.4 of the time of torch's kernel."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     weights = (scores if mask is None else scores + mask).softmax(-1, dtype=v.dtype)
@@ -55,7 +55,7 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor |
 
 
 def sage_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs) -> Tensor:
-    """AttentionFn by the package sageattention: 8-bit scores, on NVIDIA cards; calls with a mask go to torch's, which it has none for."""
+    """AttentionFn by the package sageattention: 8-bit scores, NVIDIA cards only. It supports no mask, so calls with a mask go to torch."""
     from sageattention import sageattn
 
     if mask is not None:
@@ -66,14 +66,14 @@ def sage_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | N
 
 @dataclass(frozen=True)
 class CheckedAttention:
-    """An AttentionFn that is held against torch's the first time it meets a head width, dtype and device, at the length it meets it.
+    """An AttentionFn that is compared with torch's on its first call for each head width, dtype and device, at the length of that call.
 
-    Where the two disagree, or it fails, a warning says so with the figures, and torch's serves instead.
+    If the two disagree, or the function fails, it warns with the figures and uses torch's instead.
     """
 
     function: AttentionFn
     name: str
-    trusted: dict[tuple, bool] = field(default_factory=dict, compare=False)  # by head width, dtype and device
+    trusted: dict[tuple, bool] = field(default_factory=dict, compare=False)  # (head width, dtype, device) -> whether the function agreed with torch's
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs) -> Tensor:
         key = (q.shape[-1] // heads, q.dtype, q.device)
@@ -82,35 +82,35 @@ class CheckedAttention:
         return (self.function if self.trusted[key] else torch_attention)(q, k, v, heads, mask, **kwargs)
 
     def check(self, key: tuple, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, **kwargs) -> Tensor:
-        """Both functions on the same input, (B, L, H*d) -> (B, L, H*d) of the one that serves from now on."""
+        """Runs both functions on the same input, (B, L, H*d) -> (B, L, H*d) of the one that is used from now on."""
         expected = torch_attention(q, k, v, heads, mask, **kwargs)
         try:
             got = self.function(q, k, v, heads, mask, **kwargs)
             difference = relative_difference(got, expected)
-            trouble = None if difference <= TOLERANCE else f"differs by {difference:.3g} of the result's size (allowed: {TOLERANCE})"
+            problem = None if difference <= TOLERANCE else f"differs by {difference:.3g} of the result's size (allowed: {TOLERANCE})"
         except (RuntimeError, AssertionError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            trouble = f"fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        self.trusted[key] = trouble is None
-        if trouble is None:
+            problem = f"fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        self.trusted[key] = problem is None
+        if problem is None:
             return got
         width, dtype, device = key
         warnings.warn(
-            f"{self.name} attention {trouble} beside torch's at {q.shape[1]} tokens, {heads} heads of {width}, {dtype} on {device}; torch's is used instead",
+            f"{self.name} attention {problem} beside torch's at {q.shape[1]} tokens, {heads} heads of {width}, {dtype} on {device}; torch's is used instead",
             stacklevel=2,
         )
         return expected
 
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:
-    """(B, L, D) twice -> the root mean square of the difference over that of what was expected; infinite where a number is not finite."""
+    """Root mean square of got - expected, both (B, L, D), over that of expected; infinity if a value is not finite."""
     difference = float(torch.linalg.vector_norm(got - expected, dtype=torch.float32) / torch.linalg.vector_norm(expected, dtype=torch.float32).clamp(min=1e-30))
     return difference if difference < float("inf") else float("inf")
 
 
-def attention_of(name: str) -> AttentionFn:
-    """A back end by name; auto is torch's own, for the others are faster at a price. Raises UserError for unknown and missing ones."""
+def get_attention(name: str) -> AttentionFn:
+    """Returns a back end by name; auto is torch's own, since the others are faster only at a price. Raises UserError for unknown or missing ones."""
     if name not in BACKENDS:
         raise UserError("unknown attention", where="attention", got=repr(name), expected=", ".join(BACKENDS))
     if name == "sage":

@@ -1,4 +1,4 @@
-"""The command line: what may be said, and how it is read. Bad input is one line on stderr and exit code 2."""
+"""The command-line interface. Bad input is reported as one line on stderr, with exit code 2."""
 
 import argparse
 import math
@@ -27,39 +27,52 @@ from .errors import UserError
 
 DEFAULT_MODELS = "tiny"
 DTYPES, PRESET_NAMES = ("bf16", "fp16", "fp32"), ("tiny", "1.3b", "14b")
-CARD_NAMES = ("H100", "A100", "RTX 4090", "RTX 3090")  # train/budget.py's
-FLOAT8_MODES = ("scaled_back", "kept", "multiplied")  # float8.py's, which would bring torch along
+# The next two repeat train/budget.py and formats/float8.py, whose import would load torch.
+CARD_NAMES = ("H100", "A100", "RTX 4090", "RTX 3090")
+FLOAT8_MODES = ("scaled_back", "kept", "multiplied")
+DESCRIPTION = """\
+MiVE edits a video from an instruction and one edited frame: you edit the video's first frame,
+and MiVE carries that edit through all frames, while the motion and everything else stay the same."""
+EXAMPLES = """\
+first steps:
+  mive demo    edits two sample clips with the embedded models, on any machine, without a download
+  mive edit --source clip.mp4 --reference first_frame_edited.png --instruction "make it night" --output edited.mp4
+
+`mive COMMAND --help` explains each command."""
+LAYERS_HELP = "VLM layers to read: first+last, 1,-1, last or 0:36:6"
+BLOCKS_HELP = "use fewer blocks than the preset has"
+FOLDER_HELP = "folder for the test files, which are deleted afterwards; default: the system's temporary folder"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command -> the exit code: 0, 2 for bad input, 130 for an interrupt."""
+    """Runs one command and returns the exit code: 0, 2 for bad input, 130 for an interrupt."""
     argv = sys.argv[1:] if argv is None else argv
     quiet_libraries()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: _say("warning", message)
+        warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)
         try:
             arguments = build_parser().parse_args(argv)
             arguments.command_line = shlex.join(["mive", *argv])
             arguments.run(arguments)
         except UserError as error:
-            _say("error", error)
+            _print_message("error", error)
             return 2
         except KeyboardInterrupt:
-            _say("error", "interrupted")
+            _print_message("error", "interrupted")
             return 130
     return 0
 
 
 def quiet_libraries() -> None:
-    """Model libraries, not yet imported: no network, and stderr left to us unless the user's environment says otherwise."""
+    """Sets defaults for model libraries that are imported later: no network, no output on stderr. The user's environment takes precedence."""
     for name, value in (("HF_HUB_OFFLINE", "1"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
 
 
 class Parser(argparse.ArgumentParser):
-    """Its complaints are user errors too: one line."""
+    """An ArgumentParser that raises UserError for bad arguments."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
@@ -68,8 +81,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, fix=f"`{self.prog} --help` lists what it takes")
 
 
-class Once(argparse.Action):
-    """An option that may be given one time only."""
+class StoreOnce(argparse.Action):
+    """Stores an option's value; an error if the option is given twice."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         if getattr(namespace, self.dest) is not None:
@@ -78,234 +91,424 @@ class Once(argparse.Action):
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="mive", description="Reference-guided video editing.")
+    """Builds the parser of all commands. Imports neither torch nor numpy, so that --help is fast."""
+    parser = Parser(prog="mive", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"mive {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND", parser_class=Parser)
     _add_edit(commands)
+    _add_demo(commands)
     _add_eval(commands)
-    train = _command(commands, "train", run_train, "train a model from a recipe; resumes where it stopped")
-    train.add_argument("config", metavar="CONFIG.yaml", type=text)
-    inspect = _command(commands, "inspect", run_inspect, "say what a checkpoint, or a folder of them, is")
-    inspect.add_argument("path", metavar="FILE|DIR", type=text)
-    init = _command(commands, "init-from-wan", run_init_from_wan, "turn a Wan2.1-T2V checkpoint into a MiVE one, to train from")
-    init.add_argument("source", metavar="SRC", type=text, help="a file, a sharded index or a diffusers folder")
-    init.add_argument("destination", metavar="DST.safetensors", type=text)
-    init.add_argument("--layers", type=text, default="first+last", metavar="SPEC", help="VLM layers it will read, default first+last")
-    init.add_argument("--vlm", default="8b", choices=tuple(VLM_SIZES), help="the Qwen3-VL it will read, default 8b")
-    init.add_argument("--dtype", choices=DTYPES, help="default: the source's; fp8 becomes bf16")
-    quantize = _command(commands, "quantize", run_quantize, "store a MiVE checkpoint's large matrices in 8 bits")
-    quantize.add_argument("source", metavar="SRC", type=text, help="a file, a folder or a sharded index")
-    quantize.add_argument("destination", metavar="DST.safetensors", type=text)
-    quantize.add_argument("--format", default="fp8_scaled", choices=("fp8_scaled",), help="default fp8_scaled, as ComfyUI reads it natively")
-    _add_bench(commands)
+    train = _command(
+        commands, "train", run_train, "train a model with the settings of a recipe file", "An interrupted training resumes from its last checkpoint."
+    )
+    train.add_argument("config", metavar="CONFIG.yaml", type=text, help="recipe file; the repository's folder configs/ has examples")
+    inspect = _command(commands, "inspect", run_inspect, "show what a checkpoint file, or each one in a folder, contains", "Prints JSON.")
+    inspect.add_argument("path", metavar="FILE|DIR", type=text, help=".safetensors or .gguf file, or a folder of them")
+    _add_conversions(commands)
     _add_data(commands)
-    demo = _command(commands, "demo", run_demo, "edit two clips with the embedded models")
-    demo.add_argument("--output", default="out/demo", type=text, metavar="DIR", help="default out/demo")
-    _add_sampling(demo)
+    _add_bench(commands)
     return parser
 
 
 def _add_edit(commands) -> None:
-    edit = _command(commands, "edit", run_edit, "edit a video after an instruction and an edited first frame")
-    edit.add_argument("--source", action=Once, type=text, metavar="V", help="a video file or a folder of frames")
-    edit.add_argument("--reference", action=Once, type=text, metavar="I", help="the first frame, already edited")
-    edit.add_argument("--instruction", action=Once, type=text, metavar="T")
-    edit.add_argument("--manifest", action=Once, type=text, metavar="PAIRS.jsonl", help="instead of these three: many clips; goes on where it stopped")
-    edit.add_argument("--output", required=True, action=Once, type=text, metavar="OUT.mp4|DIR", help=".mp4, .mov or .mkv; with --manifest a folder")
-    edit.add_argument("--fps", type=positive, metavar="R", help="frame rate of a folder of frames, default 24")
-    edit.add_argument("--layers", type=text, metavar="SPEC", help="VLM layers to read: first+last, 1,-1, last, 0:36:6")
+    edit = _command(
+        commands,
+        "edit",
+        run_edit,
+        "edit a video, given an instruction and the edited first frame",
+        "Takes either --source, --reference and --instruction for one video, or --manifest for many.",
+    )
+    edit.add_argument("--source", action=StoreOnce, type=text, metavar="VIDEO|DIR", help="the video to edit: a video file or a folder of frames")
+    edit.add_argument("--reference", action=StoreOnce, type=text, metavar="IMAGE", help="the video's first frame, already edited")
+    edit.add_argument("--instruction", action=StoreOnce, type=text, metavar="TEXT", help='the edit in words, such as "make it night"')
+    edit.add_argument(
+        "--manifest",
+        action=StoreOnce,
+        type=text,
+        metavar="PAIRS.jsonl",
+        help="edit many videos: each line of this file is a JSON object with source, reference and instruction; an interrupted run resumes",
+    )
+    edit.add_argument(
+        "--output", required=True, action=StoreOnce, type=text, metavar="OUT.mp4|DIR", help="the video to write: .mp4, .mov or .mkv; with --manifest a folder"
+    )
+    edit.add_argument("--fps", type=positive_float, metavar="R", help="frame rate if --source is a folder of frames; default 24")
+    edit.add_argument("--layers", type=text, metavar="SPEC", help=f"{LAYERS_HELP}; default: the layers the model was trained with")
     _add_fit(edit)
     _add_sampling(edit)
     _add_machine(edit)
+    _add_float8(edit)
     _add_executor(edit)
-    edit.add_argument("--fp8", default="scaled_back", choices=FLOAT8_MODES, help="8-bit matrices: scaled back when read, kept in memory, or multiplied as such")
+
+
+def _add_demo(commands) -> None:
+    demo = _command(
+        commands, "demo", run_demo, "edit two sample clips with the embedded models", "Writes the edited videos, a contact sheet and a report. Needs no GPU."
+    )
+    demo.add_argument("--output", default="out/demo", type=text, metavar="DIR", help="folder to write to; default out/demo")
+    _add_sampling(demo)
 
 
 def _add_eval(commands) -> None:
-    evaluate = _command(commands, "eval", run_eval, "measure edits whose outcome is known")
-    evaluate.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
-    evaluate.add_argument("--output", required=True, type=text, metavar="DIR")
-    evaluate.add_argument("--layers", type=text, metavar="SPEC", help="VLM layers to read")
-    evaluate.add_argument(
-        "--reference-mode", default="given", choices=("given", "source_frame"), help="source_frame: the unedited first frame stands in for the reference"
+    evaluate = _command(
+        commands,
+        "eval",
+        run_eval,
+        "measure the quality of edits whose correct result is known",
+        "Edits every clip of a manifest and writes report.json (PSNR inside and outside the edit, success rates, baselines) and sheet.png.",
     )
-    evaluate.add_argument("--instruction-mode", default="given", choices=("given", "wrong", "empty"), help="wrong: another clip's instruction")
+    evaluate.add_argument(
+        "--manifest",
+        required=True,
+        type=text,
+        metavar="PAIRS.jsonl",
+        help="each line is a JSON object with source, reference, instruction, target (the correct result) and, optionally, mask",
+    )
+    evaluate.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to")
+    evaluate.add_argument("--layers", type=text, metavar="SPEC", help=f"{LAYERS_HELP}; default: the layers the model was trained with")
+    evaluate.add_argument(
+        "--reference-mode",
+        default="given",
+        choices=("given", "source_frame"),
+        help="ablation: given uses the edited reference (default), source_frame the unedited first frame instead",
+    )
+    evaluate.add_argument(
+        "--instruction-mode",
+        default="given",
+        choices=("given", "wrong", "empty"),
+        help="ablation: given uses the clip's instruction (default), wrong another clip's, empty none",
+    )
     _add_fit(evaluate)
     _add_sampling(evaluate)
     _add_machine(evaluate)
-    evaluate.add_argument(
-        "--fp8", default="scaled_back", choices=FLOAT8_MODES, help="8-bit matrices: scaled back when read, kept in memory, or multiplied as such"
+    _add_float8(evaluate)
+
+
+def _add_conversions(commands) -> None:
+    init = _command(
+        commands,
+        "init-from-wan",
+        run_init_from_wan,
+        "convert a Wan2.1-T2V checkpoint into a MiVE checkpoint to train from",
+        "Shared layers are copied, new ones are initialised. The result cannot edit before it is trained.",
+    )
+    init.add_argument("source", metavar="SRC", type=text, help="Wan2.1-T2V checkpoint: a file, the index of a sharded one, or a diffusers folder")
+    init.add_argument("destination", metavar="DST.safetensors", type=text, help="MiVE checkpoint to write")
+    init.add_argument("--layers", type=text, default="first+last", metavar="SPEC", help=f"{LAYERS_HELP}; default first+last")
+    init.add_argument("--vlm", default="8b", choices=tuple(VLM_SIZES), help="size of the Qwen3-VL that the model will read; default 8b")
+    init.add_argument("--dtype", choices=DTYPES, help="data type of the new file; default: the source's, and bf16 if the source is fp8")
+    quantize = _command(
+        commands, "quantize", run_quantize, "store a MiVE checkpoint's large matrices in 8 bits", "Halves the size of a 16-bit file. Prints a report as JSON."
+    )
+    quantize.add_argument("source", metavar="SRC", type=text, help="MiVE checkpoint: a file, a folder, or the index of a sharded one")
+    quantize.add_argument("destination", metavar="DST.safetensors", type=text, help="8-bit checkpoint to write")
+    quantize.add_argument(
+        "--format", default="fp8_scaled", choices=("fp8_scaled",), help="fp8_scaled: float8 with one scale per matrix, which ComfyUI reads natively; default"
     )
 
 
 def _add_bench(commands) -> None:
-    bench = commands.add_parser("bench", help="measure speed and memory").add_subparsers(required=True, metavar="WHAT", parser_class=Parser)
-    dit = _command(bench, "dit", run_bench_dit, "our DiT beside diffusers' WanTransformer3DModel, or with --size one forward of it alone")
-    dit.add_argument("--tokens", type=count, help="beside diffusers at that many, default 2048")
+    summary = "measure speed and memory"
+    bench = commands.add_parser("bench", help=summary, description=_sentence(summary, "Each benchmark prints JSON.")).add_subparsers(
+        required=True, title="benchmarks", metavar="WHAT", parser_class=Parser
+    )
+    dit = _command(
+        bench,
+        "dit",
+        run_bench_dit,
+        "time the DiT against diffusers' WanTransformer3DModel, or with --size alone",
+        "The comparison runs in fp32 on a CPU, at the number of tokens given by --tokens.",
+    )
+    dit.add_argument("--tokens", type=positive_int, metavar="N", help="number of tokens in the comparison with diffusers; default 2048")
     _add_stage(dit)
     for name, summary in (
-        ("vlm", "Qwen3-VL over the edit's clip"),
-        ("vae", "encoding, and decoding whole and in tiles"),
-        ("edit", "a whole edit and its stages"),
+        ("vlm", "time Qwen3-VL on the clip and instruction of an edit"),
+        ("vae", "time the VAE: encoding, decoding whole and in tiles"),
+        ("edit", "time a whole edit and each of its stages"),
     ):
         _add_stage(_command(bench, name, run_bench_stage, summary))
-    convert = _command(bench, "convert", run_bench_convert, "init-from-wan beside a copy of the same file, and its memory")
-    convert.add_argument("--preset", default="1.3b", choices=("1.3b", "14b"), help="whose shapes the random file has, default 1.3b")
-    convert.add_argument("--folder", type=text, metavar="DIR", help="where the files are written, and deleted afterwards")
-    convert.add_argument("--repeats", type=count, default=3)
-    load = _command(bench, "load", run_bench_load, "memory and time of loading a random file of real shapes, in a process of its own")
-    load.add_argument("--model", default="1.3b", choices=(*PRESET_NAMES, *VLM_SIZES), help="a DiT, or 2b to 32b for a Qwen3-VL in one file; default 1.3b")
-    load.add_argument("--blocks", type=count, help="fewer blocks or layers than the model has")
-    load.add_argument("--shards", type=count, default=1)
-    load.add_argument("--fp8", action="store_true", help="the VLM's matrices in 8 bits")
-    load.add_argument("--folder", type=text, metavar="DIR", help="where the file is written, and deleted afterwards")
-    growth = _command(bench, "growth", run_bench_growth, "time and memory of a forward by frames and size, whole and in windows")
-    growth.add_argument("--preset", default="tiny", choices=PRESET_NAMES)
-    growth.add_argument("--size", type=size, default=(320, 192), metavar="WxH", help="default 320x192")
-    growth.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
-    growth.add_argument("--window", type=count, default=33, metavar="N", help="frames of a window, 4n+1, default 33; a quarter of it is shared")
-    growth.add_argument("--repeats", type=count, default=1)
-    growth.add_argument("--plot", type=text, metavar="FILE.png")
-    card = _command(bench, "card", run_bench_card, "every stage of an edit at real sizes, on random weights, against the card's own speed")
-    card.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="default 14b")
-    card.add_argument("--size", type=size, default=(1280, 720), metavar="WxH", help="default 1280x720")
-    card.add_argument("--frames", type=count, default=81, metavar="N", help="4n+1, default 81")
-    card.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    card.add_argument("--dtype", default="bf16", choices=DTYPES)
-    card.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
+    convert = _command(bench, "convert", run_bench_convert, "time init-from-wan against a plain copy of the same file, and measure its memory")
+    convert.add_argument("--preset", default="1.3b", choices=("1.3b", "14b"), help="size of the model in the random test file; default 1.3b")
+    convert.add_argument("--folder", type=text, metavar="DIR", help=FOLDER_HELP)
+    convert.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="number of measurements; default 3")
+    load = _command(bench, "load", run_bench_load, "measure time and peak memory of loading a model", "Loads a file of random weights in a separate process.")
+    load.add_argument("--model", default="1.3b", choices=(*PRESET_NAMES, *VLM_SIZES), help="size of a DiT (tiny, 1.3b, 14b) or of a Qwen3-VL; default 1.3b")
+    load.add_argument("--blocks", type=positive_int, metavar="N", help="use fewer blocks or layers than the model has")
+    load.add_argument("--shards", type=positive_int, default=1, metavar="N", help="number of files that the weights are split into; default 1")
+    load.add_argument("--fp8", action="store_true", help="store the Qwen3-VL's matrices in 8 bits")
+    load.add_argument("--folder", type=text, metavar="DIR", help=FOLDER_HELP)
+    growth = _command(
+        bench,
+        "growth",
+        run_bench_growth,
+        "measure how time and memory grow with the number of frames and the size",
+        "Measures one forward of the DiT, whole and in context windows, on a CPU.",
+    )
+    growth.add_argument("--preset", default="tiny", choices=PRESET_NAMES, help="size of the DiT; default tiny")
+    growth.add_argument("--size", type=size, default=(320, 192), metavar="WxH", help="size in pixels, multiples of 16; default 320x192")
+    growth.add_argument("--blocks", type=positive_int, metavar="N", help=BLOCKS_HELP)
+    growth.add_argument(
+        "--window", type=positive_int, default=33, metavar="N", help="frames of a context window, 4n+1; windows overlap by a quarter; default 33"
+    )
+    growth.add_argument("--repeats", type=positive_int, default=1, metavar="N", help="number of measurements; default 1")
+    growth.add_argument("--plot", type=text, metavar="FILE.png", help="also write a plot")
+    card = _command(
+        bench,
+        "card",
+        run_bench_card,
+        "measure every stage of an edit at full size on a graphics card",
+        "Uses random weights and compares each stage with the card's own measured peak speed.",
+    )
+    card.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="size of the models; default 14b")
+    card.add_argument("--size", type=size, default=(1280, 720), metavar="WxH", help="size in pixels, multiples of 16; default 1280x720")
+    card.add_argument("--frames", type=positive_int, default=81, metavar="N", help="number of frames, 4n+1; default 81")
+    card.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="device to measure; default cuda")
+    card.add_argument("--dtype", default="bf16", choices=DTYPES, help="data type of weights and arithmetic; default bf16")
+    card.add_argument("--blocks", type=positive_int, metavar="N", help=BLOCKS_HELP)
     card.add_argument(
-        "--parts", type=text, default="", metavar="A,B", help="of speed, attention, dit, dit_fp8, vlm, training_block, vae, dit_1.3b, compiled; default all"
+        "--parts",
+        type=text,
+        default="",
+        metavar="A,B",
+        help="measure only these of speed, attention, dit, dit_fp8, vlm, training_block, vae, dit_1.3b, compiled; default: all",
     )
-    card.add_argument("--repeats", type=count, default=3)
-    cache = _command(bench, "cache", run_bench_cache, "`mive data cache` on video files beside its encoders alone")
-    cache.add_argument("--preset", default="tiny", choices=PRESET_NAMES, help="whose encoders' shapes the random weights have, default tiny")
-    cache.add_argument("--size", type=size, default=(96, 96), metavar="WxH", help="default 96x96")
-    cache.add_argument("--stored-size", type=size, metavar="WxH", help="of the video files, which are fitted to the size; default: the same")
-    cache.add_argument("--frames", type=count, default=17, metavar="N", help="4n+1, default 17")
-    cache.add_argument("--pairs", type=count, default=48, metavar="N")
-    cache.add_argument("--repeats", type=count, default=3)
-    cache.add_argument("--folder", type=text, metavar="DIR", help="where the files are written, and deleted afterwards")
+    card.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="number of measurements; default 3")
+    cache = _command(
+        bench,
+        "cache",
+        run_bench_cache,
+        "time `mive data cache` on video files against its encoders alone",
+        "Shows how much time reading, scaling and writing add to the models. Uses random weights.",
+    )
+    cache.add_argument("--preset", default="tiny", choices=PRESET_NAMES, help="size of the encoders; default tiny")
+    cache.add_argument("--size", type=size, default=(96, 96), metavar="WxH", help="size of the encoded clips in pixels, multiples of 16; default 96x96")
+    cache.add_argument("--stored-size", type=size, metavar="WxH", help="size of the video files, which are scaled to --size; default: the same")
+    cache.add_argument("--frames", type=positive_int, default=17, metavar="N", help="number of frames of a clip, 4n+1; default 17")
+    cache.add_argument("--pairs", type=positive_int, default=48, metavar="N", help="number of pairs of clips; default 48")
+    cache.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="number of measurements; default 3")
+    cache.add_argument("--folder", type=text, metavar="DIR", help=FOLDER_HELP)
     _add_machine(cache, attention=False)
-    training = _command(bench, "train", run_bench_train, "steps of a recipe, without checkpoints: speed, and the share of time that goes on loading")
-    training.add_argument("config", metavar="CONFIG.yaml", type=text)
-    training.add_argument("--steps", type=count, default=30, metavar="N", help="that are measured, after three, default 30")
-    scaling = _command(
-        bench, "scale", run_bench_scale, "on paper: memory and time of full training over 8, 32 and 128 cards, and where one sequence needs several"
+    training = _command(
+        bench,
+        "train",
+        run_bench_train,
+        "measure the speed of training steps, and the share of time spent on loading data",
+        "Runs steps of a recipe in a temporary folder, without checkpoints.",
     )
-    scaling.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="default 14b")
-    scaling.add_argument("--card", default="H100", choices=CARD_NAMES, help="default H100")
-    scaling.add_argument("--share", type=positive, default=0.45, metavar="X", help="of the card's peak that is reached, an assumption, default 0.45")
-    scaling.add_argument("--frames", type=count, default=81, metavar="N", help="4n+1, default 81")
+    training.add_argument("config", metavar="CONFIG.yaml", type=text, help="recipe file, as for `mive train`")
+    training.add_argument("--steps", type=positive_int, default=30, metavar="N", help="steps to measure, after three warm-up steps; default 30")
+    scaling = _command(
+        bench,
+        "scale",
+        run_bench_scale,
+        "estimate memory and time of full training on 8, 32 and 128 cards",
+        "Computed from shapes, not measured. Also estimates the longest sequence that fits one card.",
+    )
+    scaling.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="size of the DiT; default 14b")
+    scaling.add_argument("--card", default="H100", choices=CARD_NAMES, help="graphics card; default H100")
+    scaling.add_argument(
+        "--share", type=positive_float, default=0.45, metavar="X", help="assumed fraction of the card's peak speed that is reached; default 0.45"
+    )
+    scaling.add_argument("--frames", type=positive_int, default=81, metavar="N", help="number of frames, 4n+1; default 81")
     for command in bench.choices.values():
-        command.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the figures there")
+        command.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the results to this file")
 
 
 def _add_stage(parser: Parser) -> None:
     stage = parser.prog.split()[-1]
     parser.set_defaults(stage=stage)
-    parser.add_argument("--preset", default="tiny", choices=PRESET_NAMES, help="whose shapes the random weights have, default tiny")
-    parser.add_argument("--size", type=size, metavar="WxH", help="multiples of 16" + ("" if stage == "dit" else ", default 96x96"))
-    parser.add_argument("--frames", type=count, default=17, metavar="N", help="4n+1, default 17")
-    parser.add_argument("--blocks", type=count, help="fewer blocks than the preset has")
-    parser.add_argument("--repeats", type=count, default=7)
-    parser.add_argument("--threads", type=count)
+    parser.add_argument("--preset", default="tiny", choices=PRESET_NAMES, help="size of the models, which have random weights; default tiny")
+    default = "without it the DiT is compared with diffusers" if stage == "dit" else "default 96x96"
+    parser.add_argument("--size", type=size, metavar="WxH", help=f"size in pixels, multiples of 16; {default}")
+    parser.add_argument("--frames", type=positive_int, default=17, metavar="N", help="number of frames, 4n+1; default 17")
+    parser.add_argument("--blocks", type=positive_int, metavar="N", help=BLOCKS_HELP)
+    parser.add_argument("--repeats", type=positive_int, default=7, metavar="N", help="number of measurements; default 7")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="number of CPU threads; default: torch's choice")
     if stage == "edit":
-        parser.add_argument("--steps", type=count, metavar="N", help="default: the preset's")
+        parser.add_argument("--steps", type=positive_int, metavar="N", help="number of sampling steps; default: the preset's")
     _add_machine(parser, attention=stage in ("dit", "edit"))
 
 
 def _add_data(commands) -> None:
-    data = commands.add_parser("data", help="make pairs to measure on, and features to train on").add_subparsers(
-        required=True, metavar="WHAT", parser_class=Parser
+    summary = "make, rate and encode pairs of clips (before and after an edit) for training and evaluation"
+    data = commands.add_parser("data", help=summary, description=_sentence(summary)).add_subparsers(
+        required=True, title="commands", metavar="WHAT", parser_class=Parser
     )
-    synth = _command(data, "synth", run_data_synth, "drawn clips with their manifest")
-    synth.add_argument("--output", required=True, type=text, metavar="DIR")
-    synth.add_argument("--num", type=count, default=64)
-    synth.add_argument("--split", default="heldout", choices=("train", "heldout"))
-    synth.add_argument("--seed", type=integer, default=0)
-    synth.add_argument("--size", type=size, default=(96, 96), metavar="WxH")
-    synth.add_argument("--frames", type=count, default=17, metavar="N")
-    synth.add_argument("--kind", action="append", default=[], type=text, help='only of that kind, such as "two alike"; may be given again')
-    synth.add_argument("--edit", action="append", default=[], type=text, help="only that edit; may be given again")
-    published = _command(data, "import", run_data_import, "the manifest of a published set that lies unpacked in a folder")
-    published.add_argument("layout", choices=("openve", "senorita"), help="OpenVE-3M or Senorita-2M")
-    published.add_argument("--folder", required=True, type=text, metavar="DIR", help="with its tables and its videos")
-    published.add_argument("--output", required=True, type=text, metavar="DIR/PAIRS.jsonl", help=".jsonl or .parquet, in that folder")
-    published.add_argument("--edit", action="append", default=[], type=text, help="only that kind, such as local_add; may be given again")
-    score = _command(data, "score", run_data_score, "the pairs that Qwen3-VL rates highly; goes on where it stopped")
-    score.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
-    score.add_argument("--model", required=True, type=text, metavar="DIR", help="a Hugging Face folder of Qwen3-VL, with its language head")
-    score.add_argument("--output", required=True, type=text, metavar="KEPT.jsonl", help=".jsonl or .parquet, in a folder that the media are under")
-    score.add_argument("--least", type=finite, default=9.3, metavar="X", help="of 10, for the lower of its two numbers; default 9.3")
-    score.add_argument("--most", type=count, default=4000, metavar="N", help="of each kind of edit, the best; default 4000")
-    score.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
-    score.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the model's arithmetic, default fp32")
+    _add_published(data)
+    _add_score(data)
+    _add_compose(data)
+    _add_cache(data)
+    _add_synth(data)
+    for name, run, summary, details in (
+        ("looks", run_data_looks, "make evaluation pairs from a real video with colour looks", "Applies eight looks that the embedded models were trained on."),
+        ("recolour", run_data_recolour, "make evaluation pairs from a real video with its green parts recoloured", "Green becomes red, blue and purple."),
+    ):
+        footage = _command(data, name, run, summary, details)
+        footage.add_argument("--source", required=True, type=text, metavar="VIDEO|DIR", help="the video: a video file or a folder of frames")
+        footage.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to: clips and their manifest pairs.jsonl")
+        if name == "looks":
+            footage.add_argument(
+                "--unseen",
+                action="store_true",
+                help="apply eight looks that the models were not trained on; the instruction only refers to the reference image",
+            )
+        _add_fit(footage)
+
+
+def _add_published(data) -> None:
+    published = _command(
+        data,
+        "import",
+        run_data_import,
+        "write the manifest of a published dataset",
+        "The dataset must be downloaded and unpacked. Rows without usable clips are listed in NAME.left_out.jsonl.",
+    )
+    published.add_argument("layout", choices=("openve", "senorita"), help="the dataset: OpenVE-3M or Senorita-2M")
+    published.add_argument("--folder", required=True, type=text, metavar="DIR", help="the unpacked dataset, with its tables and videos")
+    published.add_argument("--output", required=True, type=text, metavar="DIR/PAIRS.jsonl", help="manifest to write, .jsonl or .parquet, inside that folder")
+    published.add_argument("--edit", action="append", default=[], type=text, help="import only this kind of edit, such as local_add; can be repeated")
+
+
+def _add_score(data) -> None:
+    score = _command(
+        data,
+        "score",
+        run_data_score,
+        "rate pairs with Qwen3-VL and keep the best",
+        "The model rates each edit from 0 to 10, for following the instruction and for keeping the rest; the lower number counts. "
+        "An interrupted run resumes; ratings are stored, so other limits cost nothing.",
+    )
+    score.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl", help="manifest or folder of the pairs to rate")
+    score.add_argument("--model", required=True, type=text, metavar="DIR", help="Hugging Face folder of a Qwen3-VL with its language head")
+    score.add_argument(
+        "--output", required=True, type=text, metavar="KEPT.jsonl", help="manifest of the kept pairs, .jsonl or .parquet, in a folder that contains the clips"
+    )
+    score.add_argument("--min-score", "--least", type=finite_float, default=9.3, metavar="X", help="lowest score to keep, of 10; default 9.3")
+    score.add_argument("--max-per-kind", "--most", type=positive_int, default=4000, metavar="N", help="keep at most N pairs of each kind of edit; default 4000")
+    _add_device(score)
     _add_executor(score)
+
+
+def _add_compose(data) -> None:
     compose = _command(
-        data, "compose", run_data_compose, "people over other backgrounds: pairs that remove, add, replace the background; goes on where it stopped"
+        data,
+        "compose",
+        run_data_compose,
+        "make training pairs by compositing people over other backgrounds",
+        "Each person gives three pairs: remove the person, add the person, replace the background. An interrupted run resumes.",
     )
-    compose.add_argument("--people", required=True, type=text, metavar="PEOPLE.jsonl|DIR", help='lines of {"source", "mask"}, or a folder of videos')
+    compose.add_argument(
+        "--people",
+        required=True,
+        type=text,
+        metavar="PEOPLE.jsonl|DIR",
+        help='clips of people: a file with a JSON object {"source", "mask"} per line, or a folder of videos (needs --segmenter)',
+    )
     compose.add_argument(
         "--backgrounds",
         required=True,
         type=text,
         metavar="B.jsonl|DIR",
-        help='lines of {"source"}, with an "instruction" that says what is seen, or a folder of videos',
+        help='backgrounds: a file with a JSON object {"source"} per line, optionally with an "instruction" that describes the scene, or a folder of videos',
     )
-    compose.add_argument("--output", required=True, type=text, metavar="DIR")
-    compose.add_argument("--segmenter", type=text, metavar="DIR", help="a Hugging Face folder of a semantic segmentation model, for lines without a mask")
-    compose.add_argument("--store", default="video", choices=("video", "frames"), help="H.264, or PNG frames without any loss; default video")
-    compose.add_argument("--seed", type=integer, default=0, help="of which background and which words")
-    compose.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the segmenter, default cpu")
+    compose.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to: clips and their manifest pairs.jsonl")
+    compose.add_argument(
+        "--segmenter", type=text, metavar="DIR", help="Hugging Face folder of a semantic segmentation model, which finds people in clips without a mask"
+    )
+    compose.add_argument("--store", default="video", choices=("video", "frames"), help="video: H.264 files (default); frames: lossless PNG files")
+    compose.add_argument("--seed", type=integer, default=0, metavar="N", help="random seed for the choice of backgrounds and instructions; default 0")
+    compose.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device of the segmentation model; default cpu")
     _add_fit(compose)
     _add_executor(compose)
-    cache = _command(data, "cache", run_data_cache, "latents and VLM states of a manifest's pairs, for `mive train`; goes on where it stopped")
-    cache.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl")
-    cache.add_argument("--models", required=True, type=text, metavar="DIR", help="dit.safetensors (its config is read), vae.safetensors and vlm/")
-    cache.add_argument("--output", required=True, type=text, metavar="DIR")
+
+
+def _add_cache(data) -> None:
+    cache = _command(
+        data,
+        "cache",
+        run_data_cache,
+        "encode pairs into VAE latents and VLM hidden states for `mive train`",
+        "An interrupted run resumes; pairs that are in the cache are not encoded again.",
+    )
+    cache.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl", help="manifest or folder of the pairs to encode")
+    cache.add_argument(
+        "--models",
+        required=True,
+        type=text,
+        metavar="tiny|DIR",
+        help="the embedded models, or a folder with dit.safetensors (only its config is read), vae.safetensors and vlm/",
+    )
+    cache.add_argument("--output", required=True, type=text, metavar="DIR", help="cache folder to write to")
     cache.add_argument(
         "--bucket",
         action="append",
         type=bucket,
         default=[],
         metavar="WxHxF",
-        help="a size and length to fit clips to, may be given again; a clip goes to the nearest shape that is no longer than it; default: as it is",
+        help="width, height and frames that clips are fitted to; can be repeated: each clip takes the bucket of the nearest aspect ratio "
+        "that is not longer than the clip; default: the clip's own size and length",
     )
-    cache.add_argument("--states", default="bf16", choices=("bf16", "fp8"), help="how VLM states are stored; fp8: half the bytes, a scale for each token")
-    cache.add_argument("--negative", action="store_true", help="also of an empty instruction, for condition_dropout")
-    cache.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
-    cache.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the models' arithmetic, default fp32")
+    cache.add_argument("--states", default="bf16", choices=("bf16", "fp8"), help="data type of stored VLM states; fp8 takes half the disk; default bf16")
+    cache.add_argument("--negative", action="store_true", help="also store the states of an empty instruction, which the recipe key condition_dropout needs")
+    _add_device(cache)
     _add_executor(cache)
-    for name, run, summary in (
-        ("looks", run_data_looks, "real footage under eight known looks, with its manifest"),
-        ("recolour", run_data_recolour, "real footage whose green parts take other colours, with its manifest"),
-    ):
-        footage = _command(data, name, run, summary)
-        footage.add_argument("--source", required=True, type=text, metavar="V")
-        footage.add_argument("--output", required=True, type=text, metavar="DIR")
-        if name == "looks":
-            footage.add_argument(
-                "--unseen", action="store_true", help="eight others, of which training shows nothing alike; the words only point at the reference"
-            )
-        _add_fit(footage)
+
+
+def _add_synth(data) -> None:
+    synth = _command(
+        data,
+        "synth",
+        run_data_synth,
+        "make pairs of drawn clips with moving shapes",
+        "The embedded models are trained on such clips and evaluated on the heldout split.",
+    )
+    synth.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to: clips and their manifest pairs.jsonl")
+    synth.add_argument("--num", type=positive_int, default=64, metavar="N", help="number of pairs; default 64")
+    synth.add_argument(
+        "--split", default="heldout", choices=("train", "heldout"), help="train: what models train on; heldout: never trained on; default heldout"
+    )
+    synth.add_argument("--seed", type=integer, default=0, metavar="N", help="random seed of the clips; default 0")
+    synth.add_argument("--size", type=size, default=(96, 96), metavar="WxH", help="size in pixels, multiples of 16; default 96x96")
+    synth.add_argument("--frames", type=positive_int, default=17, metavar="N", help="number of frames, 4n+1; default 17")
+    synth.add_argument(
+        "--kind",
+        action="append",
+        default=[],
+        type=text,
+        help='only this kind of clip: "seen in reference", "enters late", "two alike", "instruction only" or "no instruction"; can be repeated',
+    )
+    synth.add_argument(
+        "--edit", action="append", default=[], type=text, help="only this edit: recolour, replace, remove, add, background or look; can be repeated"
+    )
 
 
 def _add_fit(parser: Parser) -> None:
-    parser.add_argument("--size", type=size, metavar="WxH", help="multiples of 16; default: the source's, to the nearest that fits")
-    parser.add_argument("--frames", type=count, metavar="N", help="4n+1; default: all, less 0 to 3 at the end")
+    parser.add_argument("--size", type=size, metavar="WxH", help="output size in pixels, multiples of 16; default: the source's, to the nearest multiples")
+    parser.add_argument(
+        "--frames", type=positive_int, metavar="N", help="number of frames, 4n+1 such as 17 or 81; default: all, minus up to 3 at the end to reach 4n+1"
+    )
 
 
 def _add_sampling(parser: Parser) -> None:
-    parser.add_argument("--models", default=DEFAULT_MODELS, type=text, metavar="tiny|DIR")
-    parser.add_argument("--steps", type=count, metavar="N", help="default: the checkpoint's")
-    parser.add_argument("--cfg", type=finite, metavar="X", help="guidance; 1 is none")
-    parser.add_argument("--shift", type=positive, metavar="X", help="of the timesteps")
-    parser.add_argument("--seed", type=integer, default=0, metavar="N")
+    parser.add_argument(
+        "--models",
+        default=DEFAULT_MODELS,
+        type=text,
+        metavar="tiny|DIR",
+        help="the embedded models, or a folder with dit.safetensors, vae.safetensors and vlm/; default tiny",
+    )
+    parser.add_argument("--steps", type=positive_int, metavar="N", help="number of sampling steps; default: the checkpoint's")
+    parser.add_argument("--cfg", type=finite_float, metavar="X", help="classifier-free guidance scale, 1: no guidance; default: the checkpoint's")
+    parser.add_argument("--shift", type=positive_float, metavar="X", help="timestep shift, above 1: more steps at high noise; default: the checkpoint's")
+    parser.add_argument("--seed", type=integer, default=0, metavar="N", help="random seed of the noise; default 0")
+
+
+def _add_device(parser: Parser) -> None:
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device to compute on; default cpu")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="data type of weights and arithmetic; default fp32")
 
 
 def _add_machine(parser: Parser, attention: bool = True) -> None:
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
-    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of weights and arithmetic, default fp32")
+    _add_device(parser)
     if not attention:
         return
     parser.add_argument(
@@ -313,29 +516,51 @@ def _add_machine(parser: Parser, attention: bool = True) -> None:
         default="auto",
         type=text,
         metavar="NAME",
-        help="auto and sdpa: torch's own with its best kernel; sage: the package sageattention, checked at first use; matmul",
+        help="attention kernel: auto or sdpa (torch's fastest), sage (the package sageattention, tested at first use) or matmul (two products); default auto",
     )
-    parser.add_argument("--compile", action="store_true", help="the DiT's blocks by torch.compile")
+    parser.add_argument("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
+
+
+def _add_float8(parser: Parser) -> None:
+    parser.add_argument(
+        "--fp8",
+        default="scaled_back",
+        choices=FLOAT8_MODES,
+        help="matrices stored in 8 bits: scaled_back to --dtype when loaded (default), kept in 8 bits and scaled back at each use, or multiplied in 8 bits",
+    )
 
 
 def _add_executor(parser: Parser) -> None:
     parser.add_argument(
-        "--ray", type=text, metavar="local|ADDRESS", help="work on Ray: a cluster of this machine, or the address of one; default: in this process"
+        "--ray", type=text, metavar="local|ADDRESS", help="distribute the work with Ray, on this machine or on the cluster at ADDRESS; default: one process"
     )
-    parser.add_argument("--workers", type=count, default=2, metavar="N", help="on Ray, each with the models and, with --device cuda, a GPU; default 2")
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        default=2,
+        metavar="N",
+        help="number of Ray workers; each loads the models and, with --device cuda, takes a GPU; default 2",
+    )
 
 
-def _command(commands, name: str, run, summary: str) -> Parser:
-    parser = commands.add_parser(name, help=summary, description=summary)
+def _command(commands, name: str, run, summary: str, details: str = "") -> Parser:
+    """Adds a command that calls run(arguments). Its --help shows summary and details, the list of commands only the summary."""
+    parser = commands.add_parser(name, help=summary, description=_sentence(summary, details))
     parser.set_defaults(run=run)
     return parser
 
 
-def _say(kind: str, message: object) -> None:
+def _sentence(summary: str, details: str = "") -> str:
+    return f"{summary[0].upper()}{summary[1:]}. {details}".strip()
+
+
+def _print_message(kind: str, message: object) -> None:
+    """Writes "mive: KIND: message" to stderr, as one line."""
     sys.stderr.write(f"mive: {kind}: {' '.join(str(message).split())}\n")
 
 
 def text(value: str) -> str:
+    """Argument type: text that can be written as UTF-8."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -343,7 +568,8 @@ def text(value: str) -> str:
     return value
 
 
-def count(value: str) -> int:
+def positive_int(value: str) -> int:
+    """Argument type: a whole number of 1 or more."""
     number = integer(value)
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {value}; expected 1 or more")
@@ -351,12 +577,14 @@ def count(value: str) -> int:
 
 
 def integer(value: str) -> int:
+    """Argument type: a whole number of at most 18 digits."""
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
         raise argparse.ArgumentTypeError(f"got {value[:40]!r}; expected a whole number")
     return int(value)
 
 
-def finite(value: str) -> float:
+def finite_float(value: str) -> float:
+    """Argument type: a number, but not NaN or infinity."""
     try:
         number = float(value)
     except ValueError:
@@ -366,14 +594,16 @@ def finite(value: str) -> float:
     return number
 
 
-def positive(value: str) -> float:
-    number = finite(value)
+def positive_float(value: str) -> float:
+    """Argument type: a finite number above 0."""
+    number = finite_float(value)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"got {value}; expected more than 0")
     return number
 
 
 def size(value: str) -> tuple[int, int]:
+    """Argument type: WIDTHxHEIGHT -> (width, height)."""
     match = re.fullmatch(r"([0-9]{1,6})[xX]([0-9]{1,6})", value)
     if not match:
         raise argparse.ArgumentTypeError(f"got {value[:40]!r}; expected WIDTHxHEIGHT, such as 192x112")
@@ -381,7 +611,7 @@ def size(value: str) -> tuple[int, int]:
 
 
 def bucket(value: str) -> tuple[int, int, int]:
-    """WIDTHxHEIGHTxFRAMES, which the models must be able to take."""
+    """Argument type: WIDTHxHEIGHTxFRAMES with sides that are multiples of 16 and 4n+1 frames -> (width, height, frames)."""
     match = re.fullmatch(r"([0-9]{1,6})[xX]([0-9]{1,6})[xX]([0-9]{1,6})", value)
     if not match:
         raise argparse.ArgumentTypeError(f"got {value[:40]!r}; expected WIDTHxHEIGHTxFRAMES, such as 832x480x81")

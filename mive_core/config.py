@@ -1,25 +1,26 @@
-"""The contract of a MiVE checkpoint: every choice that the weights depend on, in one frozen object.
+"""The config of a MiVE checkpoint: every choice that the weights depend on, in one frozen object.
 
-It travels in the safetensors metadata, so a file says by itself what it is.
+It is stored in the safetensors metadata, so that a file describes itself.
 """
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from .errors import UserError
 
 METADATA_KEY = "mive.config"
-ROPE_SCHEMES = ("wan_reference_before",)  # target (t, y, x) from 0, reference at t = -1, condition identity
+ROPE_SCHEMES = ("wan_reference_before",)  # target (t, y, x) from 0, reference at t = -1, identity rotation for the condition
 LATENT_FORMATS = ("wan2.1",)
-VLM_SIZES = {"2b": (2048, 28), "4b": (2560, 36), "8b": (4096, 36), "32b": (5120, 64)}  # Qwen3-VL as published: width, layers
-VLM_FEED_FORWARD = {2048: 6144, 2560: 9728, 4096: 12_288, 5120: 25_600}  # inner width, by width
+VLM_SIZES = {"2b": (2048, 28), "4b": (2560, 36), "8b": (4096, 36), "32b": (5120, 64)}  # published Qwen3-VL models: width, layers
+VLM_INTERMEDIATE_SIZES = {2048: 6144, 2560: 9728, 4096: 12_288, 5120: 25_600}  # width of the VLM -> inner width of its feed-forward
 
 
 @dataclass(frozen=True)
 class MiVEConfig:
-    """Shapes of the DiT and what it was trained to read.
+    """Shapes of the DiT and of the VLM it was trained with.
 
-    Defaults are Wan2.1-T2V-14B joined to Qwen3-VL-8B with the paper's pair of layers.
+    The defaults are those of Wan2.1-T2V-14B and Qwen3-VL-8B with the paper's two layers.
     """
 
     # the DiT (Wan2.1's shapes)
@@ -39,15 +40,15 @@ class MiVEConfig:
     vlm: str = "Qwen3-VL-8B"
     vlm_width: int = 4096  # D_vlm
     vlm_num_layers: int = 36  # L
-    layers: tuple[int, ...] = (1, -1)  # numbered as transformers' hidden_states
-    video_fps: float = 2.0  # frames a second that the VLM sees
+    layers: tuple[int, ...] = (1, -1)  # numbered like transformers' hidden_states
+    video_fps: float = 2.0  # frames per second that the VLM sees
     max_video_tokens: int = 4096  # visual tokens of the source video
     max_instruction_tokens: int = 512
-    # sampling defaults that the weights were tuned with
+    # sampling defaults for these weights
     steps: int = 30
     shift: float = 5.0
     cfg: float = 1.0
-    guided_above: float = 0.0  # guidance acts only at times above this (a guidance interval, Kynkäänniemi et al. 2024)
+    guided_above: float = 0.0  # guidance applies only at t above this (guidance interval, Kynkäänniemi et al. 2024)
 
     def __post_init__(self):
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
@@ -63,23 +64,24 @@ class MiVEConfig:
 
     @property
     def resolved_layers(self) -> tuple[int, ...]:
-        """The chosen layers counted from 0 to L."""
+        """The chosen layers as indices from 0 to L."""
         return tuple(k if k >= 0 else self.vlm_num_layers + 1 + k for k in self.layers)
 
     def patch_grid(self, num_frames: int, rows: int, columns: int) -> tuple[int, int, int]:
-        """Sides of a latent video, in cells -> in patches, what is left over at an edge as a patch of its own."""
-        return tuple(-(-n // p) for n, p in zip((num_frames, rows, columns), self.patch_size))
+        """Size of a latent video in cells -> in patches. A remainder at an edge counts as a whole patch."""
+        t, y, x = (-(-n // p) for n, p in zip((num_frames, rows, columns), self.patch_size))
+        return t, y, x
 
     def with_layers(self, layers: tuple[int, ...]) -> "MiVEConfig":
         return replace(self, layers=layers)
 
     def to_metadata(self) -> dict[str, str]:
-        """Safetensors metadata: str -> str."""
+        """Returns the config as safetensors metadata."""
         return {METADATA_KEY: json.dumps(asdict(self), sort_keys=True), "format": "pt"}
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None, where: object = None) -> "MiVEConfig":
-        """Inverse of to_metadata. Raises UserError where the key is missing or a field is unknown."""
+        """Inverse of to_metadata. Raises UserError if the key is missing or a field is unknown."""
         text = (metadata or {}).get(METADATA_KEY)
         if text is None:
             raise UserError(
@@ -95,12 +97,13 @@ class MiVEConfig:
         return cls.from_dict(values, where)
 
     @classmethod
-    def from_dict(cls, values: dict, where: object = None) -> "MiVEConfig":
+    def from_dict(cls, values: dict[str, Any], where: object = None) -> "MiVEConfig":
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise UserError("the config has fields this version does not know", where=where, got=", ".join(unknown), fix="update the pack")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
 
 PRESETS = {

@@ -1,4 +1,4 @@
-"""3D convolutions computed as 2D ones, which a CPU does several times faster."""
+"""3D convolutions computed as 2D ones, which is several times faster on a CPU."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def use_conv2d(network: nn.Module) -> None:
-    """Every undilated, ungrouped Conv3d in the network, subclasses too, computes the same by conv3d_by_conv2d."""
+    """Makes every Conv3d in the network, subclasses included, compute by conv3d_by_conv2d. They must be undilated and ungrouped."""
     for module in network.modules():
         if isinstance(module, nn.Conv3d):
             cls = type(module)
@@ -14,11 +14,11 @@ def use_conv2d(network: nn.Module) -> None:
 
 
 def conv3d_by_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int], padding: tuple[int, int, int]) -> Tensor:
-    """conv3d with the kernel's frames side by side on channels: (B, in, F, H, W) -> (B, out, F', H', W')."""
+    """conv3d as conv2d with the kernel's frames concatenated on the channel axis: (B, in, F, H, W) -> (B, out, F', H', W')."""
     x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0])) if padding[0] else x
-    taps = weight.shape[2]
-    num_frames = (x.shape[2] - taps) // stride[0] + 1
-    shifted = [x[:, :, i : i + (num_frames - 1) * stride[0] + 1 : stride[0]].transpose(1, 2) for i in range(taps)]
+    kernel_frames = weight.shape[2]
+    num_frames = (x.shape[2] - kernel_frames) // stride[0] + 1
+    shifted = [x[:, :, i : i + (num_frames - 1) * stride[0] + 1 : stride[0]].transpose(1, 2) for i in range(kernel_frames)]
     frames = torch.cat(shifted, dim=2).flatten(0, 1)
     y = F.conv2d(frames, weight.transpose(1, 2).flatten(1, 2), bias, stride[1:], padding[1:])
     return y.unflatten(0, (len(x), num_frames)).transpose(1, 2)

@@ -1,13 +1,13 @@
-"""The one exception a user can cause, and the one shape its message has."""
+"""UserError, the exception for bad input."""
 
 
 class UserError(ValueError):
-    """Bad input. The message says what, where, got, expected and the fix, on one line.
+    """Bad input. The message is one line: where and what the problem is, what was got and expected, and the fix.
 
     Command-line programs print it and exit with 2; inside ComfyUI it is the node's error.
     """
 
-    __module__ = "mive_core.errors"  # hosts that mount the package under a path would show that path
+    __module__ = "mive_core.errors"  # otherwise hosts that mount the package elsewhere would show their own path
 
     def __init__(self, what: str, *, where: object = None, got: object = None, expected: object = None, fix: str | None = None):
         parts = [what if where is None else f"{where}: {what}"]

@@ -1,7 +1,7 @@
-"""The grammar that chooses layers: `first+last`, `1,-1`, `0:36:6`, in any mixture.
+"""Parses layer specs: `first+last`, `1,-1`, `0:36:6`, in any mixture.
 
-Layers are numbered as transformers' hidden_states: 0 is the input embedding, k the output of
-decoder layer k, L (also -1 or `last`) the last one, after the final norm. `first` is layer 1, as in the paper.
+Layers are numbered like transformers' hidden_states: 0 is the input embedding, k the output of
+decoder layer k, L (also -1 or `last`) that of the last one, after the final norm. `first` is layer 1, as in the paper.
 """
 
 import re
@@ -16,10 +16,10 @@ EXAMPLES = "first+last, last, 1,-1 or 0:36:6"
 
 
 def parse_layers(spec: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """A spec -> layers resolved to 0..num_layers, in the order written.
+    """Returns the layers of a spec, resolved to 0..num_layers, in the order written.
 
-    Items are separated by `,` or `+`; a slice takes from 0..num_layers as Python does.
-    Raises UserError that names the column (counted from 1) of what it cannot read.
+    Items are separated by `,` or `+`; a slice selects from 0..num_layers as in Python.
+    Raises UserError with the column (from 1) of the item that cannot be parsed.
     """
     text = spec if isinstance(spec, str) else ",".join(str(k) for k in spec)
     layers: list[int] = []
@@ -32,13 +32,13 @@ def parse_layers(spec: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 
 def _items(text: str) -> list[tuple[int, str]]:
-    """(column, item) for every item between separators."""
-    found, column = [], 1
+    """(column, item) of each item, in order."""
+    items, column = [], 1
     for piece in re.split(r"[,+]", text):
         item = piece.strip()
-        found.append((column + len(piece) - len(piece.lstrip()) if item else column, item))
+        items.append((column + len(piece) - len(piece.lstrip()) if item else column, item))
         column += len(piece) + 1
-    return found
+    return items
 
 
 def _resolve(item: str, column: int, text: str, num_layers: int) -> list[int]:
@@ -48,7 +48,7 @@ def _resolve(item: str, column: int, text: str, num_layers: int) -> list[int]:
     if name in NAMES:
         return [NAMES[name] % (num_layers + 1)]
     if NUMBER.fullmatch(item):
-        # more digits than any layer has: int() itself refuses very long numerals
+        # no layer number has 10 digits, and int() refuses very long numerals
         k = int(item) if len(item) < 10 else num_layers + 1
         if not -num_layers - 1 <= k <= num_layers:
             raise _error(f"no layer {item[:20]}", column, text, f"{-num_layers - 1} to {num_layers}")

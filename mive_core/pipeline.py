@@ -1,4 +1,4 @@
-"""The whole method in one place: pixels -> condition tokens -> latents -> pixels.
+"""The whole method: pixels -> condition tokens -> latents -> pixels.
 
 F pixel frames (4n+1) of H x W; B batch, C latent channels, T x Y x X latent grid.
 """
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from .attention import attention_of
+from .attention import get_attention
 from .config import MiVEConfig
 from .dit import MiVEDiT
 from .errors import UserError
-from .flow import euler, guide, schedule
+from .flow import classifier_free_guidance, euler, schedule
 from .formats.checkpoint import load_dit, read_config, resolve
 from .layers import parse_layers
 from .types import Clip, Condition, EditLatents, EditRequest
@@ -31,7 +31,7 @@ COMPILERS = ("g++", "clang++", "cl")
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Three frozen models and the contract between them."""
+    """The three frozen models and their common config."""
 
     vlm: VLM
     vae: VAE
@@ -50,16 +50,16 @@ class Pipeline:
         compiled: bool = False,
         float8: str = "scaled_back",
     ) -> "Pipeline":
-        """`tiny`, or a folder with dit.safetensors, vae.safetensors and vlm/. Raises UserError where the three do not fit.
+        """Loads `tiny`, or a folder with dit.safetensors, vae.safetensors and vlm/. Raises UserError if the three do not fit together.
 
-        `layers` reads other VLM layers than the DiT was trained with, as many as it has inputs for; `attention` is one of
-        attention.BACKENDS; `compiled` hands the DiT's blocks to torch.compile, which takes effect at the first step; `float8`, one of
-        float8.MODES, says what becomes of a DiT's 8-bit matrices.
+        `layers` selects VLM layers other than those the DiT was trained with, in the same number; `attention` is one of attention.BACKENDS;
+        `compiled` applies torch.compile to the DiT's blocks, which are compiled at the first step; `float8`, one of float8.MODES, selects
+        how the DiT's 8-bit matrices are handled.
         """
         check_device(device)
         if compiled:
             check_compiler(device)
-        function = attention_of(attention)
+        function = get_attention(attention)
         folder = EMBEDDED.get(str(models), Path(models))
         if not folder.is_dir():
             raise UserError(
@@ -87,12 +87,10 @@ class Pipeline:
     ) -> Clip:
         """EditRequest of F = 4n+1 frames, sizes multiples of 16 -> the edited Clip of the same shape and rate.
 
-        None stands for the checkpoint's own setting; `progress` wraps the steps.
+        None selects the checkpoint's own setting; `progress` wraps the iterable of steps.
         """
-        steps, cfg, shift = (
-            given if given is not None else own for given, own in ((steps, self.config.steps), (cfg, self.config.cfg), (shift, self.config.shift))
-        )
-        times = schedule(steps, shift)
+        cfg = self.config.cfg if cfg is None else cfg
+        times = schedule(self.config.steps if steps is None else steps, self.config.shift if shift is None else shift)
         check_cfg(cfg)
         conditions = [self.vlm.condition(request, self.config)]
         if cfg != 1.0:
@@ -101,7 +99,7 @@ class Pipeline:
         return Clip(self.vae.decode(latents), request.source.fps)
 
     def encode(self, request: EditRequest) -> EditLatents:
-        """Pixels -> (1, C, T, Y, X) of the source and (1, C, 1, Y, X) of the reference."""
+        """Pixels -> latents of the source (1, C, T, Y, X) and of the reference (1, C, 1, Y, X)."""
         source, reference = request.source.frames, request.reference
         if source.shape[1:] != reference.shape:
             raise UserError(
@@ -112,21 +110,21 @@ class Pipeline:
     def denoise(
         self, latents: EditLatents, conditions: list[Condition], times: Tensor, cfg: float, seed: int, progress: Callable[[Iterable], Iterable] = iter
     ) -> Tensor:
-        """Positive condition, and the negative one where cfg is not 1 -> (1, C, T, Y, X). The noise is drawn on the CPU."""
+        """The positive condition, and the negative one if cfg is not 1 -> (1, C, T, Y, X). The noise is drawn on the CPU."""
         tokens = [self.dit.embed_condition(condition.states) for condition in conditions]
         source = latents.source
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            seen = tokens if t > self.config.guided_above else tokens[:1]
+            contexts = tokens if t > self.config.guided_above else tokens[:1]
             t = torch.full((len(x),), t, device=x.device)
-            return guide(*(self.dit(x, source, latents.reference, c, t) for c in seen), cfg=cfg)
+            return classifier_free_guidance(*(self.dit(x, source, latents.reference, c, t) for c in contexts), cfg=cfg)
 
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source)
         return euler(velocity, noise, times, progress)
 
 
 def choose_layers(config: MiVEConfig, spec: str) -> MiVEConfig:
-    """The config with other layers, as many as before. Raises UserError where the count does not fit the checkpoint."""
+    """Returns the config with other layers. Raises UserError unless they are as many as before."""
     layers = parse_layers(spec, config.vlm_num_layers)
     if len(layers) != len(config.layers):
         raise UserError(
@@ -139,7 +137,7 @@ def choose_layers(config: MiVEConfig, spec: str) -> MiVEConfig:
 
 
 def check_vlm(vlm: VLM, config: MiVEConfig, where: object) -> None:
-    """Raises UserError unless the VLM is of the width and depth that the DiT was trained to read."""
+    """Raises UserError unless the VLM has the width and depth that the DiT was trained with."""
     if (vlm.width, vlm.num_layers) != (config.vlm_width, config.vlm_num_layers):
         raise UserError(
             "the DiT was made for another VLM",
@@ -150,14 +148,14 @@ def check_vlm(vlm: VLM, config: MiVEConfig, where: object) -> None:
 
 
 def check_device(device: torch.device | str) -> None:
-    """Raises UserError where the device is not there."""
+    """Raises UserError if the device is not available."""
     kind = torch.device(device).type
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device", where="device", got=str(device), fix="take cpu, or a torch that was built for the card")
 
 
 def check_compiler(device: torch.device | str) -> None:
-    """Raises UserError where torch.compile has nothing to compile with: a C++ compiler for a CPU, Triton for a GPU."""
+    """Raises UserError if torch.compile lacks its compiler: a C++ compiler for a CPU, Triton for a GPU."""
     if torch.device(device).type == "cpu":
         if not any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name):
             raise UserError("torch.compile needs a C++ compiler", where="compile", expected=" or ".join(COMPILERS), fix="install one, or leave compiling out")

@@ -1,13 +1,13 @@
-"""What the VLM is told: instruction, then reference image, then source video, in Qwen3-VL's chat format.
+"""Builds the VLM's inputs: instruction, then reference image, then source video, in Qwen3-VL's chat format.
 
-The order is (ours): the VLM is causal, so the pixels are read in the light of the instruction.
+The order is (ours): the VLM is causal, so it reads the pixels knowing the instruction.
 
 F source frames of H x W pixels, N sampled frames; S tokens in the VLM sequence.
 """
 
 import math
 import warnings
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from .config import MiVEConfig
 from .errors import UserError
 from .types import EditRequest, VLMInputs
 
-MAX_ASPECT_RATIO = 200  # of the processors' own resizing
-SHOWN = 60  # characters of an instruction in a message
+MAX_ASPECT_RATIO = 200  # limit of the processors' resizing
+MAX_QUOTED = 60  # characters of an instruction in a message
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message.role }}
@@ -42,12 +42,12 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_inputs(request: EditRequest, processor: Callable, config: MiVEConfig) -> VLMInputs:
-    """EditRequest, Qwen3VLProcessor -> VLMInputs of one prompt, S tokens.
+def build_inputs(request: EditRequest, processor: Any, config: MiVEConfig) -> VLMInputs:
+    """Builds the VLMInputs of one prompt of S tokens, with a Qwen3VLProcessor.
 
     The source is sampled at config.video_fps and scaled to at most config.max_video_tokens visual tokens;
     the reference gets no more tokens than one source frame would, nor more than that budget.
-    Warns where the instruction is longer than config.max_instruction_tokens and truncates it.
+    An instruction longer than config.max_instruction_tokens is truncated with a warning.
     Raises UserError for a lone surrogate or an aspect ratio that the processor refuses.
     """
     video = processor.video_processor
@@ -56,82 +56,88 @@ def build_inputs(request: EditRequest, processor: Callable, config: MiVEConfig) 
         if max(shape) > MAX_ASPECT_RATIO * min(shape):
             raise UserError(f"the {what} is too narrow", got=f"{shape[1]}x{shape[0]} pixels", expected=f"an aspect ratio of at most {MAX_ASPECT_RATIO}")
     indices = sample_frames(len(request.source.frames), request.source.fps, config.video_fps, video)
-    side = video.patch_size * video.merge_size  # of a token, in pixels
-    frame_tokens = math.ceil(height / side) * math.ceil(width / side)
+    token_side = video.patch_size * video.merge_size  # in pixels
+    frame_tokens = math.ceil(height / token_side) * math.ceil(width / token_side)
     encoded = processor(
-        text=[chat_text(request.instruction, processor, config.max_instruction_tokens)],
-        images=[to_bytes(request.reference)],
-        videos=[to_bytes(request.source.frames[indices])],
-        images_kwargs={"size": token_budget(processor.image_processor, min(frame_tokens, config.max_video_tokens) * side**2)},
+        text=[build_prompt(request.instruction, processor, config.max_instruction_tokens)],
+        images=[to_uint8(request.reference)],
+        videos=[to_uint8(request.source.frames[indices])],
+        images_kwargs={"size": size_limits(processor.image_processor, min(frame_tokens, config.max_video_tokens) * token_side**2)},
         videos_kwargs={
-            "size": token_budget(video, config.max_video_tokens * side**2 * video.temporal_patch_size),
+            "size": size_limits(video, config.max_video_tokens * token_side**2 * video.temporal_patch_size),
             "do_sample_frames": False,
             "video_metadata": [{"fps": request.source.fps, "total_num_frames": len(request.source.frames), "frames_indices": indices}],
-            # transformers 5 warns where this is left open
+            # transformers 5 warns if this is unset
             **({"cap_pixels_per_frame": False} if hasattr(video, "cap_pixels_per_frame") else {}),
         },
         return_tensors="pt",
     )
     ids = encoded["input_ids"]
-    kinds = (ids == processor.image_token_id).long() + 2 * (ids == processor.video_token_id).long()
+    token_types = (ids == processor.image_token_id).long() + 2 * (ids == processor.video_token_id).long()
     return VLMInputs(
-        ids, encoded["attention_mask"], kinds, encoded["pixel_values"], encoded["image_grid_thw"], encoded["pixel_values_videos"], encoded["video_grid_thw"]
+        ids,
+        encoded["attention_mask"],
+        token_types,
+        encoded["pixel_values"],
+        encoded["image_grid_thw"],
+        encoded["pixel_values_videos"],
+        encoded["video_grid_thw"],
     )
 
 
-def chat_text(instruction: str, processor: Callable, max_tokens: int) -> str:
-    """What `build_inputs` asks, as a conversation."""
-    return conversation(
-        [{"type": "text", "text": instruction_text(instruction, processor.tokenizer, max_tokens)}, {"type": "image"}, {"type": "video"}], processor
+def build_prompt(instruction: str, processor: Any, max_tokens: int) -> str:
+    """The chat text of `build_inputs`."""
+    return apply_chat_template(
+        [{"type": "text", "text": sanitize_instruction(instruction, processor.tokenizer, max_tokens)}, {"type": "image"}, {"type": "video"}], processor
     )
 
 
-def conversation(parts: list[dict[str, str]], processor: Callable) -> str:
-    """One turn of a user before its image and video markers are expanded; the answer's header ends it."""
+def apply_chat_template(parts: list[dict[str, str]], processor: Any) -> str:
+    """Renders one user turn up to the header of the answer, with image and video markers not yet expanded."""
     text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
-    # every sampled pair of frames gets markers of its own; transformers 5 would keep the outer ones around them
+    # the processor gives each sampled pair of frames its own start and end markers; transformers 5 would keep the outer ones too
     start, end = processor.vision_start_token, processor.vision_end_token
     return text.replace(f"{start}{processor.video_token}{end}", processor.video_token)
 
 
-def instruction_text(instruction: str, tokenizer: Callable, max_tokens: int) -> str:
-    """The instruction as the VLM may read it: valid Unicode, no control tokens, at most max_tokens long."""
+def sanitize_instruction(instruction: str, tokenizer: Any, max_tokens: int) -> str:
+    """Returns the instruction without control tokens, truncated to max_tokens with a warning. Raises UserError for a lone surrogate."""
     try:
         instruction.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
             "the instruction is not valid Unicode", got=f"a lone surrogate at character {error.start}", fix="save the text as UTF-8 and paste it again"
         ) from error
-    text = instruction.replace("<|", "< |")  # typed by a person, it is no marker of an image or a turn
-    ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    if len(ends) <= max_tokens:
+    text = instruction.replace("<|", "< |")  # typed text must not act as a marker of an image or a turn
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    if len(offsets) <= max_tokens:
         return text
-    kept = text[: ends[max_tokens - 1][1]] if max_tokens else ""
+    kept = text[: offsets[max_tokens - 1][1]] if max_tokens else ""
     warnings.warn(
-        f"the instruction is longer than the model reads: got {len(ends)} tokens, expected at most {max_tokens}; what follows {kept[-SHOWN:]!r} is ignored",
+        f"the instruction is longer than the model reads: got {len(offsets)} tokens, expected at most {max_tokens}; "
+        f"what follows {kept[-MAX_QUOTED:]!r} is ignored",
         stacklevel=4,
     )
     return kept
 
 
-def sample_frames(num_frames: int, fps: float, video_fps: float, video_processor: Callable) -> list[int]:
-    """Indices of the frames that the VLM sees: the processor's own rule, in whole temporal patches.
+def sample_frames(num_frames: int, fps: float, video_fps: float, video_processor: Any) -> list[int]:
+    """Indices of the frames that the VLM sees: the processor's own rule, rounded up to whole temporal patches.
 
-    Evenly spread from the first frame to the last, video_fps of them a second.
+    They are evenly spaced from the first frame to the last, video_fps of them per second.
     """
-    patch = video_processor.temporal_patch_size
-    wanted = max(int(num_frames / fps * video_fps), video_processor.min_frames)
-    wanted = min(wanted, video_processor.max_frames, num_frames)
-    wanted += -wanted % patch
-    return torch.linspace(0, num_frames - 1, wanted, dtype=torch.float64).round().long().tolist()
+    num_samples = max(int(num_frames / fps * video_fps), video_processor.min_frames)
+    num_samples = min(num_samples, video_processor.max_frames, num_frames)
+    num_samples += -num_samples % video_processor.temporal_patch_size
+    return torch.linspace(0, num_frames - 1, num_samples, dtype=torch.float64).round().long().tolist()
 
 
-def to_bytes(pixels: Tensor) -> Tensor:
+def to_uint8(pixels: Tensor) -> Tensor:
     """(..., H, W, 3) float in 0..1 -> (..., 3, H, W) uint8."""
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).movedim(-1, -3).contiguous()
 
 
-def token_budget(image_processor: Callable, max_pixels: int) -> dict[str, int]:
-    """The processor's own size limits, tightened to max_pixels."""
+def size_limits(image_processor: Any, max_pixels: int) -> dict[str, int]:
+    """The processor's own size limits, lowered to max_pixels."""
     size = image_processor.size
     return {"shortest_edge": min(size["shortest_edge"], max_pixels), "longest_edge": min(size["longest_edge"], max_pixels)}

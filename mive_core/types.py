@@ -1,4 +1,4 @@
-"""The frozen objects that stages hand to one another.
+"""Frozen dataclasses that the stages pass to one another.
 
 F pixel frames (4n+1), H x W pixels; C latent channels, T x Y x X latent grid; B batch,
 K chosen layers, S tokens in the VLM sequence, D_vlm its width.
@@ -20,7 +20,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What a user asks for: three inputs, nothing else."""
+    """The three inputs of an edit."""
 
     source: Clip
     reference: Tensor  # (H, W, 3) float32 in 0..1: the first frame, already edited
@@ -29,18 +29,18 @@ class EditRequest:
 
 @dataclass(frozen=True)
 class PairedEdit:
-    """An edit whose outcome is known: for training and for measuring."""
+    """An edit with its known result, for training and evaluation."""
 
     request: EditRequest
     target: Tensor | None  # (F, H, W, 3) float32 in 0..1
     mask: Tensor | None  # (F, H, W) bool, True where source and target are meant to differ
     name: str = ""
-    colour: tuple[float, float, float] | None = None  # RGB of the one thing that is edited, after the edit, or before it is removed
+    colour: tuple[float, float, float] | None = None  # RGB of the single edited object after the edit, or before its removal
 
 
 @dataclass(frozen=True)
 class VLMInputs:
-    """What Qwen3-VL reads in one forward pass; every field as its processor names it."""
+    """Inputs of one forward pass of Qwen3-VL. The fields are named as in its processor."""
 
     input_ids: Tensor  # (1, S) int64
     attention_mask: Tensor  # (1, S)
@@ -56,15 +56,15 @@ class VLMInputs:
 
 @dataclass(frozen=True)
 class Condition:
-    """Hidden states of the chosen layers for one prompt; independent of the timestep."""
+    """Hidden states of the chosen layers for one prompt. They do not depend on the timestep."""
 
     states: Tensor  # (B, K, S, D_vlm)
-    layers: tuple[int, ...]  # resolved to 0..L, in the order of K
+    layers: tuple[int, ...]  # resolved to 0..L, in the order of the K axis
 
 
 @dataclass(frozen=True)
 class EditLatents:
-    """The clean latents that guide the denoising, normalised to unit variance."""
+    """Clean latents that condition the denoising, normalised to unit variance."""
 
     source: Tensor  # (B, C, T, Y, X)
     reference: Tensor  # (B, C, 1, Y, X)

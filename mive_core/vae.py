@@ -1,4 +1,4 @@
-"""Wan 2.1's VAE in standalone use: video <-> normalised latents, through diffusers' AutoencoderKLWan.
+"""Wan 2.1's VAE: video <-> normalised latents, by diffusers' AutoencoderKLWan.
 
 B batch, F pixel frames (4n+1), H x W pixels (multiples of 16); C = 16 latent channels,
 T = (F - 1) / 4 + 1 latent frames, Y = H / 8, X = W / 8.
@@ -21,7 +21,7 @@ from .media.paths import check_input
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-# What Wan 2.1 normalises its latents by, channel by channel.
+# Wan 2.1's normalisation of its latents, per channel.
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 LATENT_CHANNELS = 16
@@ -30,7 +30,7 @@ TEMPORAL_FACTOR = 4
 SIZE_MULTIPLE = 16  # the VAE's 8 times the DiT's patch of 2
 
 ORIGINAL_KEY, DIFFUSERS_KEY = "encoder.conv1.weight", "encoder.conv_in.weight"
-OTHERS = {  # a key that gives a file away, and what it then is
+OTHER_MODELS = {  # a key that identifies another model -> what the file then is
     "encoder.downsamples.0.downsamples.0.residual.0.gamma": "a Wan 2.2 VAE (48 latent channels)",
     "encoder.down.0.block.0.conv1.weight": "an image VAE of the Stable Diffusion or FLUX family",
     "encoder.down_blocks.0.resnets.0.conv1.conv.weight": "a HunyuanVideo or LTX VAE",
@@ -43,7 +43,7 @@ OTHERS = {  # a key that gives a file away, and what it then is
 
 
 class VAE:
-    """The frozen codec. Latents are normalised: about zero mean and unit variance in each channel."""
+    """The frozen VAE. Latents are normalised to about zero mean and unit variance per channel."""
 
     def __init__(self, network: AutoencoderKLWan):
         parameter = next(network.parameters())
@@ -53,19 +53,19 @@ class VAE:
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
-        """Reads a .safetensors file, or a folder of diffusers' with one inside.
+        """Loads a .safetensors file, or a diffusers folder with one inside.
 
-        Original (ComfyUI) and diffusers key layouts, any width, fp32, bf16 or fp16.
-        Raises UserError where the file is not a whole Wan 2.1 VAE.
+        Reads the original (ComfyUI) and diffusers key layouts, any width, fp32, bf16 or fp16.
+        Raises UserError if the file is not a complete Wan 2.1 VAE.
         """
         path = _weights_file(check_input(path, "VAE"))
         weights = {key: value.to(device, dtype) for key, value in read_tensors(path).items()}
-        return cls(_network(weights, path))
+        return cls(_build_network(weights, path))
 
     def encode(self, frames: Tensor) -> Tensor:
-        """(F, H, W, 3) or (B, F, H, W, 3) in 0..1 -> (B, C, T, Y, X), the posterior's mean, normalised.
+        """(F, H, W, 3) or (B, F, H, W, 3) in 0..1 -> (B, C, T, Y, X), the normalised posterior mean.
 
-        Raises UserError for sizes and frame counts that the VAE cannot hold, and for values that are not finite.
+        Raises UserError for sizes and frame counts that the VAE does not support, and for values that are not finite.
         """
         frames = frames[None] if frames.ndim == 4 else frames
         _check_frames(frames)
@@ -79,7 +79,7 @@ class VAE:
         return self.decode_batch(latents)[0]
 
     def decode_batch(self, latents: Tensor) -> Tensor:
-        """(B, C, T, Y, X) -> (B, F, H, W, 3) float32 in 0..1. Raises UserError for what is no finite latents."""
+        """(B, C, T, Y, X) -> (B, F, H, W, 3) float32 in 0..1. Raises UserError for anything but finite latents."""
         if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
             raise UserError("not Wan 2.1 latents", got=f"shape {tuple(latents.shape)}", expected="(B, 16, T, Y, X)")
         if not latents.isfinite().all():
@@ -123,9 +123,9 @@ def _weights_file(path: Path) -> Path:
     return path
 
 
-def _network(weights: dict[str, Tensor], path: Path) -> AutoencoderKLWan:
-    """Weights in either layout -> diffusers' class, its widths read off the shapes. Raises UserError."""
-    # it warns of the torchao tensors that it does not know, of which a VAE has none
+def _build_network(weights: dict[str, Tensor], path: Path) -> AutoencoderKLWan:
+    """Builds diffusers' model from weights in either layout, with its widths taken from their shapes. Raises UserError."""
+    # silences warnings about unknown torchao tensors; a VAE has none
     logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").setLevel(logging.ERROR)
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
@@ -133,8 +133,8 @@ def _network(weights: dict[str, Tensor], path: Path) -> AutoencoderKLWan:
     if ORIGINAL_KEY in weights:
         weights = convert_wan_vae_to_diffusers(weights)
     widths = [weights[key].shape[0] for key in (DIFFUSERS_KEY, "decoder.norm_out.gamma", "post_quant_conv.weight") if key in weights]
-    if len(widths) < 3 or any(key in weights for key in OTHERS if key.startswith("encoder.downsamples")):
-        raise UserError("not a Wan 2.1 VAE", where=path, got=_looks_like(weights), expected="a Wan 2.1 VAE, such as Wan2.1_VAE.safetensors")
+    if len(widths) < 3 or any(key in weights for key in OTHER_MODELS if key.startswith("encoder.downsamples")):
+        raise UserError("not a Wan 2.1 VAE", where=path, got=_describe(weights), expected="a Wan 2.1 VAE, such as Wan2.1_VAE.safetensors")
     if widths[2] != LATENT_CHANNELS or weights[DIFFUSERS_KEY].shape[1] != 3:
         raise UserError(
             "not a Wan 2.1 VAE", where=path, got=f"{widths[2]} latent channels, {weights[DIFFUSERS_KEY].shape[1]} input channels", expected="16 and 3"
@@ -142,13 +142,13 @@ def _network(weights: dict[str, Tensor], path: Path) -> AutoencoderKLWan:
     with torch.device("meta"):
         network = AutoencoderKLWan(base_dim=widths[0], decoder_base_dim=widths[1])
     shapes = {key: value.shape for key, value in network.state_dict().items()}
-    strange = sorted(key for key in shapes.keys() | weights.keys() if key not in weights or weights[key].shape != shapes.get(key))
-    if strange:
+    mismatched = sorted(key for key in shapes.keys() | weights.keys() if key not in weights or weights[key].shape != shapes.get(key))
+    if mismatched:
         raise UserError(
             "this Wan 2.1 VAE is not whole",
             where=path,
             expected=f"{len(shapes)} tensors of width {widths[0]}",
-            got=f"{len(strange)} missing, unknown or of another shape, such as {strange[0]}",
+            got=f"{len(mismatched)} missing, unknown or of another shape, such as {mismatched[0]}",
         )
     network.load_state_dict(weights, assign=True)
     if weights[DIFFUSERS_KEY].device.type == "cpu":
@@ -156,6 +156,6 @@ def _network(weights: dict[str, Tensor], path: Path) -> AutoencoderKLWan:
     return network
 
 
-def _looks_like(weights: dict[str, Tensor]) -> str:
-    known = next((name for key, name in OTHERS.items() if key in weights), None)
+def _describe(weights: dict[str, Tensor]) -> str:
+    known = next((name for key, name in OTHER_MODELS.items() if key in weights), None)
     return known or (f"{len(weights)} tensors, such as {min(weights)!r}" if weights else "an empty file")

@@ -1,7 +1,7 @@
-"""VLM inputs -> hidden states of the chosen layers, with transformers' own Qwen3-VL.
+"""VLM inputs -> hidden states of the chosen layers, with transformers' Qwen3-VL.
 
-L decoder layers; hidden state 0 is the input embedding, k the output of decoder layer k before the
-DeepStack addition that follows it, L the last one after the final norm: transformers' hidden_states.
+L decoder layers, numbered like transformers' hidden_states: 0 is the input embedding, k the output of
+decoder layer k before the DeepStack addition that follows it, L that of the last one after the final norm.
 S tokens in the sequence, D_vlm their width.
 """
 
@@ -9,6 +9,7 @@ import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .config import MiVEConfig
 from .errors import UserError
 from .formats.safetensors_file import read_header, resolve, shard_files
-from .formats.vlm_file import IMAGE_SIZE, IMAGE_TOKEN, PIXELS, VIDEO_SIZE, VIDEO_TOKEN, name_of, read_repack
+from .formats.vlm_file import IMAGE_SIZE, IMAGE_TOKEN, PREPROCESSING, VIDEO_SIZE, VIDEO_TOKEN, read_single_file, vlm_name
 from .prompt import CHAT_TEMPLATE, build_inputs
 from .types import Condition, EditRequest, VLMInputs
 
@@ -24,33 +25,32 @@ MODEL_TYPE = "qwen3_vl"
 MIN_TRANSFORMERS = "4.57"
 CONFIG = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-# transformers 5 saves one file for the processors where Qwen publishes two
+# Qwen publishes two processor files; transformers 5 saves a single one
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 JOINT_PROCESSOR_FILE = "processor_config.json"
 WEIGHTS = "model.safetensors"
 
 
 class VLM:
-    """A frozen Qwen3-VL body and its processor."""
+    """A frozen Qwen3-VL without language head, and its processor."""
 
-    def __init__(self, model: nn.Module, processor, name: str):
+    def __init__(self, model: nn.Module, processor: Any, name: str):
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.name = name
 
     @classmethod
     def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", tokenizer: str | Path | None = None) -> "VLM":
-        """Reads a Hugging Face folder of any Qwen3-VL size, or one file of it beside a folder with Qwen's tokenizer.
+        """Loads a Hugging Face folder of any Qwen3-VL size, or a single weights file plus a folder with Qwen's tokenizer.
 
-        Raises UserError that names what is missing.
+        Raises UserError that names the missing part.
         """
         folder = Path(folder)
         if folder.is_file():
-            return cls._load_file(folder, dtype, device, tokenizer)
+            return cls._load_single_file(folder, dtype, device, tokenizer)
         check_folder(folder)
-        library = _transformers()
         # the language head is not part of the body, so it is never read
-        model, info = library.Qwen3VLModel.from_pretrained(
+        model, info = _transformers().Qwen3VLModel.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, key_mapping={r"^model\.": ""}
         )
         if info["missing_keys"]:
@@ -61,14 +61,14 @@ class VLM:
                 expected="a whole Qwen3-VL checkpoint",
                 fix="download it again",
             )
-        return cls(model.to(device), load_processor(folder), name_of(model.config.text_config.hidden_size, folder.resolve()))
+        return cls(model.to(device), load_processor(folder), vlm_name(model.config.text_config.hidden_size, folder.resolve()))
 
     @classmethod
-    def _load_file(cls, path: Path, dtype: torch.dtype, device: torch.device | str, tokenizer: str | Path | None) -> "VLM":
+    def _load_single_file(cls, path: Path, dtype: torch.dtype, device: torch.device | str, tokenizer: str | Path | None) -> "VLM":
         if tokenizer is None:
             raise UserError("one file holds no tokenizer", where=path, fix="give a Hugging Face folder of Qwen3-VL, or a folder with Qwen's tokenizer as well")
-        model = load_repack(path, dtype, device)
-        return cls(model, load_repacked_processor(Path(tokenizer)), name_of(model.config.text_config.hidden_size, path))
+        model = load_single_file(path, dtype, device)
+        return cls(model, build_processor(Path(tokenizer)), vlm_name(model.config.text_config.hidden_size, path))
 
     @property
     def num_layers(self) -> int:
@@ -81,31 +81,31 @@ class VLM:
         return self.model.config.text_config.hidden_size
 
     def condition(self, request: EditRequest, config: MiVEConfig) -> Condition:
-        """EditRequest -> states of config's layers (1, K, S, D_vlm)."""
+        """EditRequest -> states (1, K, S, D_vlm) of the config's layers."""
         inputs = build_inputs(request, self.processor, config).to(self.model.device)
         return self.encode(inputs, config.resolved_layers)
 
     def encode(self, inputs: VLMInputs, layers: tuple[int, ...]) -> Condition:
-        """One forward pass -> states (1, K, S, D_vlm) of `layers`, resolved to 0..L; runs no layer after the deepest."""
-        states = tap(self.model, inputs, layers)
+        """One forward pass -> states (1, K, S, D_vlm) of `layers`, resolved to 0..L. Layers after the deepest do not run."""
+        states = collect_hidden_states(self.model, inputs, layers)
         return Condition(torch.stack([states[k] for k in layers], dim=1), tuple(layers))
 
 
-class _Reached(Exception):
-    """Ends a forward pass whose deepest chosen layer is known."""
+class _StopForward(Exception):
+    """Ends a forward pass after the deepest chosen layer."""
 
 
-def tap(model: nn.Module, inputs: VLMInputs, layers: tuple[int, ...]) -> dict[int, Tensor]:
-    """Hidden states (B, S, D_vlm) of the chosen layers by number; the others are not kept, later ones not computed."""
+def collect_hidden_states(model: nn.Module, inputs: VLMInputs, layers: tuple[int, ...]) -> dict[int, Tensor]:
+    """Hidden states (B, S, D_vlm) by layer number. Layers that are not chosen are not kept, those after the deepest not computed."""
     text, deepest = model.language_model, max(layers)
     states: dict[int, Tensor] = {}
 
     def keep(k: int, state: Tensor) -> None:
         if k in layers:
-            # transformers 4.57 adds DeepStack features into this very tensor
+            # transformers 4.57 adds the DeepStack features to this tensor in place
             states[k] = state.clone()
         if k == deepest < len(text.layers):
-            raise _Reached
+            raise _StopForward
 
     hooks = [text.layers[0].register_forward_pre_hook(lambda _, args: keep(0, args[0]))]
     for k, layer in enumerate(text.layers[:-1], start=1):
@@ -113,7 +113,7 @@ def tap(model: nn.Module, inputs: VLMInputs, layers: tuple[int, ...]) -> dict[in
     hooks.append(text.norm.register_forward_hook(lambda _, args, out: keep(len(text.layers), out)))
     try:
         model(**model_arguments(model, inputs), use_cache=False)
-    except _Reached:
+    except _StopForward:
         pass
     finally:
         for hook in hooks:
@@ -122,36 +122,38 @@ def tap(model: nn.Module, inputs: VLMInputs, layers: tuple[int, ...]) -> dict[in
 
 
 def model_arguments(model: nn.Module, inputs: VLMInputs) -> dict[str, Tensor]:
-    """The inputs under transformers' names; 4.57 finds the kinds of token by itself."""
+    """The inputs that model.forward takes, by name; transformers 4.57 determines the token types by itself."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in vars(inputs).items() if name in known}
 
 
-def load_repack(path: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """One file -> a Qwen3-VL body. Raises UserError where the file holds anything else."""
-    library = _transformers()
-    values, weights = read_repack(path, dtype)
-    model, info = library.Qwen3VLModel.from_pretrained(None, config=library.Qwen3VLConfig(**values), state_dict=weights, dtype=dtype, output_loading_info=True)
+def load_single_file(path: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """Loads a Qwen3-VL body from one file. Raises UserError if the file holds anything else."""
+    transformers = _transformers()
+    values, weights = read_single_file(path, dtype)
+    model, info = transformers.Qwen3VLModel.from_pretrained(
+        None, config=transformers.Qwen3VLConfig(**values), state_dict=weights, dtype=dtype, output_loading_info=True
+    )
     if info["missing_keys"] or info["unexpected_keys"]:
-        strange = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-        raise UserError("this is no whole Qwen3-VL", where=path, got=f"{len(strange)} weights missing or unknown, such as {strange[0]}")
+        mismatched = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+        raise UserError("this is no whole Qwen3-VL", where=path, got=f"{len(mismatched)} weights missing or unknown, such as {mismatched[0]}")
     return model.to(device)
 
 
 def new_model(folder: Path) -> nn.Module:
-    """A Qwen3-VL body of the folder's config with fresh weights, in float32."""
-    library = _transformers()
-    return library.Qwen3VLModel(library.Qwen3VLConfig.from_pretrained(folder, local_files_only=True))
+    """Creates a Qwen3-VL body with the folder's config and fresh weights, in float32."""
+    transformers = _transformers()
+    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig.from_pretrained(folder, local_files_only=True))
 
 
-def model_of(values: dict) -> nn.Module:
-    """A Qwen3-VL body of a Qwen3VLConfig's values, with fresh weights."""
-    library = _transformers()
-    return library.Qwen3VLModel(library.Qwen3VLConfig(**values))
+def model_from_config(values: dict) -> nn.Module:
+    """Creates a Qwen3-VL body from the values of a Qwen3VLConfig, with fresh weights."""
+    transformers = _transformers()
+    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(**values))
 
 
-def load_for_generation(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
-    """A Hugging Face folder of Qwen3-VL -> the model with its language head, which answers in words, and its processor. Raises UserError."""
+def load_for_generation(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
+    """Loads Qwen3-VL with its language head, to generate text, and its processor from a Hugging Face folder. Raises UserError."""
     folder = Path(folder)
     check_folder(folder)
     model, info = _transformers().Qwen3VLForConditionalGeneration.from_pretrained(
@@ -164,28 +166,29 @@ def load_for_generation(folder: str | Path, *, dtype: torch.dtype = torch.float3
     return model.eval().requires_grad_(False).to(device), load_processor(folder)
 
 
-def load_processor(folder: Path):
-    """The folder's Qwen3VLProcessor."""
+def load_processor(folder: Path) -> Any:
+    """Loads the folder's Qwen3VLProcessor."""
     return _transformers().Qwen3VLProcessor.from_pretrained(folder, local_files_only=True)
 
 
-def load_repacked_processor(tokenizer: Path):
-    """Qwen3-VL's processor around a folder with Qwen's tokenizer. Raises UserError where the tokens of images and videos are not in it."""
+def build_processor(folder: Path) -> Any:
+    """Builds Qwen3-VL's processor around the tokenizer in a folder. Raises UserError if it lacks the image and video tokens."""
     transformers = _transformers()
-    old = transformers.__version__.startswith("4.")  # 4.57 calls the fast one so; later ones have no other
-    pictures = transformers.Qwen2VLImageProcessorFast if old else transformers.Qwen2VLImageProcessor
+    old = transformers.__version__.startswith("4.")  # 4.57's name of the fast processor, the only one in later versions
+    image_processor_class = transformers.Qwen2VLImageProcessorFast if old else transformers.Qwen2VLImageProcessor
 
-    words = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = {"<|image_pad|>": IMAGE_TOKEN, "<|video_pad|>": VIDEO_TOKEN}
-    found = {token: words.convert_tokens_to_ids(token) for token in ids}
+    found = {token: tokenizer.convert_tokens_to_ids(token) for token in ids}
     if found != ids:
-        raise UserError("this is not Qwen3-VL's tokenizer", where=tokenizer, got=json.dumps(found), expected=json.dumps(ids))
-    videos = transformers.Qwen3VLVideoProcessor(**PIXELS, size=VIDEO_SIZE, min_frames=4, max_frames=768, fps=2)
-    return transformers.Qwen3VLProcessor(pictures(**PIXELS, size=IMAGE_SIZE), words, videos, chat_template=CHAT_TEMPLATE)
+        raise UserError("this is not Qwen3-VL's tokenizer", where=folder, got=json.dumps(found), expected=json.dumps(ids))
+    video_processor = transformers.Qwen3VLVideoProcessor(**PREPROCESSING, size=VIDEO_SIZE, min_frames=4, max_frames=768, fps=2)
+    image_processor = image_processor_class(**PREPROCESSING, size=IMAGE_SIZE)
+    return transformers.Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError where the folder is no Qwen3-VL, or a file of it is missing or damaged."""
+    """Raises UserError if the folder is no Qwen3-VL, or if one of its files is missing or damaged."""
     if not folder.is_dir():
         raise UserError("no such VLM folder", where=folder, expected="a Hugging Face folder of Qwen3-VL")
     processors = () if (folder / JOINT_PROCESSOR_FILE).is_file() else PROCESSOR_FILES
@@ -215,8 +218,8 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _transformers():
-    """transformers, imported when a VLM is first wanted."""
+def _transformers() -> Any:
+    """Imports transformers, not before a VLM is used."""
     try:
         import transformers
         from transformers import Qwen3VLConfig, Qwen3VLModel, Qwen3VLProcessor  # noqa: F401

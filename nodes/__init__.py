@@ -1,11 +1,11 @@
-"""The nodes, gathered for ComfyUI."""
+"""The pack's nodes, as a ComfyUI extension."""
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import convert, dit, inspect, latents, lora, sampling, train, vlm
+from . import convert, dit, encode, inspect, latents, lora, sampling, train, vlm
 from .bridge.paths import register
 
-MODULES = (vlm, dit, latents, sampling, inspect, convert, lora, train)
+MODULES = (vlm, encode, dit, latents, sampling, inspect, convert, lora, train)
 
 
 class MiVEExtension(ComfyExtension):

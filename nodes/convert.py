@@ -1,4 +1,4 @@
-"""Makes a MiVE checkpoint to train from out of a Wan one, inside ComfyUI's own folders."""
+"""MiVE Init From Wan: converts a Wan checkpoint into a MiVE checkpoint to train from, inside ComfyUI's model folders."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ..mive_core.errors import UserError
 from ..mive_core.formats.from_wan import init_from_wan
 from ..mive_core.layers import parse_layers
 from .bridge.messages import show
-from .bridge.paths import find, list_dits, place
+from .bridge.paths import find, list_dits, output_path
 
 EXPECTED = "a .safetensors file of Wan2.1-T2V in models/diffusion_models"
 
@@ -25,17 +25,22 @@ class MiVEInitFromWan(io.ComfyNode):
             category="MiVE",
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
-            description="Writes a MiVE checkpoint that starts from Wan2.1-T2V, to be trained: what both have is copied, the rest is new. It cannot edit yet.",
+            description="Converts a Wan2.1-T2V checkpoint into a MiVE checkpoint to train from: shared layers are copied, new ones are initialised. "
+            "It cannot edit before it is trained.",
             search_aliases=["convert wan", "wan to mive", "initialise", "training start"],
             inputs=[
-                io.Combo.Input("model", options=list(list_dits()), tooltip=f"Wan2.1-T2V, 1.3B or 14B, in 16 bits or scaled fp8. Expected: {EXPECTED}."),
-                io.String.Input(
-                    "filename", default="mive_init.safetensors", tooltip="The new file, in models/diffusion_models. A file of that name is never overwritten."
+                io.Combo.Input(
+                    "model", options=list(list_dits()), tooltip=f"A Wan2.1-T2V checkpoint, 1.3B or 14B, in 16 bits or scaled fp8. Expected: {EXPECTED}."
                 ),
-                io.Combo.Input("vlm", options=list(VLM_SIZES), default="8b", tooltip="The Qwen3-VL whose states it will read."),
-                io.String.Input("layers", default="first+last", tooltip="The VLM's layers it will read: first+last, 1,-1, last, 0:36:6."),
+                io.String.Input(
+                    "filename",
+                    default="mive_init.safetensors",
+                    tooltip="Name of the new file in models/diffusion_models. An existing file is never overwritten.",
+                ),
+                io.Combo.Input("vlm", options=list(VLM_SIZES), default="8b", tooltip="Size of the Qwen3-VL whose hidden states the new model will read."),
+                io.String.Input("layers", default="first+last", tooltip="The VLM layers that the new model will read: first+last, 1,-1, last or 0:36:6."),
             ],
-            outputs=[io.String.Output(display_name="filename", tooltip="The new file, as MiVE Load DiT lists it after a refresh.")],
+            outputs=[io.String.Output(display_name="filename", tooltip="Name of the new file. MiVE Load DiT lists it after the page is refreshed.")],
         )
 
     @classmethod
@@ -63,8 +68,8 @@ class MiVEInitFromWan(io.ComfyNode):
 
 
 def destination(name: str) -> Path:
-    """A plain file name -> its place in models/diffusion_models. Raises UserError for any other name, and for one that is taken."""
-    path = place("diffusion_models", name, "filename")
+    """Returns the path in models/diffusion_models for a plain file name. Raises UserError for any other name, and if the file exists."""
+    path = output_path("diffusion_models", name, "filename")
     if path.exists():
         raise UserError("the file is there already", where="filename", got=name, fix="choose another name, or delete the file")
     return path

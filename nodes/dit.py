@@ -1,4 +1,4 @@
-"""Loads a MiVE DiT as a MODEL that stock nodes sample, patch and save memory with."""
+"""MiVE Load DiT: loads a MiVE DiT as a MODEL that works with ComfyUI's stock samplers, patches and memory management."""
 
 import torch
 from comfy_api.latest import io
@@ -25,7 +25,7 @@ class MiVELoadDiT(io.ComfyNode):
             node_id="MiVELoadDiT",
             display_name="MiVE Load DiT",
             category="MiVE",
-            description="Loads the diffusion transformer that makes the edit. Its MODEL works with the stock samplers, LoRA loaders and patches.",
+            description="Loads the diffusion transformer (DiT) that makes the edit. Its MODEL works with the stock samplers, LoRA loaders and patches.",
             search_aliases=["mive model", "load mive", "video edit model", "unet", "diffusion model"],
             inputs=[
                 io.Combo.Input(
@@ -38,8 +38,8 @@ class MiVELoadDiT(io.ComfyNode):
                     options=list(DTYPES),
                     default="default",
                     advanced=True,
-                    tooltip="How weights are stored. default: chosen for the device. fp8 halves the memory of bf16, at some loss; "
-                    "fast also multiplies in fp8 on cards that can.",
+                    tooltip="Data type in which the weights are stored. default: chosen for the device. fp8 takes half the memory of bf16, "
+                    "at some loss of quality; fp8_e4m3fn_fast also multiplies in fp8 on cards that support it.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="A MODEL for MiVE Sampler or any stock sampler.")],

@@ -1,4 +1,4 @@
-"""Source video and reference image -> what guides the denoising, by any stock VAE of Wan 2.1."""
+"""MiVE Reference Latents: encodes source video and reference image with a stock Wan 2.1 VAE and attaches them to the conditioning."""
 
 import comfy.model_management
 import node_helpers
@@ -10,10 +10,10 @@ from ..mive_core.media.fit import fit_clip, fit_reference
 from ..mive_core.types import Clip
 from ..mive_core.vae import LATENT_CHANNELS, TEMPORAL_FACTOR
 from .bridge.conditioning import GUIDES, LAYERS
-from .bridge.messages import logged
+from .bridge.messages import log_warnings
 from .bridge.vae import encode
 
-ANY_FPS = 1.0  # the VAE does not ask
+ANY_FPS = 1.0  # the VAE ignores the frame rate
 
 
 class MiVEReferenceLatents(io.ComfyNode):
@@ -23,22 +23,24 @@ class MiVEReferenceLatents(io.ComfyNode):
             node_id="MiVEReferenceLatents",
             display_name="MiVE Reference Latents",
             category="MiVE",
-            description="Encodes source video and reference image, puts them into both conditionings and makes the empty latent to sample.",
+            description="Encodes source video and reference image, adds them to both conditionings and creates the empty latent to sample.",
             search_aliases=["vae encode video", "video edit latent", "reference", "source video"],
             inputs=[
                 io.Conditioning.Input("positive", tooltip="From MiVE Encode, with the instruction."),
-                io.Conditioning.Input("negative", tooltip="From MiVE Encode, with an empty instruction. It is not read where cfg is 1."),
+                io.Conditioning.Input("negative", tooltip="From MiVE Encode, with an empty instruction. Not used when cfg is 1."),
                 io.Vae.Input("vae", tooltip="A Wan 2.1 VAE: wan_2.1_vae.safetensors, or tiny/vae.safetensors for the embedded models."),
                 io.Image.Input("source", tooltip="The video to edit, as frames. Scaled to cover width x height, cropped at the centre, cut to length."),
-                io.Image.Input("reference", tooltip="One image: the video's first frame, already edited. Scaled and cropped as the source is."),
-                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Of the edited video, in pixels; a multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Of the edited video, in pixels; a multiple of 16."),
-                io.Int.Input("length", default=81, min=1, max=8193, step=4, tooltip="Frames of the edited video; 4n+1, at most as many as the source has."),
+                io.Image.Input("reference", tooltip="One image: the video's first frame, already edited. Scaled and cropped like the source."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Width of the edited video in pixels, a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Height of the edited video in pixels, a multiple of 16."),
+                io.Int.Input(
+                    "length", default=81, min=1, max=8193, step=4, tooltip="Number of frames of the edited video: 4n+1, at most as many as the source has."
+                ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="With the latents of source and reference."),
-                io.Conditioning.Output(display_name="negative", tooltip="With the same latents."),
-                io.Latent.Output(display_name="latent", tooltip="Empty, of the source's size."),
+                io.Conditioning.Output(display_name="positive", tooltip="The positive conditioning with the latents of source and reference."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative conditioning with the same latents."),
+                io.Latent.Output(display_name="latent", tooltip="An empty latent of the edited video's size."),
             ],
         )
 
@@ -47,7 +49,7 @@ class MiVEReferenceLatents(io.ComfyNode):
         for name, conditioning in (("positive", positive), ("negative", negative)):
             if any(LAYERS not in values for _, values in conditioning):
                 raise UserError("this conditioning was not made for MiVE", where=name, expected="the output of the MiVE Encode node")
-        with logged():
+        with log_warnings():
             clip = fit_clip(Clip(source, ANY_FPS), (width, height), length)
             image = fit_reference(reference, (width, height))
         guides = {GUIDES["source"]: encode(vae, clip.frames), GUIDES["reference"]: encode(vae, image[None])}

@@ -1,4 +1,4 @@
-"""A Wan LoRA onto a MiVE MODEL, under any of the names that Wan's LoRAs have, with what did not fit counted."""
+"""MiVE Load LoRA: applies a Wan LoRA in any of the usual key formats to a MiVE MODEL and reports how many keys fit."""
 
 from pathlib import Path
 
@@ -25,17 +25,21 @@ class MiVELoadLoRA(io.ComfyNode):
             category="MiVE",
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
-            description="Puts a LoRA of Wan 2.1 or of MiVE onto the DiT and says how many of its keys fit. The stock LoRA loader works too, "
-            "with fewer spellings of the names and without the count.",
+            description="Applies a LoRA made for Wan 2.1 or MiVE to the DiT and reports how many of its keys fit. The stock LoRA loader works too, "
+            "but knows fewer key formats and reports no count.",
             search_aliases=["lora", "wan lora", "few-step", "lightx2v", "load lora"],
             inputs=[
                 io.Model.Input("model", tooltip="From MiVE Load DiT."),
-                io.Combo.Input("lora_name", options=list(list_loras()), tooltip=f"A LoRA of the DiT's width: of Wan 2.1 14B for a 14B. Expected: {EXPECTED}."),
-                io.Float.Input("strength_model", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="How much of the LoRA is added. 0: nothing."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=list(list_loras()),
+                    tooltip=f"A LoRA made for a model of the DiT's size, such as Wan 2.1 14B for a 14B DiT. Expected: {EXPECTED}.",
+                ),
+                io.Float.Input("strength_model", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="Strength of the LoRA. 0: no effect."),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="For MiVE Sampler, or for a further LoRA."),
-                io.String.Output(display_name="report", tooltip="How many keys fit, and what the others belong to."),
+                io.Model.Output(display_name="model", tooltip="For MiVE Sampler, or for another LoRA loader."),
+                io.String.Output(display_name="report", tooltip="How many keys fit, and which layers the others belong to."),
             ],
         )
 
@@ -48,7 +52,7 @@ class MiVELoadLoRA(io.ComfyNode):
         if not isinstance(model.model, MiVEModel):
             raise UserError("this MODEL is not MiVE's", where="model", got=type(model.model).__name__, expected="the output of MiVE Load DiT")
         path = find(list_loras, lora_name, EXPECTED)
-        read_header(path)  # says what is wrong with a damaged file
+        read_header(path)  # raises a clear UserError for a damaged file
         patched, fit = apply_lora(model, comfy.utils.load_torch_file(str(path), safe_load=True), strength_model)
         report = f"{lora_name}: {fit}"
         if fit.num_fitting < fit.num_keys:
@@ -58,7 +62,7 @@ class MiVELoadLoRA(io.ComfyNode):
 
 
 def list_loras() -> dict[str, Path]:
-    """Entry -> file, of .safetensors in models/loras."""
+    """Returns dropdown entry -> path for the .safetensors files in models/loras."""
     names = [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
     found = {name: folder_paths.get_full_path("loras", name) for name in names}
     return {name: Path(path) for name, path in found.items() if path is not None}

@@ -1,4 +1,4 @@
-"""The one-node way to sample; equal to ModelSamplingSD3 and KSampler, which it calls."""
+"""MiVE Sampler: samples an edit in one node, by calling ModelSamplingSD3 and KSampler."""
 
 import comfy.samplers
 from comfy_api.latest import io
@@ -22,15 +22,17 @@ class MiVESampler(io.ComfyNode):
             node_id="MiVESampler",
             display_name="MiVE Sampler",
             category="MiVE",
-            description="Makes the edit from noise. The same as ModelSamplingSD3 followed by KSampler, bit for bit.",
+            description="Generates the edited video from noise. The result is bit for bit that of ModelSamplingSD3 followed by KSampler.",
             search_aliases=["ksampler", "sample", "denoise", "video edit"],
             inputs=[
-                io.Model.Input("model", tooltip="From MiVE Load DiT, with LoRAs and patches where wanted."),
+                io.Model.Input("model", tooltip="From MiVE Load DiT, optionally with LoRAs and patches applied."),
                 io.Conditioning.Input("positive", tooltip="From MiVE Reference Latents."),
-                io.Conditioning.Input("negative", tooltip="From MiVE Reference Latents. It is not read where cfg is 1."),
+                io.Conditioning.Input("negative", tooltip="From MiVE Reference Latents. Not used when cfg is 1."),
                 io.Latent.Input("latent", tooltip="From MiVE Reference Latents."),
-                io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip="Of the noise. The same seed gives the same video."),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps from noise to video. Time grows with them."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip="Random seed of the noise. The same seed gives the same video."
+                ),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Number of denoising steps. Time grows in proportion."),
                 io.Float.Input(
                     "cfg",
                     default=1.0,
@@ -38,7 +40,7 @@ class MiVESampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How much more the instruction counts than no instruction. 1: not at all, twice as fast.",
+                    tooltip="Classifier-free guidance scale: higher values follow the instruction more closely. 1: no guidance, twice as fast.",
                 ),
                 io.Float.Input(
                     "shift",
@@ -47,16 +49,16 @@ class MiVESampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Above 1, more of the steps are spent in noise. 0: what the model was made for.",
+                    tooltip="Timestep shift: above 1, more of the steps are spent at high noise. 0: the model's own value.",
                 ),
                 io.Combo.Input(
-                    "sampler", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The integrator. euler is what the model was tested with."
+                    "sampler", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampling method. The model was tested with euler."
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=comfy.samplers.KSampler.SCHEDULERS,
                     default="simple",
-                    tooltip="How the steps are spread. simple is what the model was tested with.",
+                    tooltip="How the noise levels of the steps are spaced. The model was tested with simple.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -64,7 +66,7 @@ class MiVESampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Less than 1 starts from the latent instead of from noise alone; give it an encoded video then. 0 changes nothing.",
+                    tooltip="1: start from noise. Less than 1: start from the latent, which must then be an encoded video. 0: return the latent unchanged.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For VAE Decode.")],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mive_core.cli import quiet_libraries
-from mive_core.formats.vlm_file import VIDEO_TOKEN, config_of
+from mive_core.formats.vlm_file import VIDEO_TOKEN, config_from_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
@@ -39,4 +39,4 @@ def body():
         "visual.blocks.0.mlp.linear_fc1.weight": (96, 64),
         "visual.pos_embed.weight": (36, 64),
     }
-    return Qwen3VLModel(Qwen3VLConfig(**config_of(Path(), shapes))).eval()
+    return Qwen3VLModel(Qwen3VLConfig(**config_from_shapes(Path(), shapes))).eval()

@@ -1,6 +1,6 @@
-"""What the ComfyUI registry receives: whole, described, and free of code that runs other code.
+"""The archive for the ComfyUI registry: complete, described, and free of code that executes other code.
 
-Stricter than the registry's own check, which lets most of this pass.
+These checks are stricter than the registry's own.
 """
 
 import ast
@@ -58,7 +58,7 @@ MAX_BYTES = 36e6
 
 
 def archived() -> list[Path]:
-    """Tracked files that .comfyignore leaves, as comfy-cli packs them."""
+    """Returns the tracked files that .comfyignore does not exclude, which comfy-cli packs."""
     tracked, ignored = (
         set(subprocess.run(["git", "ls-files", "-z", "--cached", *options], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0"))
         for options in ([], ["--ignored", "--exclude-from=.comfyignore"])
@@ -71,18 +71,18 @@ SOURCES = [path for path in FILES if path.suffix == ".py"]
 
 
 def violations(source: str) -> list[str]:
-    """What a Python source does that the archive must not, by line. Names are followed through `import as` and `from import`."""
-    tree, found, meaning = ast.parse(source), [], {}
+    """Returns the forbidden constructs in a Python source, in order of lines. Names are resolved through `import as` and `from import`."""
+    tree, found, imported = ast.parse(source), [], {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            meaning |= {alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0] for alias in node.names}
+            imported |= {alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            meaning |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
 
     def path_of(node: ast.AST) -> str:
-        """`o.path.join` -> os.path.join, `getattr(os, "system")` -> os.system; empty for anything else."""
+        """`o.path.join` -> os.path.join, `getattr(os, "system")` -> os.system; "" for other nodes."""
         if isinstance(node, ast.Name):
-            return meaning.get(node.id, node.id)
+            return imported.get(node.id, node.id)
         if isinstance(node, ast.Attribute):
             return f"{path_of(node.value)}.{node.attr}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and isinstance(node.args[1], ast.Constant):
@@ -106,7 +106,7 @@ def violations(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_runs_no_other_code(path):
+def test_executes_no_other_code(path):
     assert violations(path.read_text(encoding="utf-8")) == []
 
 
@@ -138,7 +138,7 @@ def test_runs_no_other_code(path):
         "def f():\n    if 1:\n        import ctypes",
     ],
 )
-def test_the_gate_sees_a_planted_violation(source):
+def test_violations_are_found(source):
     assert len(violations(source)) >= 1
 
 
@@ -155,18 +155,18 @@ def test_the_gate_sees_a_planted_violation(source):
         "from safetensors.torch import load_file",
     ],
 )
-def test_the_gate_lets_honest_code_pass(source):
+def test_harmless_code_passes(source):
     assert violations(source) == []
 
 
-def test_a_violation_in_the_archive_fails_the_gate():
-    """The real file, with one line more."""
+def test_a_violation_in_a_real_file_is_found():
+    """A file of the archive, with a forbidden call added."""
     source = (ROOT / "nodes" / "dit.py").read_text(encoding="utf-8")
     assert violations(source + "\nimport os\nos.system('ls')\n") == [f"line {source.count(chr(10)) + 3} uses os.system"]
 
 
-def test_every_import_inside_the_archive_is_in_it():
-    """What .comfyignore takes away, nothing that stays asks for."""
+def test_relative_imports_stay_inside_the_archive():
+    """No file in the archive imports a file that .comfyignore excludes."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -176,7 +176,7 @@ def test_every_import_inside_the_archive_is_in_it():
                     assert target.with_suffix(".py") in FILES or target / "__init__.py" in FILES, (path, ast.unparse(node))
 
 
-def test_holds_what_comfyui_needs_and_no_more():
+def test_contains_what_comfyui_needs_and_no_more():
     names = {path.relative_to(ROOT).as_posix() for path in FILES}
     assert names >= {
         "__init__.py",
@@ -205,7 +205,7 @@ def test_holds_what_comfyui_needs_and_no_more():
     )
     assert not [name for name in names if name.startswith(left_out)]
     core = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mive_core").rglob("*.py")}
-    assert {name for name in core if not name.startswith(left_out)} <= names  # the trainer among them: MiVE Train LoRA runs it
+    assert {name for name in core if not name.startswith(left_out)} <= names  # including the trainer, which MiVE Train LoRA runs
     assert sum(path.stat().st_size for path in FILES) < MAX_BYTES
 
 

@@ -1,4 +1,4 @@
-"""The help pages as files: one picture each, small enough for a pack. Needs no ComfyUI; that they appear is seen in the browser."""
+"""The files of the help pages: one small picture per page. Needs no ComfyUI; how the pages look is checked in the browser."""
 
 import re
 from pathlib import Path
@@ -11,14 +11,14 @@ PAGES = sorted(DOCS.glob("*.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_every_page_has_its_picture(page):
+def test_every_page_has_one_picture(page):
     ((alt, name),) = re.findall(r"!\[(.*?)\]\((.*?)\)", page.read_text(encoding="utf-8"))
     assert alt and name == f"images/{page.stem}.webp"
     with Image.open(DOCS / name) as picture:
         assert picture.format == "WEBP" and picture.width >= 300
 
 
-def test_pictures_are_small_and_all_are_shown():
+def test_pictures_are_small_and_used():
     pictures = sorted((DOCS / "images").iterdir())
     assert {path.stem for path in pictures} == {page.stem for page in PAGES}
     sizes = [path.stat().st_size for path in pictures]

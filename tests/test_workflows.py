@@ -1,4 +1,4 @@
-"""The workflow files as a user opens them: whole, tidy, and clear about which file goes where. Needs no ComfyUI."""
+"""The workflow files: consistent, tidily laid out, and with a note that says which model file goes where. Needs no ComfyUI."""
 
 import json
 from itertools import combinations
@@ -10,9 +10,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 NAMES = {"mive_quickstart", "mive_720p", "mive_stock_sampler", "mive_long_video", "mive_layer_study", "mive_fewstep", "mive_train_lora"}
-TITLE = 30  # height of a node's title bar, which lies above its position
+TITLE = 30  # height in pixels of a node's title bar, which is above the node's position
 NOTE = "MarkdownNote"
-DRAWN = {  # heights below the title bar with what they show after a run, measured in the browser with the new nodes
+DRAWN_HEIGHTS = {  # below the title bar, with the node's output after a run; measured in the browser with the new (Vue) nodes
     "MiVELoadDiT": 110,
     "MiVELoadVLM": 110,
     "VAELoader": 62,
@@ -53,7 +53,7 @@ def note_of(workflow: dict) -> str:
 
 
 def box(node: dict) -> tuple:
-    """Left, top, right, bottom of what is drawn."""
+    """Returns left, top, right and bottom of the drawn node."""
     (x, y), (width, height) = node["pos"], node["size"]
     return x, y - TITLE, x + width, y + height
 
@@ -76,14 +76,14 @@ def test_all_are_there():
 
 
 def test_every_node_of_the_pack_is_used():
-    """The pack's nodes are those with a help page, which another test holds against ComfyUI. Only the start of a training is no edit."""
+    """The pack's nodes are those with a help page, as a test with ComfyUI checks. MiVE Init From Wan is used for training only."""
     used = {node["type"] for path in FILES for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]}
     ours = {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
     assert ours - used == {"MiVEInitFromWan"}
 
 
 def test_links_are_consistent(workflow):
-    """Both ends of every link know it, and every end belongs to a link."""
+    """Both ends of every link refer to it, and every connected slot has a link."""
     nodes = {node["id"]: node for node in workflow["nodes"]}
     assert len(nodes) == len(workflow["nodes"]) and workflow["last_node_id"] == max(nodes)
     links = {link[0]: link for link in workflow["links"]}
@@ -98,10 +98,10 @@ def test_links_are_consistent(workflow):
         assert all(links[entry["link"]][3:5] == [node["id"], slot] for slot, entry in enumerate(node["inputs"]) if entry["link"] is not None)
 
 
-def test_nodes_have_the_height_that_they_are_drawn_with(workflow):
-    """The new (Vue) nodes are taller than the classic ones, and grow over whatever is below where the file gives them less."""
+def test_nodes_are_as_high_as_they_are_drawn(workflow):
+    """The new (Vue) nodes are taller than the classic ones, and cover the nodes below if the file gives a smaller height."""
     for node in workflow["nodes"]:
-        assert node["size"][1] >= DRAWN.get(node["type"], 0), (node["id"], node["type"])
+        assert node["size"][1] >= DRAWN_HEIGHTS.get(node["type"], 0), (node["id"], node["type"])
 
 
 def test_nothing_overlaps(workflow):
@@ -114,13 +114,13 @@ def test_nothing_overlaps(workflow):
 def test_every_node_lies_in_one_titled_group(workflow):
     assert all(group["title"].strip() for group in workflow["groups"])
     for node in workflow["nodes"]:
-        homes = [group["title"] for group in workflow["groups"] if inside(box(node), group_box(group))]
+        containing = [group["title"] for group in workflow["groups"] if inside(box(node), group_box(group))]
         touched = [group["title"] for group in workflow["groups"] if overlap(box(node), group_box(group))]
-        assert homes == touched and len(homes) == (node["type"] != NOTE), (node["id"], node["type"], touched)
+        assert containing == touched and len(containing) == (node["type"] != NOTE), (node["id"], node["type"], touched)
 
 
 def test_the_note_names_every_file(workflow):
-    """An embedded model needs no download; of any other the note says where it goes."""
+    """The note names embedded models in bold, and for every other file the folder it goes into."""
     note = note_of(workflow)
     loaders = [node for node in workflow["nodes"] if "Load" in node["type"] and node["type"] != "LoadVideo"]
     assert len(loaders) >= 3
@@ -129,8 +129,8 @@ def test_the_note_names_every_file(workflow):
         assert f"**{name}**" in note if name.startswith("tiny/") else f"/{name}" in note and "models/" in note, name
 
 
-def test_the_note_can_be_read_in_both_canvases(workflow):
-    """Seen in the browser: with the new nodes, code in a coloured note is blue on blue."""
+def test_the_note_is_readable_in_both_canvases(workflow):
+    """No code spans: with the new nodes, they are drawn blue on blue in a coloured note."""
     assert "`" not in note_of(workflow)
 
 
@@ -143,7 +143,7 @@ def test_offered_downloads_are_named_in_the_note(workflow):
 
 
 def test_has_a_thumbnail(path):
-    """The template browser looks for a .jpg of the same name, and shows it square."""
+    """The template browser shows the .jpg file of the same name, as a square."""
     picture = path.with_suffix(".jpg")
     assert picture.stat().st_size < 100_000
     with Image.open(picture) as image:

@@ -1,1 +1,1 @@
-"""Speed and memory: ratios against others in one process, shares of what the machine can do, growth. Reports only; nothing an edit needs."""
+"""Benchmarks of speed and memory: ratios against other implementations, shares of the machine's peak, growth. Not needed for editing."""

@@ -1,6 +1,6 @@
-"""What a conversion costs: `init_from_wan` beside a plain copy of the same file, taking turns, and the memory it takes.
+"""Benchmarks the conversion of a Wan checkpoint: `init_from_wan` interleaved with a plain copy of the same file, and its peak memory.
 
-The file has a Wan2.1-T2V's real shapes and random bytes; it is deleted afterwards.
+The file has a Wan2.1-T2V's real shapes and random numbers; it is deleted afterwards.
 """
 
 import math
@@ -18,17 +18,17 @@ from torch import Tensor
 
 from ..config import PRESETS, MiVEConfig
 from ..errors import UserError
-from ..formats.checkpoint import shapes_of
+from ..formats.checkpoint import state_dict_shapes
 from ..formats.from_wan import init_from_wan
 from ..formats.safetensors_file import stream_tensors
 
-TEXT_WIDTH = 4096  # of Wan's umT5
+TEXT_WIDTH = 4096  # width of Wan's umT5
 
 
 def bench_convert(preset: str, *, folder: Path | None = None, repeats: int = 3, vlm: str = "8b") -> dict:
-    """Bytes a second of conversion and of copy (each with its flush to disk), their ratio, and the conversion's peak memory.
+    """Bytes per second of the conversion and of the copy (each with its flush to disk), their ratio, and the conversion's peak memory.
 
-    Needs room for the file twice over in `folder` (None: the system's place for temporary files); raises UserError where there is less.
+    Needs twice the file's size in `folder` (None: the system's folder for temporary files); raises UserError if there is less space.
     """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         source, result = Path(temporary) / "wan.safetensors", Path(temporary) / "result.safetensors"
@@ -39,7 +39,7 @@ def bench_convert(preset: str, *, folder: Path | None = None, repeats: int = 3, 
             raise UserError("there is no room for the benchmark", where=temporary, got=f"{free / 1e9:.1f} GB free", expected=f"{2.1 * size / 1e9:.1f} GB")
         write_random(source, layout)
         before = peak_rss()
-        seconds = {"copy": [], "convert": []}
+        seconds: dict[str, list[float]] = {"copy": [], "convert": []}
         for _ in range(repeats):
             for name, work in (("copy", lambda: shutil.copyfile(source, result)), ("convert", lambda: init_from_wan(source, result, vlm=vlm))):
                 os.sync()
@@ -65,14 +65,14 @@ def bench_convert(preset: str, *, folder: Path | None = None, repeats: int = 3, 
 
 
 def peak_rss() -> int:
-    """Bytes that this process has had resident at most, its imports and the making of the file included."""
+    """Peak resident bytes of this process, including its imports and the creation of the file."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def wan_layout(config: MiVEConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Wan2.1-T2V's keys and shapes, its patches among them, around the blocks that MiVE shares with it, in bf16."""
+    """The keys, dtypes (bf16) and shapes of a Wan2.1-T2V, which shares its blocks with MiVE; with Wan's own patch size."""
     config = replace(config, patch_size=MiVEConfig.patch_size)
-    shapes = {key: shape for key, shape in shapes_of(config).items() if not key.startswith("context.")}
+    shapes = {key: shape for key, shape in state_dict_shapes(config).items() if not key.startswith("context.")}
     doubled = shapes["patch_embedding.weight"]
     shapes["patch_embedding.weight"] = (doubled[0], doubled[1] // 2, *doubled[2:])
     for key, shape in list(shapes.items()):
@@ -90,7 +90,7 @@ def wan_layout(config: MiVEConfig) -> dict[str, tuple[torch.dtype, tuple[int, ..
 
 
 def write_random(path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> None:
-    """A file of that layout; its numbers are normal."""
+    """Writes a file of that layout with normally distributed numbers."""
     largest = max(math.prod(shape) for _, shape in layout.values())
     numbers = torch.randn(largest, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 

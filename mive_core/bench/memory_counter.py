@@ -1,4 +1,4 @@
-"""Tensors counted as they come and go, on a CPU or on no device at all."""
+"""Counts the memory of live tensors, on a CPU or on the meta device."""
 
 import weakref
 
@@ -7,12 +7,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Counted(TorchDispatchMode):
-    """Bytes of all storages alive that were made inside, now and at most."""
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of the live storages that were created inside the context: current and peak."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
+        self.sizes: dict[int, int] = {}  # bytes by storage
+        self.current, self.peak = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -21,10 +22,10 @@ class Counted(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes.keys() | known:
                 storage = tensor.untyped_storage()
                 self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
+                self.current += storage.nbytes()
                 weakref.finalize(storage, self.forget, storage._cdata)
-                self.peak = max(self.peak, self.now)
+                self.peak = max(self.peak, self.current)
         return result
 
     def forget(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
+        self.current -= self.sizes.pop(key)

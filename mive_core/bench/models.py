@@ -1,4 +1,4 @@
-"""The three models at their real shapes on random weights, and an edit for them: what the benchmarks run.
+"""The benchmarks' models and inputs: the three models at their real shapes with random weights, and an edit for them.
 
 L tokens of the DiT's sequence, D its width; S tokens of the VLM's.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from ..attention import AttentionFn, attention_of
+from ..attention import AttentionFn, get_attention
 from ..config import PRESETS, MiVEConfig
 from ..conv3d import use_conv2d
 from ..cost.flops import Layout
@@ -20,16 +20,16 @@ from ..errors import UserError
 from ..formats.float8 import Float8Linear, to_float8
 from ..formats.quantize import FORMATS, MATRIX
 from ..formats.safetensors_file import read_header
-from ..formats.vlm_file import DEEPSTACK, MERGE, MROPE_SECTION, PIXELS, ROPE_THETA, VISION_HEADS
+from ..formats.vlm_file import DEEPSTACK, MERGE_SIZE, MROPE_SECTION, PREPROCESSING, ROPE_THETA, VISION_HEADS
 from ..pipeline import EMBEDDED, Pipeline, check_compiler, check_device
 from ..prompt import build_inputs
 from ..types import Clip, EditRequest, VLMInputs
 from ..vae import ORIGINAL_KEY, SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE
-from ..vlm import VLM, load_processor, model_of
+from ..vlm import VLM, load_processor, model_from_config
 
 FLOAT8, _ = FORMATS["fp8_scaled"]
-SPREAD = 0.02  # of random weights
-ATTENTION_RANGE = "mive attention"  # what the profiler finds attention by
+STD = 0.02  # standard deviation of random weights
+ATTENTION_RANGE = "mive attention"  # name of attention in a profile
 TINY_VLM, TINY_VAE = EMBEDDED["tiny"] / "vlm", EMBEDDED["tiny"] / "vae.safetensors"
 QWEN3_VL_8B = {
     "text_config": {
@@ -49,9 +49,9 @@ QWEN3_VL_8B = {
         "hidden_size": 1152,
         "intermediate_size": 4304,
         "num_heads": VISION_HEADS,
-        "patch_size": PIXELS["patch_size"],
-        "temporal_patch_size": PIXELS["temporal_patch_size"],
-        "spatial_merge_size": MERGE,
+        "patch_size": PREPROCESSING["patch_size"],
+        "temporal_patch_size": PREPROCESSING["temporal_patch_size"],
+        "spatial_merge_size": MERGE_SIZE,
         "out_hidden_size": 4096,
         "num_position_embeddings": 2304,
         "deepstack_visual_indexes": DEEPSTACK[27],
@@ -61,7 +61,7 @@ QWEN3_VL_8B = {
 
 @dataclass(frozen=True)
 class Workload:
-    """The edit whose stages are measured, and how."""
+    """The edit whose stages are measured, and the settings of the measurement."""
 
     config: MiVEConfig
     size: tuple[int, int]  # width, height in pixels
@@ -74,30 +74,30 @@ class Workload:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Target frames, patch rows and columns."""
-        return self.config.patch_grid(*self.cells)
+        """Target frames, patch rows and patch columns."""
+        return self.config.patch_grid(*self.latent_grid)
 
     @property
-    def cells(self) -> tuple[int, int, int]:
+    def latent_grid(self) -> tuple[int, int, int]:
         """Latent frames, rows and columns."""
         return (self.num_frames - 1) // TEMPORAL_FACTOR + 1, self.size[1] // SPATIAL_FACTOR, self.size[0] // SPATIAL_FACTOR
 
     @property
     def layout(self) -> Layout:
-        """The paper's share of condition tokens, a twentieth."""
+        """The sequence, with the paper's share of condition tokens, a twentieth."""
         frames, rows, columns = self.grid
         return Layout(max((frames + 1) * rows * columns // 19, 1), self.grid)
 
     @property
-    def vlm_values(self) -> dict:
-        """Of the Qwen3VLConfig: the embedded model's where the preset reads that one, Qwen3-VL-8B's elsewhere."""
+    def vlm_config(self) -> dict:
+        """The values of the Qwen3VLConfig: the embedded model's for presets that read it, otherwise Qwen3-VL-8B's."""
         if self.config.vlm_width == PRESETS["tiny"].vlm_width:
             return json.loads((TINY_VLM / "config.json").read_text())
         return {**QWEN3_VL_8B, **special_tokens()}
 
     @property
-    def describes(self) -> dict:
-        """What a report says of it."""
+    def description(self) -> dict:
+        """The workload's part of a report."""
         return {
             "blocks": self.config.num_blocks,
             "size": list(self.size),
@@ -125,13 +125,13 @@ def workload(
     attention: str = "auto",
     compiled: bool = False,
 ) -> Workload:
-    """size is (width, height) in pixels. Raises UserError for unknown presets, sizes that do not fit, and what the machine lacks."""
+    """Makes a Workload; size is (width, height) in pixels. Raises UserError for unknown presets, unsuitable sizes, and missing devices or packages."""
     if preset not in PRESETS:
         raise UserError("unknown preset", where="preset", got=preset, expected=", ".join(PRESETS))
     if num_frames % TEMPORAL_FACTOR != 1 or any(side % 16 or not side for side in size):
         raise UserError("the size does not fit", got=f"{size[0]}x{size[1]}x{num_frames}", expected="multiples of 16, 4n+1 frames")
     check_device(device)
-    attention_of(attention)
+    get_attention(attention)
     if compiled:
         check_compiler(device)
     config = replace(PRESETS[preset], num_blocks=blocks or PRESETS[preset].num_blocks)
@@ -139,47 +139,47 @@ def workload(
 
 
 def random_dit(work: Workload, float8: bool = False) -> MiVEDiT:
-    """A DiT of random weights on the device; in float8 it is never there in 16 bits, not even while it is made."""
-    attention = attention_of(work.attention)
+    """A DiT with random weights on the device. For float8 its matrices are converted layer by layer, so that they never all exist in 16 bits."""
+    attention = get_attention(work.attention)
     with torch.device("meta"):
-        model = MiVEDiT(work.config, operations=nn, attention=attention if work.compiled else ranged(attention), dtype=work.dtype)
+        model = MiVEDiT(work.config, operations=nn, attention=attention if work.compiled else with_profiler_range(attention), dtype=work.dtype)
     for name, layer in [*model.named_modules()]:
         if float8 and isinstance(layer, nn.Linear) and MATRIX.fullmatch(f"{name}.weight"):
-            layer = filled(layer, work)
+            layer = fill_random(layer, work)
             model.set_submodule(name, Float8Linear(*to_float8(layer.weight.float(), FLOAT8), layer.bias, multiplied=True))
-    model = filled(model, work).eval()
+    model = fill_random(model, work).eval()
     return model.compile_blocks() if work.compiled else model
 
 
-def ranged(function: AttentionFn) -> AttentionFn:
-    """The function under a name that a profile shows."""
+def with_profiler_range(function: AttentionFn) -> AttentionFn:
+    """The function inside a range with a name that profiles show."""
 
-    def attend(*given, **options) -> Tensor:
+    def attend(*args, **options) -> Tensor:
         with record_function(ATTENTION_RANGE):
-            return function(*given, **options)
+            return function(*args, **options)
 
     return attend
 
 
 def random_vlm(work: Workload) -> VLM:
-    """The Qwen3-VL that the preset reads, with a processor that gives it as many tokens as its own would."""
+    """The Qwen3-VL that the preset reads, with a processor that gives as many tokens as its own."""
     with torch.device("meta"):
-        model = model_of(work.vlm_values)
-    return VLM(filled(model, work).eval(), reader(work), work.config.vlm)
+        model = model_from_config(work.vlm_config)
+    return VLM(fill_random(model, work).eval(), make_processor(work), work.config.vlm)
 
 
-def reader(work: Workload):
-    """The embedded VLM's processor, with real patches where the preset reads a real one."""
+def make_processor(work: Workload):
+    """The embedded VLM's processor, with Qwen3-VL's patch size for presets that read a real one."""
     processor = load_processor(TINY_VLM)
     if work.config.vlm_width != PRESETS["tiny"].vlm_width:
         for part in (processor.image_processor, processor.video_processor):
-            part.patch_size = PIXELS["patch_size"]
-            part.size = {"shortest_edge": 4096, "longest_edge": 2**25}  # pixels; the budget is tighter
+            part.patch_size = PREPROCESSING["patch_size"]
+            part.size = {"shortest_edge": 4096, "longest_edge": 2**25}  # pixels; the token budget is stricter
     return processor
 
 
 def random_network(work: Workload):
-    """Wan 2.1's VAE on the meta device, the embedded one's width for the tiny preset."""
+    """Wan 2.1's VAE on the meta device, at the embedded VAE's width for the tiny preset."""
     from diffusers import AutoencoderKLWan
 
     shapes = read_header(TINY_VAE).shapes
@@ -189,8 +189,8 @@ def random_network(work: Workload):
 
 
 def random_vae(work: Workload) -> VAE:
-    """As the library would load it: on a CPU with its convolutions in planes."""
-    network = filled(random_network(work), work)
+    """A VAE with random weights as the library would load it: on a CPU with 2D convolutions."""
+    network = fill_random(random_network(work), work)
     if work.device.type == "cpu":
         use_conv2d(network)
     return VAE(network)
@@ -200,13 +200,13 @@ def random_pipeline(work: Workload) -> Pipeline:
     return Pipeline(random_vlm(work), random_vae(work), random_dit(work), work.config)
 
 
-def filled(module: nn.Module, work: Workload) -> nn.Module:
-    """What is still on the meta device -> random numbers on the work's device, in its dtype; buffers that are no weights stay float32."""
+def fill_random(module: nn.Module, work: Workload) -> nn.Module:
+    """Fills meta tensors with random numbers on the work's device: parameters in its dtype, buffers in float32."""
     for owner in module.modules():
         for name, value in [*owner.named_parameters(recurse=False)]:
             if value.is_meta:
-                fresh = torch.empty(value.shape, device=work.device, dtype=work.dtype).normal_(std=SPREAD)
-                setattr(owner, name, nn.Parameter(fresh, requires_grad=False))
+                weight = torch.empty(value.shape, device=work.device, dtype=work.dtype).normal_(std=STD)
+                setattr(owner, name, nn.Parameter(weight, requires_grad=False))
         for name, value in [*owner.named_buffers(recurse=False)]:
             if value.is_meta:
                 setattr(owner, name, torch.rand(value.shape, device=work.device, dtype=torch.float32))
@@ -214,7 +214,7 @@ def filled(module: nn.Module, work: Workload) -> nn.Module:
 
 
 def special_tokens() -> dict[str, int]:
-    """The ids by which the model finds pictures in a prompt, as the tokenizer at hand numbers them."""
+    """The embedded tokenizer's ids of the tokens that mark images and videos in a prompt."""
     processor = load_processor(TINY_VLM)
     return {
         "image_token_id": processor.image_token_id,
@@ -224,21 +224,21 @@ def special_tokens() -> dict[str, int]:
     }
 
 
-def request_of(work: Workload) -> EditRequest:
-    """A clip of noise; the VLM's words do not matter here."""
+def make_request(work: Workload) -> EditRequest:
+    """A clip of noise with any instruction."""
     width, height = work.size
     frames = torch.rand(work.num_frames, height, width, 3, generator=torch.Generator().manual_seed(0))
     return EditRequest(Clip(frames, 16.0), frames[0], "make the red circle blue")
 
 
-def inputs_of(work: Workload, processor: Callable) -> VLMInputs:
-    """What the VLM reads of the work's clip, within the config's budget of tokens."""
-    inputs = build_inputs(request_of(work), processor, work.config).to(work.device)
+def make_vlm_inputs(work: Workload, processor: Callable) -> VLMInputs:
+    """The VLM's inputs for the work's clip, within the config's token budget."""
+    inputs = build_inputs(make_request(work), processor, work.config).to(work.device)
     return replace(inputs, pixel_values=inputs.pixel_values.to(work.dtype), pixel_values_videos=inputs.pixel_values_videos.to(work.dtype))
 
 
 def vlm_flops(values: dict, inputs: VLMInputs) -> float:
-    """Multiply-adds counted twice, of a Qwen3VLConfig's body; of causal attention the half that counts."""
+    """Operations of the body of a Qwen3-VL with these config values; a multiply-add counts as two, causal attention by its unmasked half."""
     text, vision = values["text_config"], values["vision_config"]
     tokens, width, head = inputs.input_ids.shape[1], text["hidden_size"], text["head_dim"]
     queries, keys = text["num_attention_heads"] * head, text["num_key_value_heads"] * head

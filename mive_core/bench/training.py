@@ -1,4 +1,4 @@
-"""Steps of a recipe, without checkpoints: speed, and the share of time that goes on loading."""
+"""Benchmarks the training steps of a recipe, without checkpoints: speed, and the share of time spent on loading data."""
 
 import json
 import math
@@ -9,14 +9,14 @@ from ..embedded.tasks import TASKS
 from ..train.loop import run
 from ..train.tasks import read_task
 
-NUM_WARMUP = 3  # steps before a measurement
+NUM_WARMUP = 3  # steps before the measurement
 SPEEDS = ("samples_per_second", "tokens_per_second", "mfu")
 
 
 def bench_train(recipe_path: str | Path, num_steps: int = 30) -> dict:
-    """Runs steps of a recipe in a temporary folder, after NUM_WARMUP others -> speeds, and the share of the time that was not loading.
+    """Runs NUM_WARMUP + num_steps steps of a recipe in a temporary folder -> speeds, and the share of time not spent on loading data.
 
-    Nothing is validated, written or exported. Raises UserError as `train` does.
+    Nothing is validated, kept or exported. Raises UserError in the same cases as `train`.
     """
     values = read_task(recipe_path, TASKS)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What each command does: check its paths, call the library, print where the result is.
+"""The functions behind the commands: each checks its paths, calls the library and prints where the result is.
 
-The heavy imports stand inside the functions, so that `mive --help` answers at once.
+Slow imports are inside the functions, so that `mive --help` is fast.
 """

@@ -1,12 +1,18 @@
-"""What several commands ask for alike: the machine, the settings of an edit, how work is distributed."""
+"""Arguments that several commands share: device and precision, sampling settings, distribution of work."""
 
 import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..data.executor import Executor
+    from ..evaluation.evaluate import EvaluationSettings
 
 
-def executor_of(arguments: argparse.Namespace):
+def executor_of(arguments: argparse.Namespace) -> "Executor":
+    """Returns the executor for --ray and --workers. Raises UserError if Ray is not installed."""
     from ..data.executor import Executor, check_ray
 
     if arguments.ray:
@@ -15,15 +21,15 @@ def executor_of(arguments: argparse.Namespace):
 
 
 def report_done(where: Path, outcomes: list, kept: int | None = None) -> None:
-    """Names what is left out, and counts."""
+    """Prints how many items are done, and warns of each one that is left out."""
     left_out = [outcome for outcome in outcomes if outcome.result is None]
     for outcome in left_out:
         warnings.warn(f"{outcome.title} is left out: {outcome.why}", stacklevel=2)
     sys.stdout.write(f"{where}: {len(outcomes) - len(left_out)} done, {len(left_out)} left out{'' if kept is None else f', {kept} kept'}\n")
 
 
-def machine(arguments: argparse.Namespace) -> dict:
-    """What Pipeline.load is told about the machine."""
+def machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the keyword arguments of Pipeline.load for device, precision and kernels."""
     return {
         "device": arguments.device,
         "dtype": dtype_of(arguments.dtype),
@@ -33,13 +39,15 @@ def machine(arguments: argparse.Namespace) -> dict:
     }
 
 
-def dtype_of(name: str | None):
+def dtype_of(name: str | None) -> Any:
+    """Returns the torch dtype of that name; None for None."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}[name]
 
 
-def settings_of(arguments: argparse.Namespace, **modes: str):
+def settings_of(arguments: argparse.Namespace, **modes: str) -> "EvaluationSettings":
+    """Returns the sampling settings; `modes` are further fields of EvaluationSettings."""
     from ..evaluation.evaluate import EvaluationSettings
 
     return EvaluationSettings(arguments.steps, arguments.cfg, arguments.shift, arguments.seed, **modes)

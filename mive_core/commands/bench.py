@@ -1,4 +1,4 @@
-"""Benchmarks: measured, printed as JSON, written where asked."""
+"""The benchmark commands. Each prints its results as JSON and can write them to a file."""
 
 import argparse
 import json
@@ -135,15 +135,15 @@ def run_bench_train(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_scale(arguments: argparse.Namespace) -> None:
-    from ..train.budget import scale
+    from ..train.budget import scaling_report
 
     if arguments.frames % 4 != 1:
         raise UserError("the length does not fit", where="--frames", got=arguments.frames, expected="4n+1")
-    _report(arguments, lambda: scale(arguments.preset, card=arguments.card, share_of_peak=arguments.share, num_frames=arguments.frames))
+    _report(arguments, lambda: scaling_report(arguments.preset, card=arguments.card, share_of_peak=arguments.share, num_frames=arguments.frames))
 
 
 def _report(arguments: argparse.Namespace, measure: Callable[[], dict]) -> None:
-    """Figures to stdout, and to the file that was asked for, whose name is checked before the measuring."""
+    """Runs measure() and prints its figures; writes them to --output, if given, whose path is checked before the measurement."""
     from ..media.paths import check_output
 
     output = check_output(arguments.output, "output", (".json",)) if arguments.output else None

@@ -1,4 +1,4 @@
-"""Pairs drawn, imported, composed, rated, cached."""
+"""The data commands, which make, import, rate and encode pairs of clips."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .arguments import dtype_of, executor_of, report_done
 
-MAX_NAMED = 20  # rows of a table of millions
+MAX_WARNINGS = 20  # a table can have millions of rows
 
 
 def run_data_synth(arguments: argparse.Namespace) -> None:
@@ -23,13 +23,13 @@ def run_data_synth(arguments: argparse.Namespace) -> None:
 
 
 def run_data_import(arguments: argparse.Namespace) -> None:
-    from ..data.datasets import import_set
+    from ..data.datasets import import_dataset
 
-    count, left_out = import_set(arguments.layout, arguments.folder, arguments.output, tuple(arguments.edit))
-    for row in left_out[:MAX_NAMED]:
+    count, left_out = import_dataset(arguments.layout, arguments.folder, arguments.output, tuple(arguments.edit))
+    for row in left_out[:MAX_WARNINGS]:
         warnings.warn(f"{row.where} is left out: {row.why}", stacklevel=2)
-    if len(left_out) > MAX_NAMED:
-        warnings.warn(f"{len(left_out) - MAX_NAMED} more are left out; {Path(arguments.output).with_suffix('.left_out.jsonl')} names all", stacklevel=2)
+    if len(left_out) > MAX_WARNINGS:
+        warnings.warn(f"{len(left_out) - MAX_WARNINGS} more are left out; {Path(arguments.output).with_suffix('.left_out.jsonl')} names all", stacklevel=2)
     sys.stdout.write(f"{arguments.output}: {count} pairs, {len(left_out)} left out\n")
 
 
@@ -44,7 +44,7 @@ def run_data_compose(arguments: argparse.Namespace) -> None:
     check_device(arguments.device)
     load = partial(Segmenter.load, arguments.segmenter, device=arguments.device) if arguments.segmenter else None
     settings = ComposeSettings(arguments.size, arguments.frames, arguments.seed, arguments.store)
-    outcomes, manifest = compose(people, backgrounds, arguments.output, settings, load=load, made_by=arguments.segmenter, executor=executor_of(arguments))
+    outcomes, manifest = compose(people, backgrounds, arguments.output, settings, load=load, model_id=arguments.segmenter, executor=executor_of(arguments))
     report_done(manifest, outcomes, 3 * sum(outcome.result is not None for outcome in outcomes))
 
 
@@ -61,7 +61,13 @@ def run_data_score(arguments: argparse.Namespace) -> None:
     check_device(arguments.device)
     load = partial(Judge.load, arguments.model, dtype=dtype_of(arguments.dtype), device=arguments.device)
     outcomes, kept = score(
-        entries, load, arguments.output, least=arguments.least, most=arguments.most, made_by=(arguments.model, arguments.dtype), executor=executor_of(arguments)
+        entries,
+        load,
+        arguments.output,
+        min_score=arguments.min_score,
+        max_per_kind=arguments.max_per_kind,
+        model_id=(arguments.model, arguments.dtype),
+        executor=executor_of(arguments),
     )
     report_done(Path(arguments.output), outcomes, len(kept))
 
@@ -78,7 +84,11 @@ def run_data_cache(arguments: argparse.Namespace) -> None:
 
     settings = CacheSettings(tuple(arguments.bucket), arguments.states, arguments.negative)
     load = partial(Encoders.load, EMBEDDED.get(arguments.models, arguments.models), dtype=dtype_of(arguments.dtype), device=arguments.device)
-    index = cache(entries, load(), output, settings, lambda line: sys.stderr.write(f"mive: {line}\n"), executor_of(arguments), load)
+
+    def report(line: str) -> None:
+        sys.stderr.write(f"mive: {line}\n")
+
+    index = cache(entries, load(), output, settings, report, executor_of(arguments), load)
     for item in index["skipped"]:
         warnings.warn(f"pair {item['pair'] + 1} ({item['name']}) is left out: {item['why']}", stacklevel=2)
     sys.stdout.write(f"{output}: {index['pairs']} pairs, {len(index['skipped'])} left out, {index['bytes'] / 1e6:.3g} MB\n")

@@ -1,4 +1,4 @@
-"""The whole method on two clips with the embedded models: one drawn and held out, one of real footage."""
+"""Edits two clips with the embedded models: a drawn clip from the held-out split, and real footage."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ FOOTAGE_LOOK, FOOTAGE_FRAMES = "night", 17
 
 
 def run_demo(output_dir: str | Path, models: str = "tiny", settings: EvaluationSettings = EvaluationSettings(), command: str = "") -> dict:
-    """Writes edited.mp4 (the drawn clip), footage.mp4, what went in, sheet.png and report.json -> the report."""
+    """Writes edited.mp4 (the drawn clip), footage.mp4, the drawn clip's source and reference, sheet.png and report.json -> the report."""
     output_dir = check_output_folder(output_dir, "output")
     start = time.perf_counter()
     pairs = demo_pairs()
@@ -56,7 +56,7 @@ def run_demo(output_dir: str | Path, models: str = "tiny", settings: EvaluationS
 
 
 def demo_pairs() -> list[PairedEdit]:
-    """The drawn clip and the footage, with their truths."""
+    """Returns the drawn pair and the footage pair, with their target videos."""
     drawn = PairedEdits(DRAWN_SEED, "heldout", kinds=("seen in reference",), edits=("recolour", "replace")).sample(DRAWN_INDEX).pair
     clip = fit_clip(read_clip(SAMPLE), num_frames=FOOTAGE_FRAMES)
     ((footage, _),) = footage_pairs(clip, (FOOTAGE_LOOK,))
@@ -64,7 +64,7 @@ def demo_pairs() -> list[PairedEdit]:
 
 
 def peak_rss_bytes() -> int | None:
-    """The most memory this process held; None where the system does not tell."""
+    """Returns the peak memory of this process in bytes; None if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""Edit, evaluate, train, and what is done to a checkpoint."""
+"""The commands that edit, evaluate and train, and those that inspect or convert checkpoints."""
 
 import argparse
 import json
@@ -9,9 +9,9 @@ import warnings
 from pathlib import Path
 
 from ..errors import UserError
-from .arguments import dtype_of, executor_of, machine, report_done, settings_of
+from .arguments import dtype_of, executor_of, machine_options, report_done, settings_of
 
-MANY_TOKENS = 20_000
+MANY_TOKENS = 20_000  # above this number `mive edit` warns that it may take long
 
 
 def run_edit(arguments: argparse.Namespace) -> None:
@@ -37,9 +37,9 @@ def run_edit(arguments: argparse.Namespace) -> None:
     from ..pipeline import Pipeline
     from ..vae import SPATIAL_FACTOR, TEMPORAL_FACTOR
 
-    pipeline = Pipeline.load(arguments.models, arguments.layers, **machine(arguments))
+    pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments))
     num_frames, height, width = request.source.frames.shape[:3]
-    cells = (num_frames - 1) // TEMPORAL_FACTOR + 2, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR  # the reference's among them
+    cells = (num_frames - 1) // TEMPORAL_FACTOR + 2, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR  # one latent frame is the reference's
     num_tokens = math.prod(pipeline.config.patch_grid(*cells))
     if num_tokens > MANY_TOKENS and arguments.size is None:
         warnings.warn(
@@ -59,8 +59,8 @@ def _edit_many(arguments: argparse.Namespace) -> None:
     from ..data.edits import JOURNAL, edit_all
     from ..pipeline import Pipeline
 
-    chosen = machine(arguments)
-    load = partial(Pipeline.load, arguments.models, arguments.layers, **chosen)
+    options = machine_options(arguments)
+    load = partial(Pipeline.load, arguments.models, arguments.layers, **options)
     outcomes = edit_all(
         entries,
         load,
@@ -68,7 +68,7 @@ def _edit_many(arguments: argparse.Namespace) -> None:
         settings_of(arguments),
         size=arguments.size,
         num_frames=arguments.frames,
-        made_by=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in chosen.items())),
+        model_id=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in options.items())),
         executor=executor_of(arguments),
     )
     report_done(output / JOURNAL, outcomes)
@@ -85,7 +85,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
     from ..pipeline import Pipeline
 
     evaluate(
-        Pipeline.load(arguments.models, arguments.layers, **machine(arguments)),
+        Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments)),
         pairs,
         output,
         settings_of(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
@@ -103,7 +103,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     train(check_input(arguments.config, "config"), TASKS)
     if num_processes() > 1:
-        # all is written; threads that exchanged tensors have been seen to abort an interpreter that was ending
+        # All files are written. A normal exit can abort here: tensor-exchanging threads have been seen to crash the shutdown.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

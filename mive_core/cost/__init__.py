@@ -1,1 +1,1 @@
-"""Operations and memory of the models, counted from shapes alone."""
+"""Operation counts and memory use of the models, computed from shapes alone."""

@@ -1,16 +1,16 @@
-"""Floating-point operations of the DiT, and of Wan's with its cross-attention, from shapes alone; a multiply-add counts as two."""
+"""Floating-point operations of our DiT and of Wan's with its cross-attention, from shapes alone; a multiply-add counts as two."""
 
 import math
 from dataclasses import dataclass
 
 from ..config import MiVEConfig
 
-NUM_TEXT_TOKENS = 512  # what Wan's cross-attention reads
+NUM_TEXT_TOKENS = 512  # tokens that Wan's cross-attention reads
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a number of tokens is spent; both models get num_tokens in self-attention."""
+    """The composition of a sequence; num_tokens is the length of self-attention in both models."""
 
     num_condition: int
     grid: tuple[int, int, int]  # target frames, patch rows, patch columns
@@ -21,7 +21,7 @@ class Layout:
 
 
 def layout_for(num_tokens: int) -> Layout:
-    """About num_tokens, a twentieth of them condition tokens as at 720p x 81."""
+    """A layout of about num_tokens; a twentieth are condition tokens, as at 720p x 81 frames."""
     num_frames = 7
     side = round(math.sqrt(0.95 * num_tokens / (num_frames + 1)))
     num_visual = (num_frames + 1) * side * side
@@ -29,19 +29,19 @@ def layout_for(num_tokens: int) -> Layout:
 
 
 def block_flops(config: MiVEConfig, num_tokens: int) -> float:
-    """Multiply-adds counted twice, of one of our blocks at batch 1."""
+    """One of our blocks at batch 1."""
     width = config.width
     return 2 * num_tokens * (4 * width**2 + 2 * width * config.ffn_width) + 4 * num_tokens**2 * width
 
 
 def cross_attention_flops(config: MiVEConfig, num_tokens: int) -> float:
-    """What Wan's block does on top: queries and output over the video, keys and values over the text."""
+    """The cross-attention of one of Wan's blocks: queries and output over the video, keys and values over the text."""
     width = config.width
     return 4 * num_tokens * width**2 + 4 * NUM_TEXT_TOKENS * width**2 + 4 * num_tokens * NUM_TEXT_TOKENS * width
 
 
-def edge_flops(config: MiVEConfig, layout: Layout, ours: bool) -> float:
-    """Patch embedding, head and the projection of what conditions."""
+def non_block_flops(config: MiVEConfig, layout: Layout, ours: bool) -> float:
+    """Everything outside the blocks: patch embedding, head and the projection of the condition tokens."""
     width, channels = config.width, config.latent_channels
     per_patch = math.prod(config.patch_size)
     rows = layout.grid[1] * layout.grid[2]
@@ -54,11 +54,11 @@ def edge_flops(config: MiVEConfig, layout: Layout, ours: bool) -> float:
 
 
 def dit_flops(config: MiVEConfig, layout: Layout) -> float:
-    """One forward of our DiT at batch 1."""
-    return config.num_blocks * block_flops(config, layout.num_tokens) + edge_flops(config, layout, ours=True)
+    """One forward pass of our DiT at batch 1."""
+    return config.num_blocks * block_flops(config, layout.num_tokens) + non_block_flops(config, layout, ours=True)
 
 
 def training_flops(config: MiVEConfig, layout: Layout, *, frozen: bool = False) -> float:
-    """Forward and backward at batch 1, each once; `frozen`: no gradients of the weights, as where a LoRA is trained, itself not counted."""
+    """One forward and one backward pass at batch 1. `frozen`: without weight gradients, as in LoRA training; the LoRA itself is not counted."""
     forward, attention = dit_flops(config, layout), config.num_blocks * 4 * layout.num_tokens**2 * config.width
     return 2 * (forward - attention) + 3 * attention if frozen else 3 * forward

@@ -1,49 +1,49 @@
-"""How much memory an edit takes, from shapes alone: weights, and what is alive at once in a forward without gradients.
+"""Memory use of an edit, from shapes alone: weights, and the tensors alive at once in a forward pass without gradients.
 
-Counted are tensors; a kernel's own workspace and what an allocator leaves unused come on top.
-N tokens of the DiT's sequence (condition, reference and target), D its width; S tokens of the VLM's, V of them visual, D_vlm its width;
-F pixel frames of H x W pixels.
+Only tensors are counted; workspaces of kernels and unused memory of the allocator come on top.
+N tokens in the DiT's sequence (condition, reference and target), D its width; S tokens in the VLM's sequence, V of them visual, D_vlm its
+width; F pixel frames of H x W pixels.
 """
 
 import math
 
 from ..config import MiVEConfig
-from ..dit.blocks import PIECE
-from ..formats.checkpoint import shapes_of
+from ..dit.blocks import FFN_CHUNK
+from ..formats.checkpoint import state_dict_shapes
 from ..formats.quantize import MATRIX
 
-ATTENDING = 4  # of (N, D): the sequence, its modulated copy, queries, and the keys that are being turned
-FLOAT32 = 4  # bytes
-FEEDING = 3  # of (N, D): the sequence before the block and after the attention, its modulated copy
-READING, LOOKED_AT = 6, 10  # of (S, D_vlm) and (V, D_vlm): the VLM's sequence; its pictures' features, DeepStack's three among them
-SEEING, SEEING_16_BIT = 3, 11  # of the vision tower's (patches, width), queries and keys being turned in float32 among them
-# values of the VAE's narrowest width that stand for each pixel at most: one frame alone, else the caches of all convolutions with it
-DECODING, ENCODING = (18.0, 50.8), (10.0, 36.7)
-IN_16_BIT = 2.0  # more of them, since norms and resizing are in float32
-CONV2D_FACTORS = (11.0, 14.0)  # more of them on a CPU, where conv3d.py lays frames side by side: decoding, encoding
-VAE_WIDTH = 96  # of Wan 2.1's VAE at full resolution
+FLOAT32_BYTES = 4
+ATTENTION_TENSORS = 4  # number of (N, D): the sequence, its modulated copy, the queries, and the keys during rotation
+FFN_TENSORS = 3  # number of (N, D): the sequence before the block, the one after the attention, and its modulated copy
+LANGUAGE_TENSORS, VISUAL_TENSORS = 6, 10  # number of (S, D_vlm): the VLM's sequence; of (V, D_vlm): visual features with DeepStack's three
+VISION_TENSORS, VISION_TENSORS_16_BIT = 3, 11  # number of (patches, vision width), with queries and keys rotated in float32
+# Peak number of values per pixel, divided by the VAE's narrowest width: (a single frame, more frames with the caches of all convolutions).
+DECODE_VALUES, ENCODE_VALUES = (18.0, 50.8), (10.0, 36.7)
+EXTRA_16_BIT = 2.0  # more of these values in 16 bits, because norms and resizing run in float32
+CONV2D_EXTRA = (11.0, 14.0)  # more of these values on a CPU, where conv3d.py puts frames side by side: (decoding, encoding)
+VAE_WIDTH = 96  # channels of Wan 2.1's VAE at full resolution
 TILE, TILE_STRIDE = 256, 192  # pixels
 
 
 def activation_bytes(config: MiVEConfig, num_tokens: int, itemsize: int, batch: int = 1, *, scores: bool = False) -> int:
-    """The most that one forward of the DiT holds beside the weights, where numbers are of `itemsize` bytes.
+    """Peak memory of one forward pass of the DiT without the weights, with numbers of `itemsize` bytes.
 
-    `scores` is for attention as two matrix products, which holds (N, N) twice a head; fused kernels do not.
+    `scores`: attention as two matrix products, which holds (N, N) twice per head; fused kernels do not.
     """
     rows = batch * num_tokens * config.width
-    turning = ATTENDING * rows * itemsize + (rows * (FLOAT32 + itemsize) if itemsize < FLOAT32 else 0)
-    attended = (ATTENDING + 2) * rows * itemsize  # values and result beside the queries and keys
-    piece = batch * min(num_tokens, PIECE)
-    inner = 2 * piece * config.ffn_width * itemsize  # before and after the activation
-    rotary = num_tokens * config.head_dim // 2 * 2 * FLOAT32
-    attended += 2 * batch * config.num_heads * num_tokens**2 * itemsize if scores else 0
-    return max(turning, attended, FEEDING * rows * itemsize + inner) + rotary
+    rotating = ATTENTION_TENSORS * rows * itemsize + (rows * (FLOAT32_BYTES + itemsize) if itemsize < FLOAT32_BYTES else 0)
+    attention = (ATTENTION_TENSORS + 2) * rows * itemsize  # values and result in addition to queries and keys
+    chunk = batch * min(num_tokens, FFN_CHUNK)
+    inner = 2 * chunk * config.ffn_width * itemsize  # before and after the activation
+    rotary = num_tokens * config.head_dim // 2 * 2 * FLOAT32_BYTES
+    attention += 2 * batch * config.num_heads * num_tokens**2 * itemsize if scores else 0
+    return max(rotating, attention, FFN_TENSORS * rows * itemsize + inner) + rotary
 
 
 def weight_bytes(config: MiVEConfig, itemsize: int, matrix_itemsize: int | None = None) -> int:
-    """Of the whole DiT; `matrix_itemsize` is that of the blocks' matrices, where they are stored in fewer bytes."""
+    """Bytes of the DiT's weights; `matrix_itemsize`: bytes per number of the blocks' matrices, if they are quantized."""
     total = 0
-    for key, shape in shapes_of(config).items():
+    for key, shape in state_dict_shapes(config).items():
         total += math.prod(shape) * (matrix_itemsize if matrix_itemsize and MATRIX.fullmatch(key) else itemsize)
     return total
 
@@ -59,36 +59,40 @@ def vlm_bytes(
     num_layers: int = 2,
     vision: tuple[int, int] = (1152, 4304),
 ) -> int:
-    """The most that one forward of a Qwen3-VL holds beside its weights and inputs: D_vlm and the width of its feed-forward, S and V
-    tokens, how many of V are the video's (None: all; the image is seen before it), how many layers' states are kept, the vision
-    tower's two widths. Each visual token stands for four patches."""
-    reading = num_tokens * (3 * inner_width + (READING + num_layers - 2) * width) + LOOKED_AT * num_visual * width
-    inside, feeding = vision
-    seeing = 4 * (num_visual if num_video is None else num_video) * (3 * feeding + (SEEING if itemsize == FLOAT32 else SEEING_16_BIT) * inside)
-    return itemsize * max(reading, seeing)
+    """Peak memory of one forward pass of a Qwen3-VL without its weights and inputs.
 
-
-def vae_decode_bytes(num_frames: int, height: int, width: int, itemsize: int, *, channels: int = VAE_WIDTH, tiled: bool = False, planes: bool = False) -> int:
-    """The most that decoding F x H x W pixels holds beside the weights, latents and caches included, `tiled` as diffusers does it.
-
-    `planes` is for a CPU, where the library lays convolutions out so.
+    width: D_vlm; inner_width: of its feed-forward; num_tokens, num_visual: S, V; num_video: how many of V belong to the video (None: all;
+    the image is encoded before it); num_layers: how many layers' states are kept; vision: the vision tower's width and inner width.
+    Each visual token covers four patches.
     """
-    per_pixel = _per_pixel(DECODING, num_frames, itemsize, CONV2D_FACTORS[0] if planes else 0.0) * channels * itemsize
+    language = num_tokens * (3 * inner_width + (LANGUAGE_TENSORS + num_layers - 2) * width) + VISUAL_TENSORS * num_visual * width
+    vision_width, vision_inner_width = vision
+    num_tensors = VISION_TENSORS if itemsize == FLOAT32_BYTES else VISION_TENSORS_16_BIT
+    num_patches = 4 * (num_visual if num_video is None else num_video)
+    return itemsize * max(language, num_patches * (3 * vision_inner_width + num_tensors * vision_width))
+
+
+def vae_decode_bytes(num_frames: int, height: int, width: int, itemsize: int, *, channels: int = VAE_WIDTH, tiled: bool = False, conv2d: bool = False) -> int:
+    """Peak memory of decoding F x H x W pixels without the weights, including latents and caches; `tiled` as in diffusers.
+
+    `conv2d`: on a CPU, where conv3d.py computes the 3D convolutions as 2D ones.
+    """
+    per_pixel = _values_per_pixel(DECODE_VALUES, num_frames, itemsize, CONV2D_EXTRA[0] if conv2d else 0.0) * channels * itemsize
     pixels, colour = height * width, 3 * num_frames * itemsize
     if not tiled or max(height, width) <= TILE:
         return round(pixels * (per_pixel + colour))
-    made = _covered(height) * _covered(width) * colour  # tiles overlap
-    return round(max(TILE**2 * per_pixel + made, made + 3 * pixels * colour))  # joined by rows, as a whole, and clamped
+    output = _covered(height) * _covered(width) * colour  # tiles overlap
+    return round(max(TILE**2 * per_pixel + output, output + 3 * pixels * colour))  # 3: joined rows, the whole picture, its clamped copy
 
 
-def vae_encode_bytes(num_frames: int, height: int, width: int, itemsize: int, *, channels: int = VAE_WIDTH, planes: bool = False) -> int:
-    """The most that encoding holds beside the weights and the pixels."""
-    return round(height * width * _per_pixel(ENCODING, num_frames, itemsize, CONV2D_FACTORS[1] if planes else 0.0) * channels * itemsize)
+def vae_encode_bytes(num_frames: int, height: int, width: int, itemsize: int, *, channels: int = VAE_WIDTH, conv2d: bool = False) -> int:
+    """Peak memory of encoding without the weights and the pixels."""
+    return round(height * width * _values_per_pixel(ENCODE_VALUES, num_frames, itemsize, CONV2D_EXTRA[1] if conv2d else 0.0) * channels * itemsize)
 
 
-def _per_pixel(values: tuple[float, float], num_frames: int, itemsize: int, planes: float) -> float:
-    first, later = values
-    return first if num_frames == 1 else later + planes + (IN_16_BIT if itemsize < FLOAT32 else 0.0)
+def _values_per_pixel(values: tuple[float, float], num_frames: int, itemsize: int, conv2d_extra: float) -> float:
+    single_frame, clip = values
+    return single_frame if num_frames == 1 else clip + conv2d_extra + (EXTRA_16_BIT if itemsize < FLOAT32_BYTES else 0.0)
 
 
 def _covered(side: int) -> int:

@@ -1,1 +1,1 @@
-"""Pairs to train on: found in published sets, composed, rated; and one piece of code that works through many of them."""
+"""Training pairs: imported from published datasets, composed and rated; and the code that processes many of them."""

@@ -1,7 +1,7 @@
-"""The portrait recipe: a person cut out of one clip and put over another gives pairs whose outcome is known (paper, training).
+"""Portrait pairs: composites a person from one clip over another clip, which gives edits with a known result (paper, training).
 
-From a person's clip and a background come three pairs: the person removed, the person added, the background replaced. Their masks are
-exact: outside of them source and target are the same pixels.
+A person's clip and a background give three pairs: the person is removed, the person is added, the background is replaced. The masks are
+exact: outside of them, source and target have the same pixels.
 
 F frames of H x W pixels.
 """
@@ -15,35 +15,35 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..media.fit import cover, fit_clip, trimmed
+from ..media.fit import fit_clip, resize_and_crop, valid_num_frames
 from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name, remove_partial_files
 from ..media.remote import is_url, local_copy
 from ..media.video import VIDEO_SUFFIXES, read_clip, write_frames, write_video
 from ..types import Clip
 from .executor import Executor
-from .journal import Outcome, Task, mark_of, worked_through
+from .journal import Outcome, Task, fingerprint, run_resumable
 from .manifest import ManifestEntry, read_manifest, read_source, write_manifest
 from .segment_person import Segmenter
 
 JOURNAL, MANIFEST = "composed.jsonl", "pairs.jsonl"
-STORES = ("video", "frames")  # H.264 of high quality, or PNG: 20 times the bytes
-CLEAN = 0.05  # alpha nearer than this to 0 or 1 is 0 or 1: what a mask's own compression leaves
-MIN_PERSON, MAX_PERSON = 0.01, 0.9  # of a clip's pixels, that a person may cover
-WORDS = {
+STORES = ("video", "frames")  # high-quality H.264, or PNG, which takes 20 times the bytes
+ALPHA_TOLERANCE = 0.05  # alpha this close to 0 or 1 becomes 0 or 1, which removes compression artefacts of the mask
+MIN_PERSON, MAX_PERSON = 0.01, 0.9  # share of a clip's pixels that a person may cover
+INSTRUCTIONS = {
     "remove": ("remove the person", "take the person out of the video", "make the person disappear", "erase the person and keep the background as it is"),
     "add": ("add the person", "put the person of the reference into the scene", "let a person appear in front, as the reference shows"),
     "background": ("replace the background", "put the person in front of the other background", "keep the person and change everything behind"),
 }
-WITH_WORDS = ("replace the background with {}", "put the person in front of {}", "change everything behind the person to {}")
+BACKGROUND_INSTRUCTIONS = ("replace the background with {}", "put the person in front of {}", "change everything behind the person to {}")
 
 
 @dataclass(frozen=True)
 class ComposeSettings:
-    """What the pairs depend on beside the clips."""
+    """Settings of the pairs."""
 
-    size: tuple[int, int] | None = None  # width, height; None: the person's clip's own, fitted
+    size: tuple[int, int] | None = None  # width, height; None: the fitted size of the person's clip
     num_frames: int | None = None
-    seed: int = 0  # of which background and which words
+    seed: int = 0  # of the choice of background and instruction
     store: str = "video"
 
 
@@ -53,14 +53,14 @@ class Portrait:
 
     number: int
     person: ManifestEntry
-    background: ManifestEntry  # its instruction, where there is one, says what is seen
+    background: ManifestEntry  # its instruction, if any, describes what it shows
 
 
 @dataclass(frozen=True)
 class ComposeWorker:
-    """Writes the clips and masks of a portrait into a folder of its own."""
+    """Writes each portrait's clips and masks into a folder of its own."""
 
-    segmenter: Segmenter | None
+    segmenter: Segmenter | None  # None: all clips of persons have masks
     folder: Path
     settings: ComposeSettings
 
@@ -79,7 +79,7 @@ class ComposeWorker:
         return person, read_source(item.background, len(person.frames)), mask
 
     def work(self, item: Portrait, read: tuple[Clip, Clip, Clip | None]) -> dict:
-        person, background, alpha = self.fitted(item, *read)
+        person, background, alpha = self.fit(item, *read)
         composite = over(person.frames, background.frames, alpha)
         clips = {"original": person.frames, "background": background.frames, "composite": composite}
         name = numbered_name(item.number, item.person.name or Path(str(item.person.source)).stem, 6)
@@ -91,16 +91,19 @@ class ComposeWorker:
                     write_video(folder / f"{kind}.mp4", Clip(frames, person.fps))
             write_frames(folder / "person", alpha > 0)
             write_frames(folder / "surroundings", alpha < 1)
-        return {"folder": name, "fps": person.fps, "words": words_for(item, self.settings.seed)}
+        return {"folder": name, "fps": person.fps, "words": choose_instructions(item, self.settings.seed)}
 
-    def fitted(self, item: Portrait, person: Clip, background: Clip, mask: Clip | None) -> tuple[Clip, Clip, Tensor]:
-        """Both clips at one size and length, and the person's alpha (F, H, W). Raises UserError where there is next to no person, or nothing else."""
+    def fit(self, item: Portrait, person: Clip, background: Clip, mask: Clip | None) -> tuple[Clip, Clip, Tensor]:
+        """Fits both clips to one size and length -> the clips and the person's alpha (F, H, W). Raises UserError for too little or too much person."""
         person = fit_clip(person, self.settings.size, self.settings.num_frames, f"source {item.person.title!r}")
         size = person.frames.shape[2], person.frames.shape[1]
-        count = self.settings.num_frames or min(len(person.frames), trimmed(len(background.frames)))
+        count = self.settings.num_frames or min(len(person.frames), valid_num_frames(len(background.frames)))
         person, background = Clip(person.frames[:count], person.fps), fit_clip(background, size, count, f"background {item.background.title!r}")
-        alpha = self.segmenter.alpha(person.frames) if mask is None else cover(mask.frames[:count], size).mean(dim=-1).expand(count, -1, -1)
-        alpha = torch.where(alpha < CLEAN, 0.0, torch.where(alpha > 1 - CLEAN, 1.0, alpha))
+        if mask is None:
+            alpha = self.segmenter.alpha(person.frames)  # type: ignore[union-attr]  # compose() demands a segmenter if a mask is missing
+        else:
+            alpha = resize_and_crop(mask.frames[:count], size).mean(dim=-1).expand(count, -1, -1)
+        alpha = torch.where(alpha < ALPHA_TOLERANCE, 0.0, torch.where(alpha > 1 - ALPHA_TOLERANCE, 1.0, alpha))
         share = alpha.mean().item()
         if not MIN_PERSON <= share <= MAX_PERSON:
             raise UserError(
@@ -116,36 +119,37 @@ def compose(
     settings: ComposeSettings = ComposeSettings(),
     *,
     load: Callable[[], Segmenter] | None = None,
-    made_by: object = "",
+    model_id: object = "",
     executor: Executor = Executor(),
 ) -> tuple[list[Outcome], Path]:
-    """Composes what is not there yet -> each person's outcome, and the manifest of all pairs.
+    """Composes the pairs that are missing -> each person's outcome, and the manifest of all pairs.
 
-    `load` gives the model that finds persons where a line names no mask. Raises UserError.
+    `load` returns the model that segments persons without a mask; `model_id` identifies it: if that changes, the work is done again.
+    Raises UserError.
     """
     folder = check_output_folder(folder, "output")
     unmasked = [entry.title for entry in people if entry.mask is None]
     if unmasked and load is None:
         raise UserError("a person's clip has no mask", got=unmasked[0], fix="name a mask in its line, or a model that finds persons with --segmenter")
     folder.mkdir(parents=True, exist_ok=True)
-    contract = (asdict(settings), made_by if unmasked else "")
-    portraits = [Portrait(number, person, chosen_background(number, person, backgrounds, settings.seed)) for number, person in enumerate(people)]
-    tasks = [Task(mark_of((contract, p.number), p.person, p.background), p.person.title, p) for p in portraits]
-    make = lambda: ComposeWorker(load() if unmasked else None, folder.absolute(), settings)
-    outcomes = worked_through(tasks, make, folder / JOURNAL, executor, "clips", lambda result: (folder / result["folder"] / "surroundings").is_dir())
+    dependencies = (asdict(settings), model_id if unmasked else "")
+    portraits = [Portrait(number, person, choose_background(number, person, backgrounds, settings.seed)) for number, person in enumerate(people)]
+    tasks = [Task(fingerprint((dependencies, p.number), p.person, p.background), p.person.title, p) for p in portraits]
+    make_worker = lambda: ComposeWorker(load() if load and unmasked else None, folder.absolute(), settings)
+    outcomes = run_resumable(tasks, make_worker, folder / JOURNAL, executor, "clips", lambda result: (folder / result["folder"] / "surroundings").is_dir())
     remove_partial_files(folder)
-    pairs = [pair for outcome in outcomes if outcome.result for pair in pairs_of(outcome.result, folder, settings.store)]
+    pairs = [pair for outcome in outcomes if outcome.result for pair in portrait_pairs(outcome.result, folder, settings.store)]
     return outcomes, write_manifest(folder / MANIFEST, pairs)
 
 
 def over(front: Tensor, back: Tensor, alpha: Tensor) -> Tensor:
-    """(F, H, W, 3) twice, (F, H, W) -> (F, H, W, 3): exactly `back` where alpha is 0, exactly `front` where it is 1."""
+    """Alpha compositing: front, back (F, H, W, 3), alpha (F, H, W) -> (F, H, W, 3), exactly `back` at alpha 0 and exactly `front` at 1."""
     return back.lerp(front, alpha[..., None]).where(alpha[..., None] < 1, front)
 
 
-def pairs_of(result: dict, folder: Path, store: str) -> Iterator[ManifestEntry]:
-    """What a portrait's folder gives."""
-    place = folder / result["folder"]
+def portrait_pairs(result: dict, folder: Path, store: str) -> Iterator[ManifestEntry]:
+    """The three pairs in a portrait's folder."""
+    clips = folder / result["folder"]
     suffix = "" if store == "frames" else ".mp4"
     for edit, source, target, mask in (
         ("remove", "composite", "background", "person"),
@@ -153,11 +157,11 @@ def pairs_of(result: dict, folder: Path, store: str) -> Iterator[ManifestEntry]:
         ("background", "original", "composite", "surroundings"),
     ):
         yield ManifestEntry(
-            place / (source + suffix),
+            clips / (source + suffix),
             None,
             result["words"][edit],
-            place / (target + suffix),
-            place / mask,
+            clips / (target + suffix),
+            clips / mask,
             f"{result['folder']}-{edit}",
             "portrait",
             edit,
@@ -165,26 +169,29 @@ def pairs_of(result: dict, folder: Path, store: str) -> Iterator[ManifestEntry]:
         )
 
 
-def words_for(item: Portrait, seed: int) -> dict[str, str]:
-    """The instruction of each edit."""
+def choose_instructions(item: Portrait, seed: int) -> dict[str, str]:
+    """Chooses an instruction for each edit."""
     choose = random.Random(f"{seed} words {item.number}").choice
-    seen = item.background.instruction.strip()
-    return {edit: choose(WITH_WORDS).format(seen) if edit == "background" and seen else choose(words) for edit, words in WORDS.items()}
+    description = item.background.instruction.strip()
+    return {
+        edit: choose(BACKGROUND_INSTRUCTIONS).format(description) if edit == "background" and description else choose(texts)
+        for edit, texts in INSTRUCTIONS.items()
+    }
 
 
-def chosen_background(number: int, person: ManifestEntry, backgrounds: Sequence[ManifestEntry], seed: int) -> ManifestEntry:
-    """Any but the person's own clip. Raises UserError where there is no other."""
+def choose_background(number: int, person: ManifestEntry, backgrounds: Sequence[ManifestEntry], seed: int) -> ManifestEntry:
+    """Chooses a background other than the person's own clip. Raises UserError if there is none."""
     others = [entry for entry in backgrounds if entry.source != person.source]
     if not others:
         raise UserError("there is no background to choose from", got=f"{len(backgrounds)} clips", expected="clips other than the person's own")
     return random.Random(f"{seed} background {number}").choice(others)
 
 
-def read_sources(place: str, what: str) -> list[ManifestEntry]:
-    """A manifest whose lines need a source only, or a folder of videos. Raises UserError."""
-    if is_url(place) or not check_input(place, what).is_dir():
-        return read_manifest(place, required=("source",))
-    files = sorted(path for path in Path(place).rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."))
+def read_sources(location: str, what: str) -> list[ManifestEntry]:
+    """Reads a manifest whose lines need only a source, or a folder of videos. Raises UserError."""
+    if is_url(location) or not check_input(location, what).is_dir():
+        return read_manifest(location, required=("source",))
+    files = sorted(path for path in Path(location).rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."))
     if not files:
-        raise UserError("the folder holds no videos", where=f"{what} {place!r}", expected=" or ".join(VIDEO_SUFFIXES))
+        raise UserError("the folder holds no videos", where=f"{what} {location!r}", expected=" or ".join(VIDEO_SUFFIXES))
     return [ManifestEntry(path, None, "", name=path.stem) for path in files]

@@ -1,4 +1,4 @@
-"""The pairs of a manifest, edited one by one into a folder of videos."""
+"""Batch editing: edits the entries of a manifest one by one into a folder of videos."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +9,7 @@ from ..media.paths import check_output_folder, numbered_name, remove_partial_fil
 from ..media.video import write_video
 from ..types import EditRequest
 from .executor import Executor
-from .journal import Outcome, Task, mark_of, worked_through
+from .journal import Outcome, Task, fingerprint, run_resumable
 from .manifest import ManifestEntry, load_entry
 
 JOURNAL = "edits.jsonl"
@@ -17,7 +17,7 @@ JOURNAL = "edits.jsonl"
 
 @dataclass(frozen=True)
 class EditWorker:
-    """Edits an entry, numbered, into a video file of the folder."""
+    """Edits numbered entries, each into a video file of the folder."""
 
     editor: Editor
     settings: EvaluationSettings
@@ -44,18 +44,18 @@ def edit_all(
     *,
     size: tuple[int, int] | None = None,
     num_frames: int | None = None,
-    made_by: object = "",
+    model_id: object = "",
     executor: Executor = Executor(),
 ) -> list[Outcome]:
-    """Edits what is not there yet -> each entry's outcome, with the file's name; the folder's edits.jsonl holds them too.
+    """Edits the entries that are not yet edited -> each entry's outcome, with its file name; they are also in the folder's edits.jsonl.
 
-    `load` gives the models, `made_by` says which they are: another answer, and all is edited anew. Raises UserError.
+    `load` returns the models, `model_id` identifies them: if that changes, everything is edited again. Raises UserError.
     """
     folder = check_output_folder(folder, "output")
     folder.mkdir(parents=True, exist_ok=True)
-    contract = (asdict(settings), size, num_frames, made_by)
-    tasks = [Task(mark_of((contract, number), entry), entry.title, (number, entry)) for number, entry in enumerate(entries)]
-    outcomes = worked_through(
+    dependencies = (asdict(settings), size, num_frames, model_id)
+    tasks = [Task(fingerprint((dependencies, number), entry), entry.title, (number, entry)) for number, entry in enumerate(entries)]
+    outcomes = run_resumable(
         tasks,
         lambda: EditWorker(load(), settings, folder.absolute(), size, num_frames),
         folder / JOURNAL,

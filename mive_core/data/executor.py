@@ -1,6 +1,6 @@
-"""A worker over many items, in this process or on Ray: each item's outcome once, in the order in which they are done.
+"""Runs a worker over many items, in this process or on Ray; yields each item's outcome once, in order of completion.
 
-A worker reads an item in a thread, one item ahead of its work, so that decoding and models run side by side.
+A thread prefetches the next item while the current one is processed, so that decoding and models run in parallel.
 """
 
 import json
@@ -15,71 +15,71 @@ import torch
 
 from ..errors import UserError
 
-MAX_BLOCKS = 10_000  # what Ray keeps track of
-SKIPPED_ERRORS = (UserError, torch.OutOfMemoryError)  # what leaves an item out, where other errors end the work
+MAX_BLOCKS = 10_000  # blocks that Ray can keep track of
+SKIPPED_ERRORS = (UserError, torch.OutOfMemoryError)  # the item is skipped; other errors end the run
 LOCAL = "local"
 
 
 class Worker(Protocol):
-    """What is done with an item. Both raise UserError where the item cannot be used, which leaves it out."""
+    """Processes items. Both methods may raise UserError for an unusable item, which is then skipped."""
 
     def read(self, item: Any) -> Any:
-        """What the item names, from the disk."""
+        """Reads the item's data from disk."""
 
     def work(self, item: Any, read: Any) -> dict:
-        """The outcome, which JSON can hold; files are written whole or not at all, since a killed worker's item is done again."""
+        """Returns a result that JSON can hold. Must write files atomically, because a killed worker's item is processed again."""
 
 
 @dataclass(frozen=True)
 class Executor:
-    """Where the work is done."""
+    """Where the workers run."""
 
-    ray: str | None = None  # None: in this process; "local": a cluster of this machine; else the address of one
-    num_workers: int = 2  # actors on Ray, each with models of its own
-    num_gpus: float = 0  # that each of them takes
+    ray: str | None = None  # None: in this process; "local": a cluster on this machine; else the address of a cluster
+    num_workers: int = 2  # Ray actors, each with its own models
+    num_gpus: float = 0  # GPUs per actor
 
 
-def run_items(make: Callable[[], Worker], items: Sequence[Any], executor: Executor = Executor()) -> Iterator[tuple[int, dict]]:
-    """The index of each item, once, and {"result": what `work` gave} or {"why": the reason it is left out}.
+def run_items(make_worker: Callable[[], Worker], items: Sequence[Any], executor: Executor = Executor()) -> Iterator[tuple[int, dict]]:
+    """Yields each item's index once, with {"result": the return value of `work`} or {"why": the reason it is skipped}.
 
-    `make` loads the models, once in each worker; on Ray it and the items must be picklable, and paths the same on every machine.
-    Raises UserError where Ray is not there.
+    `make_worker` loads the models, once per worker. On Ray it and the items must be picklable, and paths must be the same on all
+    machines. Raises UserError if Ray is unavailable.
     """
-    numbered = list(enumerate(items))
-    if not numbered:
+    indexed = list(enumerate(items))
+    if not indexed:
         return iter(())
-    return _run_on_ray(make, numbered, executor) if executor.ray else done(make(), numbered)
+    return _run_on_ray(make_worker, indexed, executor) if executor.ray else process_items(make_worker(), indexed)
 
 
-def done(worker: Worker, numbered: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, dict]]:
-    """The outcomes of one worker."""
-    for (index, item), read in ahead(numbered, lambda pair: worker.read(pair[1])):
+def process_items(worker: Worker, indexed: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, dict]]:
+    """Yields the outcomes of one worker."""
+    for (index, item), read in prefetch(indexed, lambda pair: worker.read(pair[1])):
         try:
             yield index, {"result": worker.work(item, read())}
         except SKIPPED_ERRORS as error:
             yield index, {"why": str(error)}
 
 
-def ahead(items: Iterable[Any], read: Callable[[Any], Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
-    """Each item with a function that gives what `read` gave, or raises what it raised: read in a thread while the last one is worked on."""
+def prefetch(items: Iterable[Any], read: Callable[[Any], Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    """Yields each item with a function that returns the result of `read`, or raises its error; a thread reads one item ahead."""
     with ThreadPoolExecutor(1) as thread:
-        before = None
+        pending = None
         for item in items:
-            now = item, thread.submit(read, item).result
-            if before is not None:
-                yield before
-            before = now
-        if before is not None:
-            yield before
+            submitted = item, thread.submit(read, item).result
+            if pending is not None:
+                yield pending
+            pending = submitted
+        if pending is not None:
+            yield pending
 
 
-def _run_on_ray(make: Callable[[], Worker], numbered: list[tuple[int, Any]], executor: Executor) -> Iterator[tuple[int, dict]]:
-    ray, started = _started(executor)
+def _run_on_ray(make_worker: Callable[[], Worker], indexed: list[tuple[int, Any]], executor: Executor) -> Iterator[tuple[int, dict]]:
+    ray, started = _connect(executor)
     try:
-        rows = [{"index": index, "item": _Sealed(item)} for index, item in numbered]
+        rows = [{"index": index, "item": _Opaque(item)} for index, item in indexed]
         outcomes = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map_batches(
             _Actor,
-            fn_constructor_args=(make,),
+            fn_constructor_args=(make_worker,),
             batch_size=None,
             batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(size=executor.num_workers),
@@ -94,26 +94,26 @@ def _run_on_ray(make: Callable[[], Worker], numbered: list[tuple[int, Any]], exe
 
 
 @dataclass(frozen=True)
-class _Sealed:
-    """An item that Ray carries as it is: numbers, lists and mappings would become those of Arrow."""
+class _Opaque:
+    """Wraps an item, because Ray would convert numbers, lists and mappings to Arrow's types."""
 
     item: Any
 
 
 class _Actor:
-    """A worker as Ray Data runs it: over one block of items after another."""
+    """A worker for Ray Data, which calls it on one block of items after another."""
 
-    def __init__(self, make: Callable[[], Worker]):
-        self.worker = make()
+    def __init__(self, make_worker: Callable[[], Worker]):
+        self.worker = make_worker()
 
     def __call__(self, block: dict) -> Iterator[dict]:
-        for index, outcome in done(self.worker, zip(block["index"].tolist(), (sealed.item for sealed in block["item"]))):
+        for index, outcome in process_items(self.worker, zip(block["index"].tolist(), (opaque.item for opaque in block["item"]))):
             yield {"index": [index], "outcome": [json.dumps(outcome)]}
 
 
 def check_ray():
-    """Ray, if it is installed. Raises UserError."""
-    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_BACKEND_LOG_LEVEL", "fatal")):  # stderr is left to us unless the environment says otherwise
+    """Imports Ray. Raises UserError if it is not installed."""
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_BACKEND_LOG_LEVEL", "fatal")):  # keeps stderr free, unless the environment sets them
         os.environ.setdefault(name, value)
     try:
         import ray
@@ -123,8 +123,8 @@ def check_ray():
     return ray
 
 
-def _started(executor: Executor):
-    """Ray, connected, and whether it was this function that did so. Raises UserError."""
+def _connect(executor: Executor) -> tuple[Any, bool]:
+    """Connects to Ray -> the module, and whether this call started the connection. Raises UserError."""
     ray = check_ray()
     started = not ray.is_initialized()
     if started:

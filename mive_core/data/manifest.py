@@ -1,7 +1,7 @@
-"""Manifests of paired edits: one JSON object a line or a row of Parquet, paths relative to the manifest, or URLs.
+"""Manifests of paired edits: one JSON object per line or Parquet row; paths are relative to the manifest, or URLs.
 
-A path names a video file, a folder of frames or (reference, mask) one image. `target` and `mask` may be left out, and beside
-a target the `reference` too: it then is the target's first frame, as in the paper's training.
+A path names a video file, a folder of frames or (reference, mask) a single image. `target` and `mask` are optional, and so is
+`reference` if there is a target: it defaults to the target's first frame, as in the paper's training.
 """
 
 import json
@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+from torch import Tensor
+
 from ..errors import UserError
-from ..media.fit import fit_clip, fit_mask, fit_reference, trimmed
+from ..media.fit import fit_clip, fit_mask, fit_reference, valid_num_frames
 from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name
 from ..media.remote import check_url, is_url, local_copy
 from ..media.video import DEFAULT_FPS, read_clip, read_image, write_frames
@@ -22,38 +24,38 @@ from .tables import Row, read_table, write_table
 PATH_KEYS = ("source", "reference", "target", "mask")
 TEXT_KEYS = ("instruction", "name", "kind", "edit", "colour")
 REQUIRED_KEYS = ("source", "instruction")
-TRIMMED = 4  # a clip loses fewer frames than that on its way to 4n+1
+MAX_TRIMMED = 4  # trimming a clip to 4n+1 frames removes fewer frames than this
 
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """One line of a manifest; its paths are usable as they stand, and text is a URL."""
+    """One line of a manifest. Paths are resolved; a `str` is a URL."""
 
     source: Path | str
     reference: Path | str | None  # None: the target's first frame
     instruction: str
     target: Path | str | None = None
-    mask: Path | str | None = None  # a folder of images or a video, white where the edit is; an image stands for every frame
+    mask: Path | str | None = None  # a folder of images or a video, white inside the edit; a single image applies to all frames
     name: str = ""
-    kind: str = ""  # groups clips in reports
-    edit: str = ""
-    colour: str = ""  # #rrggbb of the one thing that is edited, after the edit, or before it is removed; reports then tell of its place and shape
-    fps: float = DEFAULT_FPS  # of folders of frames
+    kind: str = ""  # group of the clip in reports
+    edit: str = ""  # kind of edit, also a group in reports
+    colour: str = ""  # #rrggbb of the one edited object after the edit (before it, if removed); lets reports measure its position and shape
+    fps: float = DEFAULT_FPS  # frame rate, for folders of frames
 
     @property
     def title(self) -> str:
-        """How a message names the entry."""
+        """The entry's name in messages."""
         return self.name or str(self.source)
 
 
-def read_manifest(place: str | os.PathLike, required: Sequence[str] = REQUIRED_KEYS, allow_empty_instruction: bool = True) -> list[ManifestEntry]:
-    """Raises UserError with the line, column and key for anything missing, unknown or outside the manifest's folder.
+def read_manifest(location: str | os.PathLike, required: Sequence[str] = REQUIRED_KEYS, allow_empty_instruction: bool = True) -> list[ManifestEntry]:
+    """Reads a manifest. Raises UserError with the line, column and key for anything missing, unknown or outside the manifest's folder.
 
-    What media behind URLs hold is found out when they are read. With `required` less than its default, lines are no pairs: only
-    those keys are asked for. Without `allow_empty_instruction` an empty instruction is an error.
+    Media behind URLs are checked only when they are read. `required` are the keys that every line must have; fewer than the default allow
+    lines that are not pairs. Without `allow_empty_instruction` an empty instruction is an error.
     """
-    rows = read_table(place, "manifest")
-    entries = [_entry(row, place, required) for row in rows]
+    rows = read_table(location, "manifest")
+    entries = [_entry(row, location, required) for row in rows]
     for row, entry in zip(rows, entries):
         if not allow_empty_instruction and not entry.instruction.strip():
             raise UserError("the instruction is empty", where=row.at("instruction"), fix="say what the edit is, or leave the line out")
@@ -61,7 +63,7 @@ def read_manifest(place: str | os.PathLike, required: Sequence[str] = REQUIRED_K
 
 
 def write_manifest(path: str | os.PathLike, entries: Iterable[ManifestEntry]) -> Path:
-    """Complete or not at all, .jsonl or .parquet; media stay where they are. Raises UserError where one is not under the manifest's folder."""
+    """Writes a .jsonl or .parquet atomically, without moving media. Raises UserError if one is outside the manifest's folder."""
     folder, rows = Path(path).absolute().parent, []
     for entry in entries:
         values = {key: value for key, value in asdict(entry).items() if value not in ("", None)}
@@ -70,37 +72,43 @@ def write_manifest(path: str | os.PathLike, entries: Iterable[ManifestEntry]) ->
 
 
 def read_source(entry: ManifestEntry, num_frames: int | None = None) -> Clip:
-    """The source as it is, at most `num_frames` of it."""
+    """Reads the source without fitting it, at most `num_frames` frames."""
     return read_clip(local_copy(entry.source, "source"), what="source", fps=entry.fps, num_frames=num_frames)
 
 
 def load_entry(entry: ManifestEntry, size: tuple[int, int] | None = None, num_frames: int | None = None, source: Clip | None = None) -> PairedEdit:
-    """Reads and fits what the entry names; size (width, height) and num_frames as in `fit_clip`; the source, where it has been read."""
+    """Reads and fits an entry's media; size (width, height) and num_frames as in `fit_clip`; `source`: the clip, if already read."""
     clip = source or read_source(entry, num_frames)
     source, source_size = fit_clip(clip, size, num_frames, f"source {str(entry.source)!r}"), (clip.frames.shape[2], clip.frames.shape[1])
     count, height, width = source.frames.shape[:3]
     size = (width, height)
-    target = mask = None
+    target: Tensor | None = None
+    mask: Tensor | None = None
     if entry.target is not None:
-        clip = read_clip(local_copy(entry.target, "target"), what="target", fps=entry.fps, num_frames=num_frames or count + TRIMMED)
-        target = fit_clip(_same_length(clip, entry.target, "target", count), size, count, f"target {str(entry.target)!r}").frames
-    if entry.reference is None:
-        reference = target[0].clone()
-    else:
+        clip = read_clip(local_copy(entry.target, "target"), what="target", fps=entry.fps, num_frames=num_frames or count + MAX_TRIMMED)
+        target = fit_clip(_check_length(clip, entry.target, "target", count), size, count, f"target {str(entry.target)!r}").frames
+    if entry.reference is not None:
         image = read_image(local_copy(entry.reference, "reference"), what="reference")
         reference = fit_reference(image, size, f"reference {str(entry.reference)!r}", source_size)
+    elif target is not None:
+        reference = target[0].clone()
+    else:
+        raise UserError("there is neither a reference nor a target", where=entry.title)
     if entry.mask is not None:
-        clip = read_clip(local_copy(entry.mask, "mask"), what="mask", fps=entry.fps, num_frames=num_frames or count + TRIMMED)
+        clip = read_clip(local_copy(entry.mask, "mask"), what="mask", fps=entry.fps, num_frames=num_frames or count + MAX_TRIMMED)
         still = len(clip.frames) == 1
-        mask = fit_mask((clip if still else _same_length(clip, entry.mask, "mask", count)).frames[:count], size)
+        mask = fit_mask((clip if still else _check_length(clip, entry.mask, "mask", count)).frames[:count], size)
         mask = mask.expand(count, -1, -1) if still else mask
-    colour = tuple(byte / 255 for byte in bytes.fromhex(entry.colour[1:])) if entry.colour else None
+    colour: tuple[float, float, float] | None = None
+    if entry.colour:
+        red, green, blue = bytes.fromhex(entry.colour[1:])
+        colour = (red / 255, green / 255, blue / 255)
     return PairedEdit(EditRequest(source, reference, entry.instruction), target, mask, entry.name, colour)
 
 
 @dataclass(frozen=True)
 class ManifestPairs(Sequence[PairedEdit]):
-    """The paired edits of a manifest, read from disk one at a time as they are asked for."""
+    """The paired edits of a manifest, each read from disk when it is accessed."""
 
     entries: Sequence[ManifestEntry]
     size: tuple[int, int] | None = None
@@ -109,15 +117,15 @@ class ManifestPairs(Sequence[PairedEdit]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> PairedEdit:
+    def __getitem__(self, index: int) -> PairedEdit:  # type: ignore[override]  # slices are not supported
         return load_entry(self.entries[index], self.size, self.num_frames)
 
 
 def export_pairs(pairs: Iterable[tuple[PairedEdit, Mapping[str, str]]], folder: str | os.PathLike) -> Path:
-    """Writes paired edits as folders of PNG frames with a pairs.jsonl beside them -> the manifest's path.
+    """Writes paired edits as folders of PNG frames, with their manifest pairs.jsonl -> the manifest's path.
 
-    What is read back equals what was written, at 8 bits. The mapping holds a pair's `kind` and `edit`, where known.
-    Pairs of the folder that are not written again stay. Raises UserError where the folder cannot be written.
+    Lossless at 8 bits. The mapping holds a pair's `kind` and `edit`, if known. Other pairs that the folder already holds stay there.
+    Raises UserError if the folder cannot be written.
     """
     folder = check_output_folder(folder, "output")
     with atomic_folder(folder) as partial:
@@ -148,9 +156,9 @@ def _write_pair(pair: PairedEdit, labels: Mapping[str, str], folder: Path, index
     return line
 
 
-def _same_length(clip: Clip, path: Path | str, what: str, count: int) -> Clip:
-    """The clip, where it has as many frames as the source once both are trimmed to 4n+1."""
-    if trimmed(len(clip.frames)) != count:
+def _check_length(clip: Clip, path: Path | str, what: str, count: int) -> Clip:
+    """Returns the clip. Raises UserError unless it is as long as the source once both are trimmed to 4n+1 frames."""
+    if valid_num_frames(len(clip.frames)) != count:
         raise UserError(
             f"the {what} is {'shorter' if len(clip.frames) < count else 'longer'} than the source",
             where=f"{what} {str(path)!r}",
@@ -180,12 +188,12 @@ def _entry(row: Row, manifest: str | os.PathLike, required: Sequence[str]) -> Ma
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1000:
         raise UserError("the key 'fps' is not a frame rate", where=row.at("fps"), got=json.dumps(fps, default=str)[:80], expected="more than 0, less than 1000")
     for key in fields.keys() & set(PATH_KEYS):
-        fields[key] = _place(fields[key], manifest, f"{row.at(key)}: the key {key!r}")
+        fields[key] = _resolve(fields[key], manifest, f"{row.at(key)}: the key {key!r}")
     return ManifestEntry(**{"reference": None, "instruction": "", **fields})
 
 
-def _place(text: str, manifest: str | os.PathLike, where: str) -> Path | str:
-    """A URL, or a path relative to the manifest and under its folder, links followed. Raises UserError."""
+def _resolve(text: str, manifest: str | os.PathLike, where: str) -> Path | str:
+    """Resolves a URL, or a path relative to the manifest and inside its folder even if links are followed. Raises UserError."""
     if is_url(text):
         return check_url(text, where)
     if re.match(r"[A-Za-z]:", text) or "\\" in text or text.startswith("/"):
@@ -203,16 +211,16 @@ def _place(text: str, manifest: str | os.PathLike, where: str) -> Path | str:
     return path
 
 
-def _relative(place: Path | str, folder: Path, manifest: str | os.PathLike) -> str:
-    """How a manifest in that folder names the place. Raises UserError where it cannot."""
-    if is_url(place):
-        return place
-    absolute = Path(os.path.abspath(place))
+def _relative(location: Path | str, folder: Path, manifest: str | os.PathLike) -> str:
+    """The location as a manifest in that folder names it. Raises UserError if it is outside the folder."""
+    if is_url(location):
+        return location
+    absolute = Path(os.path.abspath(location))
     if not absolute.is_relative_to(folder):
         raise UserError(
             "the manifest must stand in a folder that its media are under",
             where=f"output {str(manifest)!r}",
-            got=str(place),
+            got=str(location),
             fix=f"write it to {str(Path(os.path.commonpath([absolute, folder])) / Path(manifest).name)!r}, say",
         )
     return absolute.relative_to(folder).as_posix()

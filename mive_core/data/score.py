@@ -1,7 +1,7 @@
-"""Which pairs of a manifest are good enough to train on: rated by a judge, the best of each kind kept (paper, training).
+"""Filters a manifest for training: a judge rates the pairs, and the best of each kind of edit are kept (paper, training).
 
-The paper keeps pairs that Qwen3-VL gives at least 9.3, at most 4000 of a kind of edit. (ours) Of the judge's two numbers the lower one
-counts: a pair must both do what was asked and leave the rest alone.
+The paper keeps pairs that Qwen3-VL rates at least 9.3, at most 4000 per kind of edit. (ours) The lower of the judge's two ratings counts:
+a pair must both follow the instruction and leave the rest unchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,17 +12,17 @@ from ..errors import UserError
 from ..media.paths import check_output
 from ..types import PairedEdit
 from .executor import Executor
-from .journal import Outcome, Task, mark_of, worked_through
+from .journal import Outcome, Task, fingerprint, run_resumable
 from .judge import FPS, MAX_VIDEO_TOKENS, PROMPT, Judge
 from .manifest import ManifestEntry, load_entry, write_manifest
 from .tables import SUFFIXES
 
-LEAST, MOST = 9.3, 4000
+MIN_SCORE, MAX_PER_KIND = 9.3, 4000
 
 
 @dataclass(frozen=True)
 class ScoreWorker:
-    """Rates entries."""
+    """Rates the pairs of manifest entries."""
 
     judge: Judge
 
@@ -41,37 +41,42 @@ def score(
     load: Callable[[], Judge],
     output: str | Path,
     *,
-    least: float = LEAST,
-    most: int = MOST,
-    made_by: object = "",
+    min_score: float = MIN_SCORE,
+    max_per_kind: int = MAX_PER_KIND,
+    model_id: object = "",
     executor: Executor = Executor(),
 ) -> tuple[list[Outcome], list[ManifestEntry]]:
-    """Rates what has no rating yet and writes the manifest of the best -> each entry's outcome, and what was kept.
+    """Rates the entries without a rating and writes the manifest of the best -> each entry's outcome, and the entries that are kept.
 
-    The ratings are kept in NAME.scores.jsonl beside the manifest, so another `least` or `most` costs nothing. Raises UserError where
-    not one pair is good enough.
+    All ratings stay in NAME.scores.jsonl beside the manifest, so another `min_score` or `max_per_kind` costs nothing. `load` returns the
+    judge, `model_id` identifies it: if that changes, everything is rated again. Raises UserError if no pair is good enough.
     """
     output = check_output(output, "output", SUFFIXES)
-    contract = (PROMPT.read_text(encoding="utf-8"), FPS, MAX_VIDEO_TOKENS, made_by)
-    tasks = [Task(mark_of(contract, entry), entry.title, entry) for entry in entries]
-    outcomes = worked_through(tasks, lambda: ScoreWorker(load()), output.with_suffix(".scores.jsonl"), executor, "pairs")
-    kept = [entries[index] for index in chosen([outcome.result for outcome in outcomes], least, most)]
+    dependencies = (PROMPT.read_text(encoding="utf-8"), FPS, MAX_VIDEO_TOKENS, model_id)
+    tasks = [Task(fingerprint(dependencies, entry), entry.title, entry) for entry in entries]
+    outcomes = run_resumable(tasks, lambda: ScoreWorker(load()), output.with_suffix(".scores.jsonl"), executor, "pairs")
+    results = [outcome.result for outcome in outcomes]
+    kept = [entries[index] for index in select_best(results, min_score, max_per_kind)]
     if not kept:
-        best = max(min(r["instruction"], r["faithfulness"]) for outcome in outcomes if (r := outcome.result))
-        raise UserError("no pair is good enough", where=f"least {least}", got=f"{best} at best", fix="ask for less: what is rated stays rated")
+        best = max(_lower_rating(result) for result in results if result)
+        raise UserError("no pair is good enough", where=f"least {min_score}", got=f"{best} at best", fix="ask for less: what is rated stays rated")
     write_manifest(output, kept)
     return outcomes, kept
 
 
-def chosen(results: Sequence[dict | None], least: float, most: int) -> list[int]:
-    """The places of what is kept, in order: rated at least that by its lower number, of each kind of edit the best."""
+def select_best(results: Sequence[dict | None], min_score: float, max_per_kind: int) -> list[int]:
+    """Returns the sorted indices of the best results per kind of edit, among those whose lower rating is at least `min_score`."""
+    good = {index: result for index, result in enumerate(results) if result and _lower_rating(result) >= min_score}
 
-    def rank(place: int) -> tuple:
-        instruction, faithfulness = results[place]["instruction"], results[place]["faithfulness"]
-        return -min(instruction, faithfulness), -instruction - faithfulness, place
+    def rank(index: int) -> tuple:
+        result = good[index]
+        return -_lower_rating(result), -result["instruction"] - result["faithfulness"], index
 
-    good = sorted((place for place, result in enumerate(results) if result and min(result["instruction"], result["faithfulness"]) >= least), key=rank)
-    kinds: dict[str, list[int]] = {}
-    for place in good:
-        kinds.setdefault(results[place]["edit"], []).append(place)
-    return sorted(place for places in kinds.values() for place in places[:most])
+    by_kind: dict[str, list[int]] = {}
+    for index in sorted(good, key=rank):
+        by_kind.setdefault(good[index]["edit"], []).append(index)
+    return sorted(index for indices in by_kind.values() for index in indices[:max_per_kind])
+
+
+def _lower_rating(result: dict) -> float:
+    return min(result["instruction"], result["faithfulness"])

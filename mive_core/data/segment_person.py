@@ -1,4 +1,4 @@
-"""Where a person is, by any semantic segmentation model of transformers that knows the word (SegFormer on ADE20K, for one).
+"""Segments persons with any semantic segmentation model of transformers that has such a label, e.g. SegFormer on ADE20K.
 
 F frames of H x W pixels.
 """
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import UserError
-from ..prompt import to_bytes
+from ..prompt import to_uint8
 
 PERSON = "person"
-AT_ONCE = 8  # frames
-LOW, HIGH = 0.25, 0.75  # probabilities that count as none and as all
+BATCH_SIZE = 8  # frames
+LOW, HIGH = 0.25, 0.75  # probabilities that become alpha 0 and 1
 
 
 @dataclass(frozen=True)
 class Segmenter:
-    """A frozen model and what it takes its pictures through."""
+    """A frozen model and its image processor."""
 
     model: nn.Module
     processor: Callable
-    label: int  # of a person
+    label: int  # of the class "person"
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu") -> "Segmenter":
-        """A Hugging Face folder with safetensors weights. Raises UserError for anything else, and for a model that knows no person."""
+        """Loads a Hugging Face folder with safetensors weights. Raises UserError for anything else, and for a model without the label."""
         try:
             from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
         except ImportError as error:
@@ -55,10 +55,10 @@ class Segmenter:
 
     @torch.inference_mode()
     def alpha(self, frames: Tensor) -> Tensor:
-        """(F, H, W, 3) in 0..1 -> (F, H, W) in 0..1: how much of a pixel is person."""
+        """(F, H, W, 3) in 0..1 -> the person's alpha, (F, H, W) in 0..1."""
         parts = []
-        for batch in frames.split(AT_ONCE):
-            pixels = self.processor(images=list(to_bytes(batch)), return_tensors="pt")["pixel_values"].to(self.model.device)
-            likely = self.model(pixel_values=pixels).logits.softmax(dim=1)[:, self.label : self.label + 1]
-            parts.append(functional.interpolate(likely, frames.shape[1:3], mode="bilinear")[:, 0].cpu())
+        for batch in frames.split(BATCH_SIZE):
+            pixels = self.processor(images=list(to_uint8(batch)), return_tensors="pt")["pixel_values"].to(self.model.device)
+            probability = self.model(pixel_values=pixels).logits.softmax(dim=1)[:, self.label : self.label + 1]
+            parts.append(functional.interpolate(probability, frames.shape[1:3], mode="bilinear")[:, 0].cpu())
         return ((torch.cat(parts) - LOW) / (HIGH - LOW)).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Tables on disk: one JSON object a line, or Parquet; local, or behind a URL."""
+"""Tables in files: JSON lines or Parquet, local or behind a URL."""
 
 import io
 import json
@@ -18,24 +18,24 @@ SUFFIXES = (".jsonl", PARQUET)
 
 @dataclass(frozen=True)
 class Row:
-    """One row, and where it stands."""
+    """One row and its location."""
 
     values: dict
-    where: str  # path:line, of Parquet path:row
-    text: str = ""  # of a JSON line
+    where: str  # path:line of JSON, path:row of Parquet
+    text: str = ""  # the line, for JSON
 
     def at(self, key: str) -> str:
-        """path:line:column of a key of a JSON line; the row where the key is not in it or there are no lines."""
+        """path:line:column of a key in a JSON line; the row's location if the key is missing or the table is Parquet."""
         found = re.search(rf"{re.escape(json.dumps(key))}\s*:", self.text)
         return f"{self.where}:{found.start() + 1}" if found else self.where
 
 
-def read_table(place: str | os.PathLike, what: str) -> list[Row]:
-    """Raises UserError with the line and column of what is no JSON object, and for a file that cannot be read."""
-    if is_url(place):
-        where, content = check_url(place), read_bytes(place, what)
+def read_table(location: str | os.PathLike, what: str) -> list[Row]:
+    """Reads a table. Raises UserError for an unreadable file, and with line and column for a line that is not a JSON object."""
+    if is_url(location):
+        where, content = check_url(location), read_bytes(location, what)
     else:
-        path = check_input(place, what)
+        path = check_input(location, what)
         if path.is_dir():
             raise UserError("is a folder", where=f"{what} {str(path)!r}", expected="a .jsonl or .parquet file")
         where, content = str(path), path.read_bytes()
@@ -46,12 +46,12 @@ def read_table(place: str | os.PathLike, what: str) -> list[Row]:
 
 
 def write_table(path: str | os.PathLike, rows: Sequence[Mapping]) -> Path:
-    """Complete or not at all, in the format that the suffix names. Raises UserError."""
+    """Writes a table atomically, in the format of the suffix. Raises UserError."""
     path = check_output(path, "output", SUFFIXES)
     with atomic_write(path) as partial:
         if path.suffix.lower() == PARQUET:
             pyarrow = _pyarrow(str(path))
-            keys = dict.fromkeys(key for row in rows for key in row)  # a table takes its columns from the first row otherwise
+            keys = dict.fromkeys(key for row in rows for key in row)  # otherwise pyarrow takes the columns from the first row
             table = pyarrow.Table.from_pylist([{key: row.get(key) for key in keys} for row in rows])
             pyarrow.parquet.write_table(table, partial)
         else:

@@ -1,4 +1,4 @@
-"""Rotary positions of the unified sequence [condition ; reference ; target].
+"""Rotary position embedding of the sequence [condition ; reference ; target].
 
 Scheme "wan_reference_before" (ours): target frames keep Wan's (t, y, x) from 0, the reference
 frame sits at t = -1 on the same (y, x), condition tokens get the identity rotation.
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
-    """Head width d -> widths of the (t, y, x) parts, as Wan splits it."""
+    """Head width d -> widths of its (t, y, x) parts, as in Wan."""
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
 
@@ -32,20 +32,20 @@ def rotary_table(num_condition: int, grid: tuple[int, int, int], head_dim: int, 
     return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """(B, L, H, d) and (1, L, 1, d/2) complex -> (B, L, H, d): neighbouring features turn as one complex number.
+def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
+    """(B, L, H, d) and (1, L, 1, d/2) complex -> (B, L, H, d): rotates pairs of neighbouring features as complex numbers.
 
-    On a CPU one complex product takes a ninth of the time of the same in real arithmetic. May overwrite x where no gradient is
-    recorded: at 720p x 81 a second copy in float32 is 1.7 GB. The compiler, which cannot write complex code, gets the real form.
+    On a CPU the complex product takes a ninth of the time of real arithmetic. Without gradients it may overwrite x: at 720p x 81
+    a second copy in float32 is 1.7 GB. While compiling it uses real arithmetic, since the compiler cannot generate complex code.
     """
     if torch.compiler.is_compiling():
-        return rotate_real(x, rotary)
+        return apply_rotary_real(x, rotary)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = pairs * rotary if torch.is_grad_enabled() else pairs.mul_(rotary)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    rotated = pairs * rotary if torch.is_grad_enabled() else pairs.mul_(rotary)
+    return torch.view_as_real(rotated).flatten(-2).to(x.dtype)
 
 
-def rotate_real(x: Tensor, rotary: Tensor) -> Tensor:
-    """The same as two real products, to be fused with what stands before and after."""
+def apply_rotary_real(x: Tensor, rotary: Tensor) -> Tensor:
+    """apply_rotary in real arithmetic, which a compiler fuses with the operations before and after."""
     (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(rotary).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)

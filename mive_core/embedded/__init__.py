@@ -1,1 +1,1 @@
-"""How the embedded tiny models were made. Only the demo, the tests and the benchmarks use it."""
+"""Training of the embedded tiny models. Used only by the demo, the tests and the benchmarks."""

@@ -1,4 +1,4 @@
-"""Task dit: a DiT trained on drawn clips, from nothing or from a smaller one.
+"""Task dit: trains a DiT on synthetic clips, from scratch or from a shallower DiT.
 
 B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm their width.
 """
@@ -18,9 +18,9 @@ from ..dit import MiVEDiT
 from ..errors import UserError
 from ..formats.safetensors_file import read_tensors
 from ..layers import parse_layers
-from ..train.flow_matching import FlowMatchingRecipe, FlowMatchingTask, check, training_attention
+from ..train.flow_matching import FlowMatchingRecipe, FlowMatchingTask, check_recipe, training_attention
 from ..train.loop import step_seed
-from ..train.objective import EditFeatures, stacked
+from ..train.objective import EditFeatures, collate
 from ..train.recipe import parse_recipe
 from .auxiliary_heads import AuxiliaryHeads
 from .features import NUM_PER_SHARD, Bucket, compute, shards_of, wait
@@ -29,24 +29,24 @@ from .vae_network import LATENT_CHANNELS, WholeClipVAE, decode_clips, read_whole
 
 @dataclass(frozen=True, kw_only=True)
 class DiTRecipe(FlowMatchingRecipe):
-    """How a DiT is trained on drawn clips."""
+    """Recipe of a DiT's training on synthetic clips."""
 
-    preset: str
-    vae: str  # file
-    vlm: str  # folder
-    features_dir: str
-    features_seed: int  # of the drawn clips
-    buckets: tuple  # (width, height, frames, clips, share of the steps) each; kinds and edits, lists of names, may follow
-    layers: str = "first+last"
-    num_feature_processes: int = 2
-    growth_ratio: float = 0.0  # of the steps, while which the clips that are drawn from grow from a few to all; the others are computed meanwhile
-    num_same_size: int = 1  # batches in a row that are of one size, so that as many processes take equally long
-    channel_power: float = 0.0  # of a latent channel's effect on the decoded pixels, that the loss weighs it by
-    identity_init: bool = False  # see initialise_identity
-    auxiliary_weight: float = 0.0  # of what the DiT is told about the edited thing beside the velocity, see auxiliary_heads.py; 0: nothing
-    auxiliary_blocks: tuple = (3, 7)  # that are to know its place and shape, and its outline
-    start_from: str = ""  # of the same shapes; it may have fewer blocks, see deepen
-    num_blocks: int = 0  # 0: the preset's
+    preset: str  # name of the model's configuration
+    vae: str  # VAE file
+    vlm: str  # VLM folder
+    features_dir: str  # folder of the computed features
+    features_seed: int  # seed of the synthetic clips
+    buckets: tuple  # (width, height, frames, clips, share of the steps) each, optionally followed by lists of kinds and of edits
+    layers: str = "first+last"  # VLM layers that condition the DiT
+    num_feature_processes: int = 2  # processes that compute features
+    growth_ratio: float = 0.0  # part of the steps in which the clips in use grow from a few to all, while the others are computed; 0: compute all first
+    num_same_size: int = 1  # number of consecutive batches of one size, so that parallel processes take equally long
+    channel_power: float = 0.0  # loss weight of a latent channel: its effect on the decoded pixels to this power
+    identity_init: bool = False  # initial weights that copy the source, see initialise_identity
+    auxiliary_weight: float = 0.0  # loss weight of the auxiliary heads, see auxiliary_heads.py; 0: no heads
+    auxiliary_blocks: tuple = (3, 7)  # blocks that predict place and shape of the edited object, and its outline
+    start_from: str = ""  # checkpoint with the initial weights, of the same widths; it may have fewer blocks, see deepen; "": random
+    num_blocks: int = 0  # number of blocks; 0: the preset's
     batch_size: int = 8
     learning_rate: float = 1.2e-3
     betas: tuple = (0.9, 0.98)
@@ -58,44 +58,46 @@ class DiTRecipe(FlowMatchingRecipe):
 
 
 class FeatureBatches(Dataset):
-    """dataset[step] is a batch of one size and one sequence length, so that nothing is padded."""
+    """dataset[step] is a batch of one clip size and one sequence length, so that nothing is padded."""
 
     def __init__(self, buckets: list[tuple[Bucket, Sequence[EditFeatures]]], batch_size: int, seed: int, num_same_size: int = 1, num_growing: int = 0):
-        """Over the first `num_growing` batches the clips that they are drawn from grow to all, a shard's number at a time."""
+        """Over the first `num_growing` batches the set of clips in use grows to all, one shard's number of clips at a time."""
         self.buckets = buckets
         self.batch_size, self.seed, self.num_same_size, self.num_growing = batch_size, seed, num_same_size, num_growing
-        self.seen = [0] * len(buckets)
-        self.of_length: list[dict[int, list[int]]] = [{} for _ in buckets]  # for each bucket, by length: the clips seen, in order
+        self.num_indexed = [0] * len(buckets)  # clips of each bucket that are in by_length
+        self.by_length: list[dict[int, list[int]]] = [{} for _ in buckets]  # per bucket: sequence length -> clips of that length, in order
 
     def __getitem__(self, step: int) -> EditFeatures:
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
-        of_size = generator if self.num_same_size == 1 else torch.Generator().manual_seed(step_seed(self.seed + 1, step // self.num_same_size))
-        shares, groups = zip(*self.groups(step // self.num_same_size * self.num_same_size))
-        entries, indices, count = groups[torch.multinomial(torch.tensor(shares), 1, generator=of_size)]
+        size_generator = generator if self.num_same_size == 1 else torch.Generator().manual_seed(step_seed(self.seed + 1, step // self.num_same_size))
+        probabilities, groups = zip(*self.groups(step // self.num_same_size * self.num_same_size))
+        entries, indices, count = groups[torch.multinomial(torch.tensor(probabilities), 1, generator=size_generator)]
         chosen = torch.randint(count, (self.batch_size,), generator=generator).tolist()
-        return stacked([entries[indices[i]] for i in chosen])
+        return collate([entries[indices[i]] for i in chosen])
 
     def groups(self, step: int) -> Iterator[tuple[float, tuple[Sequence[EditFeatures], list[int], int]]]:
-        """What a batch may be of: its share of the steps, a bucket's clips, which of them are of one length, and how many of those are there by now."""
-        for place, (bucket, entries) in enumerate(self.buckets):
-            num = self.num_there(step, len(entries))
-            lengths = self.of_length[place]
-            for index in range(self.seen[place], num):
+        """Yields the groups that a batch may be drawn from: probability, bucket's clips, indices of those of one length, number of these available."""
+        for number, (bucket, entries) in enumerate(self.buckets):
+            num_available = self.num_available(step, len(entries))
+            lengths = self.by_length[number]
+            for index in range(self.num_indexed[number], num_available):
                 lengths.setdefault(entries[index].states.shape[1], []).append(index)
-            self.seen[place] = max(self.seen[place], num)
+            self.num_indexed[number] = max(self.num_indexed[number], num_available)
             for _, indices in sorted(lengths.items()):
-                if count := bisect_left(indices, num):
-                    yield bucket.share * count / num, (entries, indices, count)
+                if count := bisect_left(indices, num_available):
+                    yield bucket.share * count / num_available, (entries, indices, count)
 
-    def num_there(self, step: int, num_clips: int) -> int:
-        """How many of a bucket's clips the step may draw from."""
+    def num_available(self, step: int, num_clips: int) -> int:
+        """Returns the number of a bucket's clips that the step may draw from."""
         if step >= self.num_growing:
             return num_clips
         return min(NUM_PER_SHARD * math.ceil((step + 1) / self.num_growing * num_clips / NUM_PER_SHARD), num_clips)
 
 
 class DiTTask(FlowMatchingTask):
-    """A new DiT, or one that goes on from another, and batches of drawn clips."""
+    """Trains a new DiT, or an existing one further, on synthetic clips."""
+
+    recipe: DiTRecipe
 
     def __init__(self, recipe: DiTRecipe, config: MiVEConfig, dataset: Dataset):
         torch.manual_seed(recipe.seed)
@@ -115,18 +117,18 @@ class DiTTask(FlowMatchingTask):
             self.optimizers["adamw"].add_param_group({"params": list(self.auxiliary.parameters())})
 
     def loss(self, step: int, batch: EditFeatures, generator: torch.Generator) -> dict[str, Tensor]:
-        """The velocity's, and what the auxiliary heads add to it."""
-        found = super().loss(step, batch, generator)
+        """Adds the auxiliary heads' losses to those of FlowMatchingTask."""
+        losses = super().loss(step, batch, generator)
         if self.recipe.auxiliary_weight:
             with torch.autocast(torch.device(self.recipe.device).type, enabled=False):
-                told = self.auxiliary.losses(batch.to(self.recipe.device))
-            found |= {**told, "loss": found["loss"] + self.recipe.auxiliary_weight * sum(told.values())}
-        return found
+                auxiliary = self.auxiliary.losses(batch.to(self.recipe.device))
+            losses |= {**auxiliary, "loss": losses["loss"] + self.recipe.auxiliary_weight * sum(auxiliary.values())}
+        return losses
 
 
 @torch.no_grad()
 def channel_weights(vae: WholeClipVAE, power: float) -> Tensor:
-    """(C,) of mean 1: the root mean square change of the pixels when one normalised channel is drawn anew, to a power."""
+    """Returns (C,) of mean 1: the RMS change of the decoded pixels when one normalised channel is resampled, to a power."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(LATENT_CHANNELS, 3, 8, 8, generator=generator)
     changed = base.repeat(LATENT_CHANNELS, 1, 1, 1, 1)
@@ -138,7 +140,7 @@ def channel_weights(vae: WholeClipVAE, power: float) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: MiVEDiT) -> None:
-    """Wan's own scheme: Xavier for linear layers, small time layers, a head that starts at zero."""
+    """Initialises as Wan does: Xavier for linear layers, small time layers, a zero output head."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -151,20 +153,20 @@ def initialise(model: MiVEDiT) -> None:
 
 @torch.no_grad()
 def initialise_identity(model: MiVEDiT, gain: float = 0.8, branch: float = 0.3) -> None:
-    """Ours, for a DiT without a pretrained backbone: the stream carries noisy and source patches, the head reads their difference.
+    """(ours) Initialises a DiT without a pretrained backbone to copy the source: the head outputs the difference of noisy and source patches.
 
-    x_t - source is t times the velocity wherever the edit keeps the source, so the copy is there at once and only the edit is
-    to be learned. `branch` scales what the blocks add at first. The width must hold both patches (2 * 4 * C).
+    The residual stream carries both patches. x_t - source is t times the velocity wherever the edit keeps the source, so that only the
+    edit has to be learned. `branch` scales the blocks' initial outputs. Raises UserError unless the width holds both patches (2 * 4 * C).
     """
     config = model.config
     channels, size = config.latent_channels, math.prod(config.patch_size) * config.latent_channels
     if 2 * size > config.width:
         raise UserError("the width does not hold a noisy and a source patch", got=config.width, expected=f"at least {2 * size}")
-    carry = torch.eye(size).unflatten(1, (*config.patch_size, channels)).movedim(-1, 1)  # (py px c), as the head has them
+    identity = torch.eye(size).unflatten(1, (*config.patch_size, channels)).movedim(-1, 1)  # input (py px c), in the order of the head's outputs
     weight = model.patch_embedding.weight
     weight[: 2 * size] = 0
-    weight[:size, :channels] = carry
-    weight[size : 2 * size, channels:] = carry
+    weight[:size, :channels] = identity
+    weight[size : 2 * size, channels:] = identity
     model.head.head.weight[:, :size] = gain * torch.eye(size)
     model.head.head.weight[:, size : 2 * size] = -gain * torch.eye(size)
     for block in model.blocks:
@@ -174,22 +176,22 @@ def initialise_identity(model: MiVEDiT, gain: float = 0.8, branch: float = 0.3) 
 
 
 def deepen(weights: dict[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
-    """A DiT's state spread over more blocks: each new one is its predecessor with branches that end in zero, so nothing changes yet."""
-    known = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
-    places = [i * num_blocks // known for i in range(known)]
+    """Expands a DiT's state dict to more blocks. Each new block copies its predecessor with zero output layers, so the function stays the same."""
+    num_old = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    old_positions = [i * num_blocks // num_old for i in range(num_old)]
     deeper = {key: value for key, value in weights.items() if not key.startswith("blocks.")}
-    for place in range(num_blocks):
-        origin = max(i for i in range(known) if places[i] <= place)
+    for position in range(num_blocks):
+        origin = max(i for i in range(num_old) if old_positions[i] <= position)
         for key, value in weights.items():
             if key.startswith(f"blocks.{origin}."):
                 name = key.split(".", 2)[2]
-                silent = place not in places and name.startswith(("self_attn.o.", "ffn.2."))
-                deeper[f"blocks.{place}.{name}"] = torch.zeros_like(value) if silent else value.clone()
+                is_zero = position not in old_positions and name.startswith(("self_attn.o.", "ffn.2."))
+                deeper[f"blocks.{position}.{name}"] = torch.zeros_like(value) if is_zero else value.clone()
     return deeper
 
 
 def check_auxiliary(recipe: DiTRecipe, num_blocks: int, where: object) -> None:
-    """Raises UserError for auxiliary heads that cannot be put on."""
+    """Raises UserError for settings with which auxiliary heads do not work."""
     if not recipe.auxiliary_weight:
         return
     if len(recipe.auxiliary_blocks) != 2 or not all(type(i) is int and 0 <= i < num_blocks for i in recipe.auxiliary_blocks):
@@ -204,9 +206,9 @@ def check_auxiliary(recipe: DiTRecipe, num_blocks: int, where: object) -> None:
 
 
 def build(values: dict, where: object = None) -> DiTTask:
-    """A recipe's values -> the task; computes the features that are missing first."""
+    """Builds the task from a recipe's values; missing features are computed before, or during training if growth_ratio is set."""
     recipe = parse_recipe(DiTRecipe, values, where)
-    check(recipe, where)
+    check_recipe(recipe, where)
     config = PRESETS[recipe.preset]
     config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
     check_auxiliary(recipe, config.num_blocks, where)
@@ -218,7 +220,13 @@ def build(values: dict, where: object = None) -> DiTTask:
     clips = compute(
         [
             shards_of(
-                bucket, vae=recipe.vae, vlm=recipe.vlm, config=config, seed=recipe.features_seed, folder=recipe.features_dir, things=recipe.auxiliary_weight > 0
+                bucket,
+                vae=recipe.vae,
+                vlm=recipe.vlm,
+                config=config,
+                seed=recipe.features_seed,
+                folder=recipe.features_dir,
+                objects=recipe.auxiliary_weight > 0,
             )
             for bucket in buckets
         ],

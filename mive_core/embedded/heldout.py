@@ -1,4 +1,4 @@
-"""Pairs to measure on: drawn clips of the held-out split, and looks and recolourings of real footage whose outcome is known."""
+"""Evaluation pairs: synthetic held-out clips, and looks and recolourings of real footage with a computed target."""
 
 import math
 from collections.abc import Iterator
@@ -13,29 +13,30 @@ from .synthetic.looks import LUMA
 from .synthetic.phrasing import LOOK_NOUNS, NUM_HELD_OUT
 
 FOOTAGE_LOOKS = ("night", "sepia", "grayscale", "warm", "cool", "invert", "faded", "pink")
-# what green becomes: for each channel out, which one it is read from
+# recolouring of green: the input channel of each output channel
 GREEN_BECOMES = {"red": (1, 2, 2), "blue": (2, 2, 1), "purple": (1, 2, 1)}
-MIN_GREEN = 0.05  # of the pixels
+MIN_GREEN = 0.05  # smallest fraction of green pixels
 
 
 def _luma(frames: Tensor) -> Tensor:
+    """(..., 3) -> (..., 1)."""
     return (frames * torch.tensor(LUMA)).sum(dim=-1, keepdim=True)
 
 
-def _split_tone(frames: Tensor, shadows: tuple[float, float, float], lights: tuple[float, float, float]) -> Tensor:
-    """Dark parts take one tint and bright parts another, half of their own colour stays."""
+def _split_tone(frames: Tensor, shadows: tuple[float, float, float], highlights: tuple[float, float, float]) -> Tensor:
+    """Tints shadows and highlights differently and halves the saturation."""
     luma = _luma(frames)
-    tint = (1 - luma) * torch.tensor(shadows) + luma * torch.tensor(lights)
+    tint = (1 - luma) * torch.tensor(shadows) + luma * torch.tensor(highlights)
     return 0.5 * frames + 0.5 * luma + 0.6 * (tint - _luma(tint))
 
 
 def _curve(frames: Tensor, slope: tuple[float, float, float]) -> Tensor:
-    """An S-curve for each channel, from 0 to 1."""
-    slope = torch.tensor(slope)
-    return 0.5 + 0.5 * torch.tanh(slope * (frames - 0.5)) / torch.tanh(slope / 2)
+    """Applies an S-curve from 0 to 1 to each channel."""
+    slopes = torch.tensor(slope)
+    return 0.5 + 0.5 * torch.tanh(slopes * (frames - 0.5)) / torch.tanh(slopes / 2)
 
 
-# Looks of colour grading that training never draws and that its formula cannot make: curves and tints that depend on brightness.
+# Colour grading looks that training never draws and that Look cannot represent: curves and tints that depend on brightness.
 UNSEEN_LOOKS = {
     "teal and orange": lambda frames: _split_tone(frames, (0.0, 0.45, 0.55), (1.0, 0.6, 0.25)),
     "bleach bypass": lambda frames: _curve(0.35 * frames + 0.65 * _luma(frames), (5.0, 5.0, 5.0)),
@@ -49,14 +50,14 @@ UNSEEN_LOOKS = {
 
 
 def drawn_pairs(edits: PairedEdits, num_pairs: int) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
-    """The first pairs of a synthetic set, each with its kind and edit."""
+    """Yields the first pairs of a synthetic set, each with its kind and edit."""
     for index in range(num_pairs):
         sample = edits.sample(index)
         yield sample.pair, {"kind": sample.labels.kind, "edit": sample.labels.edit}
 
 
 def footage_pairs(clip: Clip, looks: tuple[str, ...] = FOOTAGE_LOOKS) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
-    """One pair a look, with a phrasing that training never uses. There is no mask: the whole frame is edited."""
+    """Yields one pair per look, with a phrasing that training never uses. The mask is None, since the whole frame is edited."""
     phrasings = PHRASINGS["look"][-NUM_HELD_OUT:]
     for index, look in enumerate(looks):
         target = apply_look(look, clip.frames)
@@ -65,7 +66,7 @@ def footage_pairs(clip: Clip, looks: tuple[str, ...] = FOOTAGE_LOOKS) -> Iterato
 
 
 def unseen_look_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
-    """One pair a look of UNSEEN_LOOKS; the instruction only points at the reference, in a phrasing that training never uses."""
+    """Yields one pair per look of UNSEEN_LOOKS; the instruction only refers to the reference, in a phrasing that training never uses."""
     phrasings = PHRASINGS["match"][-NUM_HELD_OUT:]
     for index, (name, look) in enumerate(UNSEEN_LOOKS.items()):
         target = look(clip.frames).clamp(0, 1)
@@ -76,9 +77,9 @@ def unseen_look_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]
 
 
 def recolour_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
-    """One pair a new colour of what is green in the clip; the mask is found by a colour threshold.
+    """Yields one pair per new colour of the green parts of a clip; the mask is a colour threshold.
 
-    Raises UserError where less than MIN_GREEN of the pixels are green.
+    Raises UserError if less than MIN_GREEN of the pixels are green.
     """
     mask = is_green(clip.frames)
     if mask.float().mean() < MIN_GREEN:
@@ -94,6 +95,6 @@ def recolour_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
 
 
 def is_green(frames: Tensor) -> Tensor:
-    """(..., 3) in 0..1 -> (...) bool: clearly more green than blue, no less than red, and no gray."""
+    """(..., 3) in 0..1 -> (...) bool: clearly more green than blue, about as much green as red or more, and not gray."""
     red, green, blue = frames.unbind(-1)
     return (green > 1.12 * blue) & (green > 0.97 * red) & (frames.amax(-1) - frames.amin(-1) > 0.08)

@@ -1,4 +1,4 @@
-"""Clips of natural pictures in motion, for what drawn shapes do not teach: real edges, grain and hues."""
+"""Clips of moving natural pictures, with the real edges, grain and hues that synthetic shapes lack."""
 
 import numpy as np
 import torch
@@ -10,30 +10,31 @@ from .synthetic.natural_images import PICTURES, film
 
 
 def natural_clip(seed: int, size: tuple[int, int] = (96, 96), num_frames: int = 17) -> np.ndarray:
-    """Pans, zooms and turns over one picture, sometimes with a piece of another passing: (F, H, W, 3) float32 in 0..1."""
+    """Draws a clip that pans, zooms and rotates over a picture, often with pieces of others moving across: (F, H, W, 3) float32 in 0..1."""
     rng = np.random.default_rng([seed, 0x7E87])
     times = np.arange(num_frames, dtype=np.float64) / max(num_frames - 1, 1) * rng.choice([0.3, 1.0, 2.0])
     frames = _view(rng, times, size)
     for _ in range(rng.choice(3, p=[0.4, 0.4, 0.2])):
-        cover = _blob(rng, times, size)
+        cover = _moving_mask(rng, times, size)
         frames += cover[..., None] * (_view(rng, times, size) - frames)
     return np.clip(frames, 0, 1).astype(np.float32)
 
 
 def _view(rng: np.random.Generator, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    turning = rng.uniform() < 0.4
-    margin = 1.45 if turning else 1.0  # what a turn by 45 degrees needs
-    seen = (int(size[0] * margin), int(size[1] * margin))
-    frames = film(str(rng.choice(PICTURES)), draw_camera(rng, (0.2, 0.95)), times, seen, bool(rng.integers(2)))
-    if turning:
-        frames = _turn(frames, rng.uniform(-0.8, 0.8) + rng.uniform(-0.6, 0.6) * times, size)
+    """Draws a clip of one picture: (F, H, W, 3) in 0..1."""
+    rotated = rng.uniform() < 0.4
+    margin = 1.45 if rotated else 1.0  # room for a rotation by 45 degrees
+    view_size = (int(size[0] * margin), int(size[1] * margin))
+    frames = film(str(rng.choice(PICTURES)), draw_camera(rng, (0.2, 0.95)), times, view_size, bool(rng.integers(2)))
+    if rotated:
+        frames = _rotate(frames, rng.uniform(-0.8, 0.8) + rng.uniform(-0.6, 0.6) * times, size)
     if rng.uniform() < 0.5:
         frames = draw_look(rng)(frames)
     return frames
 
 
-def _turn(frames: np.ndarray, angles: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Each frame about its centre: (F, h, w, 3), (F,) -> (F, H, W, 3)."""
+def _rotate(frames: np.ndarray, angles: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Rotates each frame about its centre: (F, h, w, 3), angles (F,) -> (F, H, W, 3)."""
     width, height = size
     x, y = (np.arange(width) - (width - 1) / 2)[None, None, :], (np.arange(height) - (height - 1) / 2)[None, :, None]
     cos, sin = np.cos(angles)[:, None, None], np.sin(angles)[:, None, None]
@@ -44,8 +45,8 @@ def _turn(frames: np.ndarray, angles: np.ndarray, size: tuple[int, int]) -> np.n
     return turned.permute(0, 2, 3, 1).numpy()
 
 
-def _blob(rng: np.random.Generator, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An ellipse or box on a straight way, anti-aliased: (F, H, W) in 0..1."""
+def _moving_mask(rng: np.random.Generator, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Draws the antialiased mask of an ellipse or box in straight motion: (F, H, W) in 0..1."""
     width, height = size
     centre, speed = rng.uniform(0.1, 0.9, 2), rng.normal(0, 0.35, 2)
     radius = rng.uniform(0.08, 0.4, 2) * min(size)

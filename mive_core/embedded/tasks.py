@@ -1,4 +1,4 @@
-"""The tasks of all recipes in configs/: those that made the embedded models, beside the trainer's own."""
+"""All tasks of the recipes in configs/: the trainer's own and those that train the embedded models."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
 
 
 def build_vae(values: dict, where: object = None) -> Task:
-    """The task `vae`: a narrow Wan 2.1 VAE, trained on drawn scenes and natural images in motion."""
+    """Builds the task `vae`: a narrow Wan 2.1 VAE, trained on synthetic scenes and moving natural images."""
     from .vae_task import build
 
     return build(values, where)
 
 
 def build_vlm(values: dict, where: object = None) -> Task:
-    """The task `vlm`: a tiny Qwen3-VL, trained to name an edit and to locate it."""
+    """Builds the task `vlm`: a tiny Qwen3-VL, trained to classify and localise edits."""
     from .vlm_task import build
 
     return build(values, where)
 
 
 def build_dit(values: dict, where: object = None) -> Task:
-    """The task `dit`: a DiT trained on drawn clips, from scratch or from a smaller one."""
+    """Builds the task `dit`: a DiT, trained on synthetic clips from scratch or from a shallower DiT."""
     from .dit_task import build
 
     return build(values, where)
 
 
-TASKS: Mapping[str, tasks.Build] = {"vae": build_vae, "vlm": build_vlm, "dit": build_dit, **tasks.TASKS}
+TASKS: Mapping[str, tasks.TaskBuilder] = {"vae": build_vae, "vlm": build_vlm, "dit": build_dit, **tasks.TASKS}

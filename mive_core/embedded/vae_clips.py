@@ -1,4 +1,4 @@
-"""The VAE's training clips: a pool drawn once, then random crops, flips and exchanged colours of it."""
+"""Training clips of the VAE: a pool that is drawn once, and random crops of it with flips and colour channel permutations."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,18 +18,18 @@ POOL_SHAPE = (17, 96, 96, 3)
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the curriculum."""
+    """A phase of the curriculum."""
 
-    until: float  # fraction of the run at which it ends
+    until: float  # end, as a fraction of the run
     batch_size: int
     num_frames: int
-    size: int  # pixels, of a square crop
+    size: int  # side of a square crop, pixels
 
 
 class ClipCrops(Dataset):
-    """dataset[step] is (B, F, H, W, 3) uint8, its shape given by the phase of the step.
+    """dataset[step] is (B, F, H, W, 3) uint8; the step's phase determines its shape.
 
-    A share of the pool is natural pictures, the rest drawn scenes, evenly mixed. It is stored under `folder`, once.
+    A fraction `natural_ratio` of the pool are natural pictures, the rest synthetic scenes, evenly interleaved. The pool is stored once, in `folder`.
     """
 
     def __init__(self, folder: Path, num_clips: int, num_steps: int, phases: tuple[Phase, ...], seed: int, natural_ratio: float = 0.5):
@@ -37,11 +37,12 @@ class ClipCrops(Dataset):
         self.num_clips, self.num_steps, self.phases, self.seed, self.natural_ratio = num_clips, num_steps, phases, seed, natural_ratio
 
     def phase(self, step: int) -> Phase:
+        """Returns the phase of a step."""
         return next(phase for phase in self.phases if step < phase.until * self.num_steps or phase is self.phases[-1])
 
     @cached_property
     def pool(self) -> np.ndarray:
-        """(num_clips, 17, 96, 96, 3) uint8, read from the disk as it is needed."""
+        """The pool, (num_clips, 17, 96, 96, 3) uint8, memory-mapped; drawn at first use."""
         if not self.path.is_file():
             self._draw_pool()
         return np.load(self.path, mmap_mode="r")
@@ -52,6 +53,7 @@ class ClipCrops(Dataset):
         return torch.from_numpy(np.stack([self._crop(rng, phase) for _ in range(phase.batch_size)]))
 
     def _crop(self, rng: np.random.Generator, phase: Phase) -> np.ndarray:
+        """Draws a clip's crop with random time reversal, mirroring, channel permutation and transposition."""
         num_frames, height, width, _ = POOL_SHAPE
         t, y, x = (rng.integers(n + 1) for n in (num_frames - phase.num_frames, height - phase.size, width - phase.size))
         crop = self.pool[rng.integers(self.num_clips), t : t + phase.num_frames, y : y + phase.size, x : x + phase.size]
@@ -61,6 +63,7 @@ class ClipCrops(Dataset):
         return np.ascontiguousarray(crop.swapaxes(1, 2) if rng.uniform() < 0.3 else crop)
 
     def _draw_pool(self) -> None:
+        """Draws the pool and writes it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial.npy")
         pool = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(self.num_clips, *POOL_SHAPE))

@@ -1,9 +1,9 @@
-"""Wan 2.1's VAE as a whole-clip network: the original key names, fast on a CPU, differentiable.
+"""Wan 2.1's VAE for whole clips: original key names, fast on a CPU, differentiable.
 
-B batch, F pixel frames (4n+1), T latent frames, C latent channels. Inside, frames lie on the batch axis
+B batch, F pixel frames (4n+1), T latent frames, C latent channels. Internally frames are on the batch axis
 with time outermost, (F*B, channels, H, W), and a causal 3D convolution is one 2D convolution over
-three neighbouring frames stacked on channels: several times faster than conv3d on a CPU.
-Equal to the chunked, cached networks of ComfyUI and diffusers.
+three neighbouring frames stacked on channels, several times faster than conv3d on a CPU.
+Equivalent to the chunked networks with caches of ComfyUI and diffusers.
 """
 
 from pathlib import Path
@@ -17,12 +17,12 @@ from ..formats.safetensors_file import read_tensors
 from ..vae import LATENTS_MEAN, LATENTS_STD
 
 MULTIPLIERS = (1, 2, 4, 4)
-NUM_BLOCKS = 2  # residual blocks a level; the decoder has one more
+NUM_BLOCKS = 2  # residual blocks per level; the decoder has one more
 LATENT_CHANNELS = 16
 
 
 class CausalConv3d(nn.Conv3d):
-    """(F*B, in, H, W) -> (F*B, out, H, W): the kernel sees the frame and those before it, zeros before the first."""
+    """(F*B, in, H, W) -> (F*B, out, H, W). The kernel covers a frame and those before it, with zeros before the first."""
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
         taps = self.kernel_size[0]
@@ -34,7 +34,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """Over channels."""
+    """RMS normalisation over channels."""
 
     def __init__(self, width: int, num_axes: int):
         super().__init__()
@@ -46,7 +46,9 @@ class RMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    active = True  # False: only what the stream carries passes
+    """Two normalised causal convolutions on a branch of the residual stream."""
+
+    active = True  # False: the branch is skipped
 
     def __init__(self, in_width: int, out_width: int):
         super().__init__()
@@ -63,7 +65,7 @@ class ResidualBlock(nn.Module):
 
     @property
     def last(self) -> nn.Module:
-        """The convolution that ends the branch."""
+        """The last convolution of the branch."""
         return self.residual[6]
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
@@ -75,9 +77,9 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One head, within each frame."""
+    """Single-head attention within each frame."""
 
-    active = True
+    active = True  # False: the branch is skipped
 
     def __init__(self, width: int):
         super().__init__()
@@ -87,7 +89,7 @@ class AttentionBlock(nn.Module):
 
     @property
     def last(self) -> nn.Module:
-        """The convolution that ends the branch."""
+        """The last convolution of the branch."""
         return self.proj
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
@@ -99,13 +101,15 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halves height and width, and with `in_time` the frames after the first."""
+
     def __init__(self, width: int, in_time: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
         self.time_conv = nn.Conv3d(width, width, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
-        """In time: the first frame stays, each later pair becomes one frame that also sees the frame before it."""
+        """In time the first frame is kept, and each later pair becomes one frame that also depends on the frame before the pair."""
         x = self.resample(x)
         if self.time_conv is None or len(x) == batch:
             return x
@@ -116,13 +120,15 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Doubles height and width, and with `in_time` the frames after the first."""
+
     def __init__(self, width: int, in_time: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width // 2, 3, padding=1))
         self.time_conv = CausalConv3d(width, width * 2, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
-        """In time: the first frame stays and is not seen by the others, each of which becomes a pair."""
+        """In time the first frame is kept, and each other frame becomes a pair that does not depend on the first."""
         if self.time_conv is not None and len(x) > batch:
             pairs = self.time_conv(x[batch:], batch)
             pairs = rearrange(pairs, "(t b) (two c) h w -> (t two b) c h w", b=batch, two=2)
@@ -131,6 +137,8 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
+    """(F*B, 3, H, W) -> moments (T*B, 2C, H/8, W/8)."""
+
     def __init__(self, dim: int, out_channels: int):
         super().__init__()
         self.conv1 = CausalConv3d(3, dim, 3)
@@ -146,22 +154,24 @@ class Encoder(nn.Module):
         self.head = nn.Sequential(RMSNorm(width, 3), nn.SiLU(), CausalConv3d(width, out_channels, 3))
 
     def forward(self, x: Tensor, batch: int) -> Tensor:
-        return self.close(self.stream(x, batch), batch)
+        return self.apply_head(self.stream(x, batch), batch)
 
     def stream(self, x: Tensor, batch: int) -> Tensor:
-        """(F*B, 3, H, W) -> what the head reads, (T*B, channels, H/8, W/8)."""
+        """Computes the residual stream before the head: (F*B, 3, H, W) -> (T*B, channels, H/8, W/8)."""
         x = self.conv1(x, batch)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, batch)
         return x
 
-    def close(self, x: Tensor, batch: int) -> Tensor:
-        """The stream -> moments."""
+    def apply_head(self, x: Tensor, batch: int) -> Tensor:
+        """Applies the head to the stream: (T*B, channels, Y, X) -> moments (T*B, 2C, Y, X)."""
         norm, silu, conv = self.head
         return conv(silu(norm(x)), batch)
 
 
 class Decoder(nn.Module):
+    """(T*B, C, Y, X) -> (F*B, 3, 8Y, 8X)."""
+
     def __init__(self, dim: int, in_channels: int):
         super().__init__()
         width = dim * MULTIPLIERS[-1]
@@ -187,7 +197,7 @@ class Decoder(nn.Module):
 
 
 class WholeClipVAE(nn.Module):
-    """Encoder, decoder and the two 1x1x1 convolutions at the latents, by their original names."""
+    """The full VAE: encoder, decoder and the two 1x1x1 convolutions at the latents, under their original names."""
 
     def __init__(self, dim: int = 8, latent_channels: int = LATENT_CHANNELS):
         super().__init__()
@@ -197,18 +207,18 @@ class WholeClipVAE(nn.Module):
         self.decoder = Decoder(dim, latent_channels)
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, F, H, W) in -1..1 -> posterior mean and log variance, each (B, C, T, H/8, W/8)."""
+        """Encodes (B, 3, F, H, W) in -1..1 -> posterior mean and log variance, each (B, C, T, H/8, W/8)."""
         batch = len(video)
         x = rearrange(video, "b c f h w -> (f b) c h w").contiguous(memory_format=torch.channels_last)
         return self.posterior(self.encoder.stream(x, batch), batch)
 
     def posterior(self, stream: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """(T*B, channels, Y, X) at the encoder's head -> posterior mean and log variance, each (B, C, T, Y, X)."""
-        moments = self.conv1(self.encoder.close(stream, batch), batch)
+        """Computes the posterior from the encoder's stream: (T*B, channels, Y, X) -> mean and log variance, each (B, C, T, Y, X)."""
+        moments = self.conv1(self.encoder.apply_head(stream, batch), batch)
         return rearrange(moments, "(t b) c h w -> b c t h w", b=batch).chunk(2, dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, T, Y, X) -> (B, 3, F, H, W), about -1..1."""
+        """Decodes (B, C, T, Y, X) -> (B, 3, F, H, W), about -1..1."""
         batch = len(latents)
         x = rearrange(latents, "b c t y x -> (t b) c y x").contiguous(memory_format=torch.channels_last)
         return rearrange(self.decoder(self.conv2(x, batch), batch), "(f b) c h w -> b c f h w", b=batch)
@@ -216,14 +226,14 @@ class WholeClipVAE(nn.Module):
 
 @torch.no_grad()
 def skip_empty_branches(network: nn.Module) -> None:
-    """Leaves out the branches whose last convolution is all zero: the same result in a fraction of the time."""
+    """Deactivates branches whose last convolution is all zero, which gives the same result in a fraction of the time."""
     for module in network.modules():
         if isinstance(module, (ResidualBlock, AttentionBlock)):
             module.active = bool(module.last.weight.any() or module.last.bias.any())
 
 
 def read_whole_clip_vae(path: str | Path) -> WholeClipVAE:
-    """The network of an exported file, in float32."""
+    """Loads an exported VAE in float32."""
     weights = {key: value.float() for key, value in read_tensors(Path(path)).items()}
     vae = WholeClipVAE(weights["encoder.conv1.weight"].shape[0], weights["conv2.weight"].shape[0])
     vae.load_state_dict(weights)
@@ -232,19 +242,19 @@ def read_whole_clip_vae(path: str | Path) -> WholeClipVAE:
 
 
 def encode_clips(vae: WholeClipVAE, frames: Tensor) -> Tensor:
-    """(B, F, H, W, 3) in 0..1 -> (B, C, T, H/8, W/8), normalised: VAE.encode, several times faster for a training cache."""
+    """Encodes (B, F, H, W, 3) in 0..1 -> normalised (B, C, T, H/8, W/8): equals VAE.encode, several times faster on a CPU."""
     mean, _ = vae.encode(frames.permute(0, 4, 1, 2, 3) * 2 - 1)
     return normalise(mean)
 
 
 def normalise(mean: Tensor) -> Tensor:
-    """(B, C, T, Y, X) -> the same at unit variance, by Wan 2.1's statistics."""
+    """Normalises latents (B, C, T, Y, X) to unit variance by Wan 2.1's statistics."""
     statistics = torch.tensor([LATENTS_MEAN, LATENTS_STD]).to(mean).view(2, 1, -1, 1, 1, 1)
     return (mean - statistics[0]) / statistics[1]
 
 
 def decode_clips(vae: WholeClipVAE, latents: Tensor) -> Tensor:
-    """(B, C, T, Y, X), normalised -> (B, F, H, W, 3) in 0..1: VAE.decode_batch."""
+    """Decodes normalised (B, C, T, Y, X) -> (B, F, H, W, 3) in 0..1: equals VAE.decode_batch."""
     statistics = torch.tensor([LATENTS_MEAN, LATENTS_STD]).to(latents).view(2, 1, -1, 1, 1, 1)
     video = vae.decode(latents * statistics[1] + statistics[0])
     return (video.clamp(-1, 1) + 1).mul(0.5).permute(0, 2, 3, 4, 1)

@@ -1,7 +1,7 @@
-"""The embedded VAE: Wan 2.1's network, narrow, trained on drawn scenes and natural pictures in motion.
+"""Task vae: trains the embedded VAE, a narrow Wan 2.1 network, on synthetic scenes and moving natural pictures.
 
-The colour path: three channels of the residual stream carry +RGB, three -RGB, one a constant. At the start
-it is exact and linear from pixels to pixels (8 x 8 means), and training adds the rest around it.
+Without PCA the network is initialised with a colour path: three channels of the residual stream carry +RGB, three -RGB,
+one a constant. This path maps pixels exactly and linearly to their 8 x 8 means; training adds everything else.
 """
 
 import math
@@ -23,34 +23,39 @@ from .vae_network import AttentionBlock, Downsample, ResidualBlock, Upsample, Wh
 from .vae_pca_init import initialise_from_pca
 
 PATH_CHANNELS = 7  # +RGB, -RGB, constant
-LOG_MSE_EPS = 1e-5  # under a clip's mean square error, 56 dB: what is near perfect asks for no more
-CONSTANT = 3.0  # what the constant channel carries; large against colours, so the heads' norms stay near linear
+LOG_MSE_EPS = 1e-5  # added to a clip's MSE before the logarithm (56 dB), so that nearly perfect clips get little gradient
+CONSTANT = 3.0  # value of the constant channel; larger than colours, so the norms before the heads stay nearly linear
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAERecipe(Recipe):
+    """Recipe of the embedded VAE's training."""
+
     dim: int = 8  # width of the first level
-    num_clips: int = 1600  # in the pool
-    natural_ratio: float = 0.5  # of the pool; the rest is drawn
-    phases: tuple = ((0.2, 2, 9, 32), (0.6, 1, 9, 64), (1.0, 1, 17, 64))  # until (fraction), batch, frames, pixels
-    muon_learning_rate: float = 3e-3
-    adamw_learning_rate: float = 6e-4
-    num_warmup_steps: int = 100  # steps
-    l1_weight: float = 1.0
+    num_clips: int = 1600  # clips in the pool
+    natural_ratio: float = 0.5  # fraction of natural pictures in the pool; the rest is synthetic
+    phases: tuple = ((0.2, 2, 9, 32), (0.6, 1, 9, 64), (1.0, 1, 17, 64))  # (end as a fraction of the run, batch, frames, pixels) each
+    muon_learning_rate: float = 3e-3  # peak learning rate of Muon, for matrices
+    adamw_learning_rate: float = 6e-4  # peak learning rate of AdamW, for all other weights
+    num_warmup_steps: int = 100  # steps of linear learning rate warmup
+    l1_weight: float = 1.0  # loss weights, see distortion
     mse_weight: float = 2.0
     edges_weight: float = 0.5
     blocks_weight: float = 2.0
-    log_mse_weight: float = 0.0  # of ln(mse) of each clip, which is what its PSNR measures
-    kl_weight: float = 5e-4
-    max_growth: float = 1.25  # of a stream weight's norm over its initial one
-    num_statistics_clips: int = 96  # clips that the latents' mean and deviation are measured on
-    num_basis_clips: int = 0  # clips whose principal components are the start; 0: the colour path
-    frozen_encoder: bool = False  # the encoder stays as it starts, so latents are known before the training
-    start_from: str = ""  # an exported VAE: its encoder stays bit for bit, so do latents, and the decoder learns on
+    log_mse_weight: float = 0.0
+    kl_weight: float = 5e-4  # loss weight of the KL divergence
+    max_growth: float = 1.25  # upper bound on the norm of each stream weight, relative to its initial norm
+    num_statistics_clips: int = 96  # clips on which the latents' mean and standard deviation are measured
+    num_basis_clips: int = 0  # clips of the PCA that initialises the network; 0: the colour path
+    frozen_encoder: bool = False  # training of the decoder only, so that latents are known beforehand
+    start_from: str = ""  # exported VAE whose decoder is trained further; its encoder, hence the latents, stay equal bit for bit
 
 
 class VAETask(Task):
-    """Implements loop.Task."""
+    """The training loop's task for the embedded VAE."""
+
+    recipe: VAERecipe
+    dataset: ClipCrops
 
     def __init__(self, recipe: VAERecipe):
         torch.manual_seed(recipe.seed)
@@ -69,24 +74,25 @@ class VAETask(Task):
             self.vae.conv1.requires_grad_(False)
             skip_empty_branches(self.vae.encoder)
         self.modules = {"vae": self.vae}
-        learned = [p for p in self.vae.parameters() if p.requires_grad]
-        matrices = [p for p in learned if p.ndim >= 4 and min(p.flatten(1).shape) > 1 and not _is_gamma(p)]
-        chosen = {id(p) for p in matrices}
+        trainable = [p for p in self.vae.parameters() if p.requires_grad]
+        matrices = [p for p in trainable if p.ndim >= 4 and min(p.flatten(1).shape) > 1 and not _is_gamma(p)]
+        muon_ids = {id(p) for p in matrices}
         self.optimizers = {
             "muon": Muon(matrices, lr=recipe.muon_learning_rate),
-            "adamw": torch.optim.AdamW([p for p in learned if id(p) not in chosen], lr=recipe.adamw_learning_rate, betas=(0.9, 0.99), weight_decay=0.0),
+            "adamw": torch.optim.AdamW([p for p in trainable if id(p) not in muon_ids], lr=recipe.adamw_learning_rate, betas=(0.9, 0.99), weight_decay=0.0),
         }
         self.bounds = [(weight, weight.detach().norm() * recipe.max_growth) for weight in stream_weights(self.vae) if weight.requires_grad]
 
     def clips(self, num_clips: int) -> Tensor:
-        """(B, F, H, W, 3) uint8, the first of the pool."""
+        """Returns the first clips of the pool, (B, F, H, W, 3) uint8."""
         return torch.from_numpy(self.dataset.pool[:num_clips].copy())
 
-    def rate(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
+        """Linear warmup times a cosine decay."""
         return min(1.0, (step + 1) / self.recipe.num_warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / self.recipe.num_steps))
 
     def loss(self, step: int, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """(B, F, H, W, 3) uint8 -> the training loss and its parts."""
+        """Computes the training loss, its parts and the PSNR of a batch (B, F, H, W, 3) uint8."""
         video = as_video(batch)
         with torch.set_grad_enabled(not self.frozen), torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16 and not self.frozen):
             mean, log_variance = self.vae.encode(video)
@@ -99,39 +105,44 @@ class VAETask(Task):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
+        """Bounds the norms of the stream weights."""
         for weight, bound in self.bounds:
             weight.mul_((bound / weight.norm()).clamp(max=1.0))
 
     @torch.no_grad()
     def export(self, path: Path) -> None:
-        """Original key names, fp16, normalised latents of zero mean and unit variance."""
+        """Writes the VAE with original key names in fp16; normalised latents have zero mean and unit variance."""
         weights = {key: value.clone() for key, value in self.vae.state_dict().items()}
         if not self.recipe.start_from:
             fold_statistics(weights, *self.latent_statistics())
         write_tensors(
             path,
             {key: value.half() for key, value in weights.items()},
-            {"format": "pt", "mive.about": f"Wan 2.1 VAE layout, dim {self.recipe.dim}", **self.recipe.about},
+            {"format": "pt", "mive.about": f"Wan 2.1 VAE layout, dim {self.recipe.dim}", **self.recipe.metadata},
         )
 
     def latent_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each latent channel, (C,) each, over clips of the pool."""
+        """Returns mean and standard deviation of each latent channel, (C,) each, over clips of the pool."""
         clips = (self.dataset.pool[i % self.recipe.num_clips] for i in range(self.recipe.num_statistics_clips))
         means = torch.cat([self.vae.encode(as_video(torch.from_numpy(clip.copy())[None]))[0].flatten(2)[0] for clip in clips], dim=1)
         return means.mean(1), means.std(1)
 
 
 def build(values: Mapping, where: object = None) -> VAETask:
+    """Builds the task from a recipe's values."""
     return VAETask(parse_recipe(VAERecipe, values, where))
 
 
 def as_video(frames: Tensor) -> Tensor:
-    """(B, F, H, W, 3) uint8 -> (B, 3, F, H, W) in -1..1."""
+    """Converts (B, F, H, W, 3) uint8 -> (B, 3, F, H, W) in -1..1."""
     return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def distortion(output: Tensor, video: Tensor) -> dict[str, Tensor]:
-    """Differences of pixels, of edges and of 8 x 8 means, and ln(mse) clip by clip: (B, 3, F, H, W) twice -> scalars."""
+    """Returns the reconstruction losses of (B, 3, F, H, W) twice, as scalars.
+
+    l1, mse: of pixels; edges: of differences between neighbours; blocks: of 8 x 8 means; log_mse: mean of ln(mse) of each clip, as in PSNR.
+    """
     error = output - video
     edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3, 4)) / 3
     blocks = F.avg_pool2d(error.transpose(1, 2).flatten(0, 1), 8).abs().mean()
@@ -140,7 +151,7 @@ def distortion(output: Tensor, video: Tensor) -> dict[str, Tensor]:
 
 
 def fold_statistics(weights: dict[str, Tensor], mean: Tensor, std: Tensor) -> None:
-    """Rescales conv1 and conv2 in place, so that latents of this mean and std (C,) get Wan 2.1's."""
+    """Rescales conv1 and conv2 in place so that latents with this mean and std (C,) have those of Wan 2.1."""
     wan_mean, wan_std = torch.tensor(LATENTS_MEAN), torch.tensor(LATENTS_STD)
     scale = wan_std / std
     shift = wan_mean - mean * scale
@@ -154,11 +165,12 @@ def fold_statistics(weights: dict[str, Tensor], mean: Tensor, std: Tensor) -> No
 
 
 def _is_gamma(parameter: Tensor) -> bool:
+    """Whether a parameter is the scale of an RMSNorm."""
     return all(n == 1 for n in parameter.shape[1:])
 
 
 def stream_weights(vae: WholeClipVAE) -> Iterator[Tensor]:
-    """Weights that the residual stream passes through; their growth would drown the branches."""
+    """Yields the weights on the residual stream itself; if they grew, the branches would lose their influence."""
     yield vae.encoder.conv1.weight
     yield vae.decoder.conv1.weight
     for module in vae.modules():
@@ -172,7 +184,7 @@ def stream_weights(vae: WholeClipVAE) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def initialise(vae: WholeClipVAE) -> None:
-    """An exact linear colour path from pixels to latents 0-2 and back, faint random weights elsewhere."""
+    """Initialises an exact linear colour path from pixels to latents 0-2 and back, with small random weights elsewhere."""
     for module in vae.modules():
         if isinstance(module, ResidualBlock):
             conv = module.residual[6]
@@ -180,46 +192,46 @@ def initialise(vae: WholeClipVAE) -> None:
             conv.weight[:PATH_CHANNELS].mul_(0.05)
             conv.bias.zero_()
         if isinstance(module, ResidualBlock) and module.shortcut is not None:
-            _carry(module.shortcut, module.shortcut.weight[:, :, 0, 0, 0])
+            _set_identity(module.shortcut, module.shortcut.weight[:, :, 0, 0, 0])
         if isinstance(module, AttentionBlock):
             module.proj.weight.mul_(0.1)
             module.proj.weight[:PATH_CHANNELS].mul_(0.05)
             module.proj.bias.zero_()
         if isinstance(module, Downsample):
             conv = module.resample[1]
-            _carry(conv, *(conv.weight[:, :, i, j] for i in (0, 1) for j in (0, 1)))
+            _set_identity(conv, *(conv.weight[:, :, i, j] for i in (0, 1) for j in (0, 1)))
             if module.time_conv is not None:
-                _carry(module.time_conv, *(module.time_conv.weight[:, :, i, 0, 0] for i in (1, 2)))
+                _set_identity(module.time_conv, *(module.time_conv.weight[:, :, i, 0, 0] for i in (1, 2)))
         if isinstance(module, Upsample):
-            _carry(module.resample[1], module.resample[1].weight[:, :, 1, 1])
+            _set_identity(module.resample[1], module.resample[1].weight[:, :, 1, 1])
             if module.time_conv is not None:
                 first, second = module.time_conv.weight[:, :, 2, 0, 0].chunk(2)
-                _carry(module.time_conv, first, second, shares=1)
-    _enter(vae.encoder.conv1)
-    _enter(vae.decoder.conv1)
-    _leave(vae.encoder.head)
-    _leave(vae.decoder.head)
+                _set_identity(module.time_conv, first, second, num_shares=1)
+    _set_path_input(vae.encoder.conv1)
+    _set_path_input(vae.decoder.conv1)
+    _set_path_output(vae.encoder.head)
+    _set_path_output(vae.decoder.head)
     latents = vae.conv2.in_channels
     vae.encoder.head[2].weight[latents:].mul_(0.1)
-    vae.encoder.head[2].bias[latents:] = -6.0  # little noise at the start
+    vae.encoder.head[2].bias[latents:] = -6.0  # little initial noise
     for conv in (vae.conv1, vae.conv2):
         conv.weight.copy_(torch.eye(conv.in_channels).view_as(conv.weight))
         conv.bias.zero_()
 
 
-def _carry(conv: nn.Module, *taps: Tensor, shares: int | None = None) -> None:
-    """Sets the taps (out, in) to an identity that adds up to one, over faint random weights; the path is exact."""
+def _set_identity(conv: nn.Module, *taps: Tensor, num_shares: int | None = None) -> None:
+    """Sets each tap (out, in) to 1 / num_shares (default: their number) of an identity, over small random weights; the path's channels are exact."""
     conv.weight.mul_(0.3)
     for start in range(0, conv.weight.shape[0], taps[0].shape[0]):
         conv.weight[start : start + PATH_CHANNELS] = 0
     conv.bias.zero_()
     for tap in taps:
         n = min(tap.shape)
-        tap[range(n), range(n)] = 1 / (shares or len(taps))
+        tap[range(n), range(n)] = 1 / (num_shares or len(taps))
 
 
-def _enter(conv: nn.Module) -> None:
-    """Colours (inputs 0-2) onto the path; a constant from the bias."""
+def _set_path_input(conv: nn.Module) -> None:
+    """Writes the colours (inputs 0-2) and, by the bias, the constant to the path's channels."""
     conv.weight[:PATH_CHANNELS] = 0
     conv.bias[:PATH_CHANNELS] = 0
     for colour in range(3):
@@ -228,8 +240,8 @@ def _enter(conv: nn.Module) -> None:
     conv.bias[6] = CONSTANT
 
 
-def _leave(head: nn.Sequential) -> None:
-    """silu(x) - silu(-x) = x: the path's colours come out of norm and activation unbent."""
+def _set_path_output(head: nn.Sequential) -> None:
+    """Reads the colours from the path. Since silu(x) - silu(-x) = x, they pass norm and activation linearly."""
     norm, _, conv = head
     norm.gamma.fill_(math.sqrt(CONSTANT**2 + 1.5) / math.sqrt(len(norm.gamma)))
     conv.weight[:3] = 0

@@ -1,11 +1,12 @@
-"""What the tiny VLM is taught, batch by batch: paired edits as its processor presents them, and the answers.
+"""Training batches, heads and losses of the tiny VLM: preprocessed paired edits with their labels and per-token targets.
 
 B batch, S tokens in the VLM sequence, D_vlm width, V video tokens of a clip, N sampled frames.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,113 +14,114 @@ from torch.nn import functional as F
 
 from ..config import PRESETS
 from ..formats.safetensors_file import read_tensors
-from ..prompt import build_inputs, chat_text, sample_frames
+from ..prompt import build_inputs, build_prompt, sample_frames
 from ..types import VLMInputs
 from .synthetic import PHRASINGS, VOCABULARIES, EditLabels, SyntheticEdit, phrasing
 
 CONFIG = PRESETS["tiny"]
 HEADS = "heads.safetensors"
-TOKEN_SIDE = 16  # pixels: two patches of eight, merged
-PER_TOKEN = 2  # sampled frames in a token
-MATCH_WIDTH = 48
-UNSAID = ("kind", "place")  # fields that an instruction alone does not settle
-HALF = 127.5  # bytes to the processor's -1..1
+TOKEN_SIDE = 16  # pixels: two merged patches of eight
+FRAMES_PER_TOKEN = 2  # sampled frames per video token
+AFFINITY_WIDTH = 48  # width of queries and keys
+NOT_IN_INSTRUCTION = ("kind", "place")  # fields that an instruction alone does not determine
+HALF = 127.5  # half the range of bytes: scales the processor's -1..1
 
 
 @dataclass(frozen=True)
-class Sentences:
-    """Instructions alone, N of them, as a prompt begins with them: up to the marker before the reference."""
+class InstructionBatch:
+    """N instructions without pictures: the beginning of the prompt, up to the marker before the reference."""
 
-    input_ids: Tensor  # (N, S) text padded on the right
+    input_ids: Tensor  # (N, S) padded on the right
     attention_mask: Tensor  # (N, S)
     labels: Tensor  # (N, num_fields) int64
 
 
 @dataclass(frozen=True)
 class VLMBatch:
-    """One batch of clips of equal size."""
+    """A batch of clips of equal size."""
 
     inputs: VLMInputs  # text padded on the right
     labels: Tensor  # (B, num_fields) int64, in the order of VOCABULARIES
-    edited: Tensor  # (B, V) fraction of the token's pixels that the edit changes
-    before: Tensor  # (B, V, 3) the token's mean colour in the source
-    after: Tensor  # (B, V, 3) and in the target
-    said: Sentences | None = None
+    edited: Tensor  # (B, V) fraction of each token's pixels that the edit changes
+    before: Tensor  # (B, V, 3) each token's mean colour in the source
+    after: Tensor  # (B, V, 3) each token's mean colour in the target
+    instructions: InstructionBatch | None = None  # additional instructions without pictures
 
 
 @dataclass(frozen=True)
 class Example:
-    """One clip, kept small: pixels as bytes."""
+    """One clip with pixels stored as bytes."""
 
     inputs: VLMInputs  # pixel values uint8
     labels: Tensor  # (num_fields,) int64
-    answer: tuple[Tensor, Tensor, Tensor]  # edited (V,), before (V, 3), after (V, 3)
+    targets: tuple[Tensor, Tensor, Tensor]  # edited (V,), before (V, 3), after (V, 3)
 
 
-def example(edit: SyntheticEdit, manner: int, processor) -> Example:
-    """A paired edit -> what the VLM reads and what its heads should say."""
-    request = replace(edit.pair.request, instruction=as_typed(edit.pair.request.instruction, manner))
+def example(edit: SyntheticEdit, style: int, processor: Any) -> Example:
+    """Converts a paired edit to VLM inputs, labels and per-token targets; as_typed explains `style`."""
+    request = replace(edit.pair.request, instruction=as_typed(edit.pair.request.instruction, style))
     inputs = build_inputs(request, processor, CONFIG)
     inputs = replace(inputs, pixel_values=to_byte(inputs.pixel_values), pixel_values_videos=to_byte(inputs.pixel_values_videos))
-    return Example(inputs, torch.tensor(edit.labels.indices()), answer(edit, processor))
+    return Example(inputs, torch.tensor(edit.labels.indices()), token_targets(edit, processor))
 
 
-def sentences_of(spoken: Sequence[tuple[str, EditLabels]], processor) -> Sentences:
-    """Instructions and what they ask for -> a batch."""
-    openings = [chat_text(text, processor, CONFIG.max_instruction_tokens).partition(processor.image_token)[0] for text, _ in spoken]
-    encoded = processor.tokenizer(openings, padding=True, padding_side="right", return_tensors="pt")
-    return Sentences(encoded["input_ids"], encoded["attention_mask"], torch.tensor([labels.indices() for _, labels in spoken]))
+def instruction_batch(labelled: Sequence[tuple[str, EditLabels]], processor: Any) -> InstructionBatch:
+    """Tokenizes instructions with their labels into a batch."""
+    prompts = [build_prompt(text, processor, CONFIG.max_instruction_tokens).partition(processor.image_token)[0] for text, _ in labelled]
+    encoded = processor.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt")
+    return InstructionBatch(encoded["input_ids"], encoded["attention_mask"], torch.tensor([labels.indices() for _, labels in labelled]))
 
 
-def as_typed(instruction: str, manner: int) -> str:
-    """The sentence in one of three manners: as it is, with a full stop, or with a capital too."""
-    if not instruction or manner == 0:
+def as_typed(instruction: str, style: int) -> str:
+    """Punctuates an instruction in one of three styles: 0 unchanged, 1 with a full stop, 2 also with a capital letter."""
+    if not instruction or style == 0:
         return instruction
-    return (instruction if manner == 1 else instruction[0].upper() + instruction[1:]) + "."
+    return (instruction if style == 1 else instruction[0].upper() + instruction[1:]) + "."
 
 
 def to_byte(values: Tensor) -> Tensor:
-    """The processor's -1..1 -> 0..255: exact where it did not rescale the picture."""
+    """Quantises the processor's -1..1 to 0..255; exact if the processor did not rescale the picture."""
     return (values * HALF + HALF).round().clamp(0, 2 * HALF).to(torch.uint8)
 
 
 def batch_of(examples: Sequence[Example], pad_token: int) -> VLMBatch:
-    """Examples of one size -> a batch."""
+    """Collates examples of one size."""
     inputs = pad([one.inputs for one in examples], pad_token)
     inputs = replace(inputs, pixel_values=inputs.pixel_values.float() / HALF - 1, pixel_values_videos=inputs.pixel_values_videos.float() / HALF - 1)
-    answers = (torch.stack(column) for column in zip(*(one.answer for one in examples)))
-    return VLMBatch(inputs, torch.stack([one.labels for one in examples]), *answers)
+    targets = (torch.stack(column) for column in zip(*(one.targets for one in examples)))
+    return VLMBatch(inputs, torch.stack([one.labels for one in examples]), *targets)
 
 
-def answer(edit: SyntheticEdit, processor) -> tuple[Tensor, Tensor, Tensor]:
-    """-> edited (V,), before (V, 3), after (V, 3), in the order of the video tokens."""
-    source, pair = edit.pair.request.source, edit.pair
+def token_targets(edit: SyntheticEdit, processor: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns edited (V,), before (V, 3) and after (V, 3) in the order of the video tokens; see VLMBatch."""
+    source, target, mask = edit.pair.request.source, edit.pair.target, edit.pair.mask
+    assert target is not None and mask is not None  # every synthetic edit has both
     indices = sample_frames(len(source.frames), source.fps, CONFIG.video_fps, processor.video_processor)
-    edited = per_token(pair.mask[indices].float().unsqueeze(-1))
-    return edited.squeeze(-1), per_token(source.frames[indices]), per_token(pair.target[indices])
+    edited = per_token(mask[indices].float().unsqueeze(-1))
+    return edited.squeeze(-1), per_token(source.frames[indices]), per_token(target[indices])
 
 
 def per_token(frames: Tensor) -> Tensor:
-    """(N, H, W, C) -> (V, C): the mean over each token's pixels."""
+    """Averages over each token's pixels: (N, H, W, C) -> (V, C)."""
     num_frames, height, width, channels = frames.shape
-    cells = frames.view(num_frames // PER_TOKEN, PER_TOKEN, height // TOKEN_SIDE, TOKEN_SIDE, width // TOKEN_SIDE, TOKEN_SIDE, channels)
+    cells = frames.view(num_frames // FRAMES_PER_TOKEN, FRAMES_PER_TOKEN, height // TOKEN_SIDE, TOKEN_SIDE, width // TOKEN_SIDE, TOKEN_SIDE, channels)
     return cells.mean(dim=(1, 3, 5)).reshape(-1, channels)
 
 
 def pad(inputs: Sequence[VLMInputs], pad_token: int) -> VLMInputs:
-    """Prompts of one image and one video each -> one batch, text padded on the right."""
+    """Batches prompts with one image and one video each, padding the text on the right."""
     longest = max(one.input_ids.shape[1] for one in inputs)
 
-    def rows(name: str, value: int) -> Tensor:
+    def padded(name: str, value: int) -> Tensor:
         return torch.cat([F.pad(getattr(one, name), (0, longest - getattr(one, name).shape[1]), value=value) for one in inputs])
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(one, name) for one in inputs])
 
     return VLMInputs(
-        rows("input_ids", pad_token),
-        rows("attention_mask", 0),
-        rows("mm_token_type_ids", 0),
+        padded("input_ids", pad_token),
+        padded("attention_mask", 0),
+        padded("mm_token_type_ids", 0),
         joined("pixel_values"),
         joined("image_grid_thw"),
         joined("pixel_values_videos"),
@@ -128,96 +130,104 @@ def pad(inputs: Sequence[VLMInputs], pad_token: int) -> VLMInputs:
 
 
 class Heads(nn.Module):
-    """Linear readers of the states, for teaching and for measuring; the method does not use them."""
+    """Linear probes of the hidden states, for training and evaluating the VLM only; the editing method does not use them.
+
+    Attribute names are keys of heads.safetensors.
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.words = nn.ModuleDict({field: nn.Linear(width, len(words)) for field, words in VOCABULARIES.items()})
-        self.first = nn.Linear(width, 4)  # layer 1, each video token: edited, colour before
-        self.last = nn.Linear(width, 4)  # layer L, each video token: edited, colour after
+        self.first = nn.Linear(width, 4)  # layer 1, per video token: edited, colour before
+        self.last = nn.Linear(width, 4)  # layer L, per video token: edited, colour after
         self.first_norm = nn.LayerNorm(width)
-        # layer 1: how much each video token is meant by the instruction
-        self.asked, self.offered, self.bias = nn.Linear(width, MATCH_WIDTH), nn.Linear(width, MATCH_WIDTH), nn.Linear(width, 1)
+        # layer 1, affinity of instruction and video tokens: projections of the query (instruction) and of the keys (video tokens), bias
+        self.asked, self.offered, self.bias = nn.Linear(width, AFFINITY_WIDTH), nn.Linear(width, AFFINITY_WIDTH), nn.Linear(width, 1)
 
-    def hear(self, last: Tensor, said: Sentences) -> dict[str, Tensor]:
-        """States (N, S, D_vlm) of layer L -> each field (N, num_words)."""
-        state = last[torch.arange(len(last)), said.attention_mask.sum(dim=1) - 1]
-        return {field: head(state) for field, head in self.words.items() if field not in UNSAID}
+    def classify_instructions(self, last: Tensor, instructions: InstructionBatch) -> dict[str, Tensor]:
+        """Classifies instructions without pictures: states (N, S, D_vlm) of layer L -> logits (N, num_words) per field."""
+        state = last[torch.arange(len(last)), instructions.attention_mask.sum(dim=1) - 1]
+        return {field: head(state) for field, head in self.words.items() if field not in NOT_IN_INSTRUCTION}
 
-    def forward(self, first: Tensor, last: Tensor, inputs: VLMInputs) -> "Readings":
-        """States (B, S, D_vlm) of layers 1 and L -> what they say."""
+    def forward(self, first: Tensor, last: Tensor, inputs: VLMInputs) -> "HeadOutputs":
+        """Applies all heads to the states (B, S, D_vlm) of layers 1 and L."""
         batch = torch.arange(len(last))
-        kinds = inputs.mm_token_type_ids
-        marker = (kinds == 1).int().argmax(dim=1) - 1  # between instruction and reference
+        types = inputs.mm_token_type_ids
+        marker = (types == 1).int().argmax(dim=1) - 1  # token between instruction and reference
         end = last[batch, inputs.attention_mask.sum(dim=1) - 1]
-        seen_first, seen_last = (states[kinds == 2].view(len(last), -1, states.shape[-1]) for states in (first, last))
-        seen_first, asked = self.first_norm(seen_first), self.first_norm(first[batch, marker])
-        meant = (self.offered(seen_first) @ self.asked(asked).unsqueeze(-1)).squeeze(-1) / MATCH_WIDTH**0.5 + self.bias(asked)
-        return Readings(
-            *({field: head(state) for field, head in self.words.items()} for state in (last[batch, marker], end)),
-            meant,
-            self.first(seen_first),
-            self.last(seen_last),
+        video_first, video_last = (states[types == 2].view(len(last), -1, states.shape[-1]) for states in (first, last))
+        video_first, instruction = self.first_norm(video_first), self.first_norm(first[batch, marker])
+        keys, query = self.offered(video_first), self.asked(instruction)
+        return HeadOutputs(
+            {field: head(last[batch, marker]) for field, head in self.words.items()},
+            {field: head(end) for field, head in self.words.items()},
+            (keys @ query.unsqueeze(-1)).squeeze(-1) / AFFINITY_WIDTH**0.5 + self.bias(instruction),
+            self.first(video_first),
+            self.last(video_last),
         )
 
 
 def load_heads(folder: Path, width: int) -> Heads:
-    """The linear readers that were trained with the folder's model."""
+    """Loads the heads that were trained with the folder's model."""
     heads = Heads(width)
     heads.load_state_dict({name: value.float() for name, value in read_tensors(folder / HEADS).items()})
     return heads
 
 
 @dataclass(frozen=True)
-class Readings:
-    """What the heads read; logits but for the colours."""
+class HeadOutputs:
+    """Outputs of all heads: logits, except for the colours."""
 
-    heard: dict[str, Tensor]  # each field (B, num_words), where only the instruction has been read
-    words: dict[str, Tensor]  # each field (B, num_words), at the end
-    meant: Tensor  # (B, V) layer 1: edited, by the affinity of instruction and video tokens
+    instruction_fields: dict[str, Tensor]  # (B, num_words) per field, at the end of the instruction, before reference and video
+    fields: dict[str, Tensor]  # (B, num_words) per field, at the end of the prompt
+    affinity: Tensor  # (B, V) layer 1: edited, from the affinity of instruction and video tokens
     first: Tensor  # (B, V, 4) layer 1: edited, colour before
     last: Tensor  # (B, V, 4) layer L: edited, colour after
 
 
-def losses(readings: Readings, truth: VLMBatch, weights: Sequence[float]) -> dict[str, Tensor]:
-    """Scalars: heard, words, meant, where, becomes, first (its where and colour), and their sum under the weights as 'loss'."""
-    first, last = readings.first, readings.last
+def losses(outputs: HeadOutputs, batch: VLMBatch, weights: Sequence[float]) -> dict[str, Tensor]:
+    """Returns the losses as scalars, and their weighted sum as 'loss'.
+
+    heard: fields at the end of the instruction; words: fields at the end of the prompt; meant: location by affinity, layer 1;
+    where: location, layer L; becomes: colour after the edit, layer L; first: location and colour before the edit, layer 1.
+    """
+    first, last = outputs.first, outputs.last
     heard, words = (
-        torch.stack([F.cross_entropy(logits[field], truth.labels[:, i]) for i, field in enumerate(VOCABULARIES)]).mean()
-        for logits in (readings.heard, readings.words)
+        torch.stack([F.cross_entropy(logits[field], batch.labels[:, i]) for i, field in enumerate(VOCABULARIES)]).mean()
+        for logits in (outputs.instruction_fields, outputs.fields)
     )
-    found = {
+    values = {
         "heard": heard,
         "words": words,
-        "meant": located(readings.meant, truth.edited),
-        "where": located(last[..., 0], truth.edited),
-        # what the edit changes counts five times what it keeps
-        "becomes": ((last[..., 1:] - truth.after).abs().mean(-1) * (1 + 4 * truth.edited)).mean(),
-        "first": F.binary_cross_entropy_with_logits(first[..., 0], truth.edited) + (first[..., 1:] - truth.before).abs().mean(),
+        "meant": localisation_loss(outputs.affinity, batch.edited),
+        "where": localisation_loss(last[..., 0], batch.edited),
+        # edited tokens have five times the weight of others
+        "becomes": ((last[..., 1:] - batch.after).abs().mean(-1) * (1 + 4 * batch.edited)).mean(),
+        "first": F.binary_cross_entropy_with_logits(first[..., 0], batch.edited) + (first[..., 1:] - batch.before).abs().mean(),
     }
-    found["loss"] = sum(weight * value for weight, value in zip(weights, list(found.values()), strict=True))
-    return found
+    values["loss"] = sum(weight * value for weight, value in zip(weights, list(values.values()), strict=True))
+    return values
 
 
-def misheard(heard: dict[str, Tensor], said: Sentences) -> Tensor:
-    """Scalar: what the heads make of instructions alone."""
+def instruction_loss(logits: dict[str, Tensor], instructions: InstructionBatch) -> Tensor:
+    """Returns the cross entropy of the fields predicted from instructions alone, a scalar."""
     fields = list(VOCABULARIES)
-    return torch.stack([F.cross_entropy(logits, said.labels[:, fields.index(field)]) for field, logits in heard.items()]).mean()
+    return torch.stack([F.cross_entropy(value, instructions.labels[:, fields.index(field)]) for field, value in logits.items()]).mean()
 
 
-def located(logits: Tensor, edited: Tensor) -> Tensor:
-    """(B, V), (B, V) -> scalar; the overlap counts small objects as much as large ones."""
-    return F.binary_cross_entropy_with_logits(logits, edited) + 1 - overlap(logits, edited).mean()
+def localisation_loss(logits: Tensor, edited: Tensor) -> Tensor:
+    """Returns BCE plus soft IoU loss: (B, V), (B, V) -> scalar. The IoU weighs small and large objects equally."""
+    return F.binary_cross_entropy_with_logits(logits, edited) + 1 - soft_iou(logits, edited).mean()
 
 
-def overlap(logits: Tensor, edited: Tensor) -> Tensor:
-    """(B, V), (B, V) -> (B,) intersection over union of the edited fractions of each clip's tokens."""
+def soft_iou(logits: Tensor, edited: Tensor) -> Tensor:
+    """Returns the intersection over union of the edited fractions of each clip's tokens: (B, V), (B, V) -> (B,)."""
     guess = logits.sigmoid()
     return torch.minimum(guess, edited).sum(1) / torch.maximum(guess, edited).sum(1)
 
 
-def phrases() -> Iterator[str]:
-    """What the tokenizer learns its words from; no held-out phrasing is among them."""
+def tokenizer_corpus() -> Iterator[str]:
+    """Yields the tokenizer's training corpus; it contains no held-out phrasing."""
     yield from ["<|im_start|>user\n", "<|im_start|>assistant\n", "<0.3 seconds>", "<1.7 seconds>"] * 4
     for templates in PHRASINGS.values():
         for template in templates[: -phrasing.NUM_HELD_OUT]:
@@ -226,7 +236,8 @@ def phrases() -> Iterator[str]:
     yield from (f" {closing}" for closing in phrasing.CLOSINGS)
     for words in VOCABULARIES.values():
         yield from (f" {word}" for word in words for _ in range(2))
-    for nouns in (phrasing.LOOK_NOUNS, phrasing.TWINS):
-        yield from (noun for options in nouns.values() for noun in options)
-    for nouns in (phrasing.BACKGROUND_NOUNS, phrasing.WHERE, phrasing.SIDES):
+    options: Mapping[str, tuple[str, ...]]
+    for options in (phrasing.LOOK_NOUNS, phrasing.PICK_PHRASES):
+        yield from (noun for nouns in options.values() for noun in nouns)
+    for nouns in (phrasing.BACKGROUND_NOUNS, phrasing.PLACE_PHRASES, phrasing.SIDE_PHRASES):
         yield from nouns.values()

@@ -1,4 +1,4 @@
-"""The tiny Qwen3-VL before any training: its folder, laid out as Qwen publishes theirs, at a size for one CPU thread."""
+"""The model folder of the tiny Qwen3-VL without weights: the layout of Qwen's published folders, at a size for one CPU thread."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ VOCAB_SIZE = 896
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 FIRST_SPECIAL = VOCAB_SIZE - len(SPECIAL_TOKENS)
 TOKEN_IDS = {token: FIRST_SPECIAL + i for i, token in enumerate(SPECIAL_TOKENS)}
-# words are split as Qwen's tokenizer splits them: contractions, words, single digits, punctuation, spaces
+# the same pre-tokenization as Qwen's: contractions, words, single digits, punctuation, spaces
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,7 +38,7 @@ MODEL = {
         "initializer_range": 0.06,  # Qwen's 0.02 is meant for widths in the thousands
         "max_position_embeddings": 32768,
         "rope_theta": 10000.0,
-        # temporal, height, width: they share half of head_dim
+        # temporal, height, width; together half of head_dim
         "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]},
         "tie_word_embeddings": True,
     },
@@ -87,17 +87,17 @@ PROCESSORS = {
 }
 
 
-def write_tiny_folder(folder: Path, phrases: Iterable[str]) -> None:
-    """Everything of the tiny model but its weights, into `folder`; the tokenizer learns from `phrases`."""
+def write_tiny_folder(folder: Path, corpus: Iterable[str]) -> None:
+    """Writes all files of the tiny model except its weights; the tokenizer is trained on `corpus`."""
     folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(phrases).save(str(folder / "tokenizer.json"))
+    train_tokenizer(corpus).save(str(folder / "tokenizer.json"))
     for name, content in {"config.json": MODEL, **PROCESSORS}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def train_tokenizer(phrases: Iterable[str]) -> Tokenizer:
-    """A byte-level BPE of exactly VOCAB_SIZE entries whose special tokens come last, as in Qwen's own."""
+def train_tokenizer(corpus: Iterable[str]) -> Tokenizer:
+    """Trains a byte-level BPE with exactly VOCAB_SIZE entries; the special tokens come last, as in Qwen's own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -105,13 +105,13 @@ def train_tokenizer(phrases: Iterable[str]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=FIRST_SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(phrases, trainer)
-    tokenizer.add_tokens(list(_fillers(FIRST_SPECIAL - tokenizer.get_vocab_size())))
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_tokens(list(_unused_tokens(FIRST_SPECIAL - tokenizer.get_vocab_size())))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 
 
-def _fillers(count: int) -> Iterator[AddedToken]:
-    """Entries that no text contains, where the phrases had too few words for the whole vocabulary."""
+def _unused_tokens(count: int) -> Iterator[AddedToken]:
+    """Yields placeholder tokens that no text contains, for a corpus too small to fill the vocabulary."""
     for i in range(count):
         yield AddedToken(f"<|unused_{i}|>", special=False, normalized=False)

@@ -1,4 +1,4 @@
-"""Measures what the tiny VLM's states say of edits it has not seen.
+"""Evaluates the tiny VLM's hidden states on unseen edits.
 
 python -m mive_core.embedded.vlm_report --output results/embedded/vlm.json
 """
@@ -13,31 +13,37 @@ from tqdm import tqdm
 
 from ..vlm import VLM
 from .synthetic import KINDS, VOCABULARIES, PairedEdits
-from .vlm_examples import Heads, VLMBatch, batch_of, example, load_heads, overlap
-from .vlm_task import read
+from .vlm_examples import Heads, VLMBatch, batch_of, example, load_heads, soft_iou
+from .vlm_task import run_heads
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "vlm"
 BATCH = 8
-SEED = 90_001  # of clips that no training uses
+SEED = 90_001  # no training run uses it
 
 
 def measure(vlm: VLM, heads: Heads, split: str, num_clips: int, kinds: tuple[str, ...] | None = None) -> dict:
-    """Shares of words named right, and how well the edit is located, over clips of one split."""
-    words, found = defaultdict(list), defaultdict(list)
-    for truth in lessons(vlm, split, num_clips, kinds):
-        said = read(vlm.model, heads, truth.inputs)
+    """Returns the accuracy of each label field and the localisation quality over clips of one split."""
+    hits: dict[str, list] = defaultdict(list)
+    scores: dict[str, list] = defaultdict(list)
+    for batch in batches(vlm, split, num_clips, kinds):
+        outputs = run_heads(vlm.model, heads, batch.inputs)
         for i, field in enumerate(VOCABULARIES):
-            given = truth.labels[:, i] > 0  # where there is something to name
-            words[field] += (said.words[field].argmax(-1) == truth.labels[:, i])[given].tolist()
-        found["mask_iou"] += overlap(said.last[..., 0], truth.edited).tolist()
-        found["mask_iou_layer_1"] += overlap(said.first[..., 0], truth.edited).tolist()
-        found["mask_iou_affinity_layer_1"] += overlap(said.meant, truth.edited).tolist()
-        error = (said.last[..., 1:] - truth.after).abs().mean(-1)
-        found["colour_error_edited"] += ((error * truth.edited).sum(1) / truth.edited.sum(1).clamp(min=1e-6)).tolist()
-    return {"clips": num_clips, **{f"{field}_accuracy": mean(hits) for field, hits in words.items()}, **{name: mean(values) for name, values in found.items()}}
+            given = batch.labels[:, i] > 0  # clips for which the field is not 'none'
+            hits[field] += (outputs.fields[field].argmax(-1) == batch.labels[:, i])[given].tolist()
+        scores["mask_iou"] += soft_iou(outputs.last[..., 0], batch.edited).tolist()
+        scores["mask_iou_layer_1"] += soft_iou(outputs.first[..., 0], batch.edited).tolist()
+        scores["mask_iou_affinity_layer_1"] += soft_iou(outputs.affinity, batch.edited).tolist()
+        error = (outputs.last[..., 1:] - batch.after).abs().mean(-1)
+        scores["colour_error_edited"] += ((error * batch.edited).sum(1) / batch.edited.sum(1).clamp(min=1e-6)).tolist()
+    return {
+        "clips": num_clips,
+        **{f"{field}_accuracy": mean(values) for field, values in hits.items()},
+        **{name: mean(values) for name, values in scores.items()},
+    }
 
 
-def lessons(vlm: VLM, split: str, num_clips: int, kinds: tuple[str, ...] | None) -> Iterator[VLMBatch]:
+def batches(vlm: VLM, split: str, num_clips: int, kinds: tuple[str, ...] | None) -> Iterator[VLMBatch]:
+    """Yields batches of the split's first clips."""
     edits = PairedEdits(SEED, split=split, kinds=kinds)
     for start in tqdm(range(0, num_clips, BATCH), desc=f"{split} {kinds[0] if kinds else 'all kinds'}", unit="batch"):
         examples = [example(edits.sample(index), 0, vlm.processor) for index in range(start, min(start + BATCH, num_clips))]
@@ -45,11 +51,12 @@ def lessons(vlm: VLM, split: str, num_clips: int, kinds: tuple[str, ...] | None)
 
 
 def mean(values: list) -> float | None:
+    """Returns the mean to four decimals; None without values."""
     return round(sum(values) / len(values), 4) if values else None
 
 
 def report(folder: Path, num_clips: int) -> dict:
-    """Figures on known combinations, on held-out ones, and on each kind of edit among the held-out."""
+    """Evaluates on known combinations, on held-out ones, and on each kind of held-out edit."""
     vlm = VLM.load(folder)
     heads = load_heads(folder, vlm.width).requires_grad_(False)
     return {

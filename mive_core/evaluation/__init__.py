@@ -1,1 +1,1 @@
-"""Figures and pictures of edits: PSNR, object match, drift, contact sheets, loss curves."""
+"""Metrics and pictures of edits: PSNR, object match, drift, contact sheets, loss curves."""

@@ -1,4 +1,4 @@
-"""Contact sheets: a clip's source, reference, edit and truth over time, as one picture to look at."""
+"""Contact sheets: pictures that show the source, reference, edit and ground truth of clips over time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..media.fit import cover
+from ..media.fit import resize_and_crop
 from ..media.paths import atomic_write, check_output
 from ..types import EditRequest
 
@@ -20,25 +20,25 @@ PAPER, INK, FAINT, RULE = (250, 250, 248), (28, 28, 32), (120, 120, 126), (222, 
 
 @dataclass(frozen=True)
 class Band:
-    """One clip on a sheet. Only the columns that are shown are kept, as bytes."""
+    """One clip on a sheet. Holds only the frames that are shown, as bytes."""
 
     title: str
     notes: tuple[str, ...]  # short lines beside the reference
-    times: tuple[float, ...]  # seconds, one a column
+    times: tuple[float, ...]  # seconds, one per column
     reference: np.ndarray  # (h, w, 3) uint8
-    rows: tuple[tuple[str, np.ndarray], ...]  # label, (columns, h, w, 3) uint8; the first is the source
+    rows: tuple[tuple[str, np.ndarray], ...]  # (label, (columns, h, w, 3) uint8); the source comes first
 
 
 def make_band(
     request: EditRequest, edited: Tensor, target: Tensor | None = None, *, notes: Sequence[str] = (), title: str | None = None, cell_side: int = 160
 ) -> Band:
-    """Picks NUM_COLUMNS moments and scales them so that the longer side is `cell_side`.
+    """Picks NUM_COLUMNS frames and scales them so that the longer side is `cell_side`.
 
-    edited and target (F, H, W, 3) in 0..1, as the request's source. The title is the instruction where none is given.
+    `edited` and `target` are (F, H, W, 3) in 0..1, like the request's source. The title defaults to the instruction.
     """
     source = request.source
     columns = np.unique(np.linspace(0, len(source.frames) - 1, NUM_COLUMNS).round().astype(int))
-    rows = [("source", source.frames), ("ours", edited)] + ([("truth", target)] if target is not None else [])
+    rows: list[tuple[str, Tensor]] = [("source", source.frames), ("ours", edited)] + ([("truth", target)] if target is not None else [])
     return Band(
         request.instruction if title is None else title,
         tuple(notes),
@@ -49,7 +49,7 @@ def make_band(
 
 
 def draw_sheet(bands: Sequence[Band], heading: str = "", across: int = 1) -> Image.Image:
-    """Bands in `across` columns under one heading; sheets of one band need no heading."""
+    """Draws the bands in `across` columns under an optional heading."""
     pictures = [_draw_band(band) for band in bands]
     top = MARGIN + (34 if heading else 0)
     lines = [pictures[i : i + across] for i in range(0, len(pictures), across)]
@@ -57,7 +57,7 @@ def draw_sheet(bands: Sequence[Band], heading: str = "", across: int = 1) -> Ima
     sheet = Image.new("RGB", (width, top + sum(max(p.height for p in line) + MARGIN for line in lines)), PAPER)
     draw = ImageDraw.Draw(sheet)
     if heading:
-        draw.text((MARGIN, MARGIN - 2), _clipped(heading, _font(20), width - 2 * MARGIN), INK, _font(20))
+        draw.text((MARGIN, MARGIN - 2), _truncate(heading, _font(20), width - 2 * MARGIN), INK, _font(20))
     for number, line in enumerate(lines):
         left = MARGIN
         if number:
@@ -70,7 +70,7 @@ def draw_sheet(bands: Sequence[Band], heading: str = "", across: int = 1) -> Ima
 
 
 def write_sheet(path: str | Path, bands: Sequence[Band], heading: str = "", across: int = 1) -> Path:
-    """draw_sheet to a PNG, complete or not at all. Raises UserError where it cannot be written."""
+    """Writes draw_sheet's picture to a PNG atomically. Raises UserError if the file cannot be written."""
     path = check_output(path, "sheet", (".png",))
     with atomic_write(path) as partial:
         draw_sheet(bands, heading, across).save(partial)
@@ -78,11 +78,11 @@ def write_sheet(path: str | Path, bands: Sequence[Band], heading: str = "", acro
 
 
 def _draw_band(band: Band) -> Image.Image:
-    """Title; times; source; the reference with the notes beside it; the other rows."""
+    """From top to bottom: title, times, source, the reference with the notes beside it, the other rows."""
     height, width = band.rows[0][1].shape[1:3]
     num_columns = max(len(band.times), NUM_COLUMNS)
     total = LABEL_WIDTH + num_columns * (width + GAP) - GAP
-    title = _wrapped(band.title or "(no instruction)", _font(15), total, num_lines=2)
+    title = _wrap(band.title or "(no instruction)", _font(15), total, num_lines=2)
     top = 20 * len(title) + 22
     picture = Image.new("RGB", (total, top + (len(band.rows) + 1) * (height + GAP) - GAP), PAPER)
     draw = ImageDraw.Draw(picture)
@@ -94,7 +94,7 @@ def _draw_band(band: Band) -> Image.Image:
     top += height + GAP
     _draw_row(picture, draw, top, "reference", band.reference[None])
     left = LABEL_WIDTH + width + 3 * GAP
-    notes = [line for note in band.notes for line in _wrapped(note, _font(12), total - left, num_lines=2)]
+    notes = [line for note in band.notes for line in _wrap(note, _font(12), total - left, num_lines=2)]
     notes = notes[: max(1, height // 16)]
     draw.multiline_text((left, top + (height - 16 * len(notes)) // 2), "\n".join(notes), FAINT, _font(12), spacing=4)
     for label, cells in others:
@@ -111,10 +111,10 @@ def _draw_row(picture: Image.Image, draw: ImageDraw.ImageDraw, top: int, label: 
 
 
 def _cells(frames: Tensor, side: int) -> np.ndarray:
-    """(N, H, W, 3) in 0..1 -> (N, h, w, 3) uint8, the longer side `side`."""
+    """(N, H, W, 3) in 0..1 -> (N, h, w, 3) uint8, scaled so that the longer side is `side`."""
     height, width = frames.shape[1:3]
     scale = side / max(height, width)
-    small = cover(frames, (max(1, round(width * scale)), max(1, round(height * scale))))
+    small = resize_and_crop(frames, (max(1, round(width * scale)), max(1, round(height * scale))))
     return (small * 255).round().to(torch.uint8).numpy()
 
 
@@ -122,19 +122,20 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, num_lines: int) -> list[str]:
-    """Words broken into at most num_lines lines; what is left over ends in dots."""
-    words, lines = text[:1000].split(), []
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, num_lines: int) -> list[str]:
+    """Breaks the text into at most num_lines lines; a line that is too long ends in dots."""
+    words = text[:1000].split()
+    lines: list[str] = []
     while words and len(lines) < num_lines - 1:
         count = 1
         while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
             count += 1
-        lines.append(_clipped(" ".join(words[:count]), font, width))
+        lines.append(_truncate(" ".join(words[:count]), font, width))
         words = words[count:]
-    return lines + ([_clipped(" ".join(words), font, width)] if words else [])
+    return lines + ([_truncate(" ".join(words), font, width)] if words else [])
 
 
-def _clipped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _truncate(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -1,4 +1,4 @@
-"""How far an edit drifts from its source: colour and kept pixels, frame by frame.
+"""Measures how far an edit drifts from its source, frame by frame: mean colour, and change of the kept region.
 
 F frames of H x W pixels.
 """
@@ -15,35 +15,35 @@ from ..errors import UserError
 CHANNELS = (("red", (200, 60, 50)), ("green", (50, 150, 70)), ("blue", (60, 90, 200)))
 PAPER, INK, RULE = (250, 250, 248), (28, 28, 32), (222, 222, 218)
 WIDTH, PLOT_HEIGHT, LEFT, RIGHT, TOP, GAP = 960, 220, 64, 24, 40, 60
-MIN_RANGE = 0.02  # of a plot's axis: less is noise
+MIN_RANGE = 0.02  # smallest range of a plot's axis; smaller changes are noise
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Change from source to edit, in parts of the full range."""
+    """Change from source to edit, as a fraction of the full range."""
 
-    color: Tensor  # (F, 3) mean of the edit minus mean of the source, over the kept region
-    kept: Tensor  # (F,) mean absolute change of the kept region; NaN where a frame keeps nothing
+    color: Tensor  # (F, 3) mean of the edit minus mean of the source over the kept region
+    kept: Tensor  # (F,) mean absolute change of the kept region; NaN for frames without one
 
 
 def measure_drift(source: Tensor, edited: Tensor, mask: Tensor | None = None) -> Drift:
-    """(F, H, W, 3) in 0..1 twice, mask (F, H, W) bool, True where the edit is meant -> Drift.
+    """source, edited (F, H, W, 3) in 0..1, mask (F, H, W) bool, True inside the edit -> Drift.
 
-    Without a mask all of the picture counts as kept. Raises UserError where sizes or frame counts differ.
+    Without a mask the whole picture counts as kept. Raises UserError if sizes or frame counts differ.
     """
     if source.shape != edited.shape:
-        raise UserError("source and edit differ", got=f"{_described(edited)}", expected=_described(source))
+        raise UserError("source and edit differ", got=f"{_describe(edited)}", expected=_describe(source))
     if mask is not None and mask.shape != source.shape[:3]:
-        raise UserError("the mask does not lie over the source", got=f"{len(mask)} masks of {mask.shape[2]}x{mask.shape[1]}", expected=_described(source))
+        raise UserError("the mask does not lie over the source", got=f"{len(mask)} masks of {mask.shape[2]}x{mask.shape[1]}", expected=_describe(source))
     kept = torch.ones(source.shape[:3], dtype=torch.bool) if mask is None else ~mask
     weight = kept[..., None].float()
-    count = weight.sum(dim=(1, 2))  # (F, 1); none kept divides 0 by 0
+    count = weight.sum(dim=(1, 2))  # (F, 1); a frame without kept pixels gives 0 / 0 = NaN
     change = (edited - source) * weight
     return Drift(change.sum(dim=(1, 2)) / count, change.abs().mean(dim=-1).sum(dim=(1, 2)) / count[:, 0])
 
 
 def describe_drift(drift: Drift) -> str:
-    """A few lines for a person, in levels of 255."""
+    """A text summary of a few lines, in levels of 255."""
     kept, color = drift.kept * 255, drift.color * 255
     known = kept[~kept.isnan()]
     if not len(known):
@@ -59,7 +59,7 @@ def describe_drift(drift: Drift) -> str:
 
 
 def draw_drift(drift: Drift) -> Image.Image:
-    """Two plots over the frames: colour by channel, change of the kept region."""
+    """Draws two plots over the frames: colour difference per channel, and change of the kept region."""
     picture = Image.new("RGB", (WIDTH, 2 * PLOT_HEIGHT + 2 * TOP + GAP), PAPER)
     draw = ImageDraw.Draw(picture)
     color, kept = drift.color.numpy() * 255, drift.kept[:, None].numpy() * 255
@@ -69,7 +69,7 @@ def draw_drift(drift: Drift) -> Image.Image:
 
 
 def _plot(draw: ImageDraw.ImageDraw, top: int, title: str, values: np.ndarray, colors: list[tuple[int, int, int]]) -> None:
-    """values (F, lines)."""
+    """Draws values (F, lines), one curve per line."""
     font = ImageFont.load_default(14)
     finite = values[np.isfinite(values)]
     low, high = min(0.0, finite.min(initial=0)), max(0.0, finite.max(initial=0))
@@ -91,5 +91,5 @@ def _plot(draw: ImageDraw.ImageDraw, top: int, title: str, values: np.ndarray, c
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), color)
 
 
-def _described(frames: Tensor) -> str:
+def _describe(frames: Tensor) -> str:
     return f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}"

@@ -1,9 +1,9 @@
-"""How good edits are: PSNR against known outcomes, beside what copying or a perfect DiT would reach.
+"""Evaluates edits: PSNR against the ground truth, compared with copying an input and with a perfect DiT.
 
-F frames, H x W pixels. PSNR is over all frames and channels of a clip at once, peak 1; figures of a
-set are means over its clips. Where nothing differs PSNR_CAP stands for infinity. `edit_completion` says in
-place of a person whether the edit is there in every frame; `success_rate` counts the clips where it is, and `object_match` those where
-the edited thing has the truth's colour, place and shape.
+F frames, H x W pixels. PSNR covers all frames and channels of a clip at once, with a peak of 1; the figures of a set are means over its
+clips. PSNR_CAP replaces infinity where nothing differs. `edit_completion` measures, without a human rater, whether the edit is present
+in every frame. `success_rate` is the share of clips where it is, and `object_match` the share where the edited object has the truth's
+colour, position and shape.
 """
 
 import json
@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,23 +29,23 @@ from .object_match import match_object
 PSNR_CAP = 100.0
 REFERENCE_MODES = ("given", "source_frame")
 INSTRUCTION_MODES = ("given", "wrong", "empty")
-FIGURES = ("psnr_edited", "psnr_kept", "psnr")  # in the mask, outside of it, of whole frames
+FIGURES = ("psnr_edited", "psnr_kept", "psnr")  # inside the mask, outside of it, over whole frames
 BASELINES = ("vae_ceiling", "copy_source", "repeat_reference")
 SHEET_ACROSS, PAGE_CLIPS = 4, 8
-VISIBLE = 0.15  # distance in RGB, of sqrt(3) at most, from which a pixel counts as changed by the edit
-MIN_CHANGED = 0.01  # of a frame's pixels: where fewer change, the frame does not count
-SUCCESS_THRESHOLD = 0.75  # edit_completion from which a clip counts as right
+VISIBLE = 0.15  # RGB distance (sqrt(3) at most) from which a pixel counts as changed by the edit
+MIN_CHANGED = 0.01  # of a frame's pixels; frames with fewer changed pixels are ignored
+SUCCESS_THRESHOLD = 0.75  # edit_completion from which a clip counts as a success
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How the pipeline is run; None is the checkpoint's own setting."""
+    """Settings of the pipeline; None: the checkpoint's default."""
 
     steps: int | None = None
     cfg: float | None = None
     shift: float | None = None
     seed: int = 0
-    reference_mode: str = "given"  # source_frame: the unedited first frame stands in for the reference
+    reference_mode: str = "given"  # source_frame: the unedited first frame replaces the reference
     instruction_mode: str = "given"  # wrong: another clip's instruction; empty: none
 
     def __post_init__(self):
@@ -55,9 +55,10 @@ class EvaluationSettings:
 
 
 class Editor(Protocol):
-    """What is measured: a Pipeline, or anything that edits and has a VAE to name a ceiling."""
+    """A Pipeline, or any other editor with a VAE, which gives the ceiling."""
 
-    config: MiVEConfig
+    @property
+    def config(self) -> MiVEConfig: ...
 
     @property
     def vae(self): ...
@@ -74,20 +75,21 @@ def evaluate(
     groups: Mapping[str, Sequence[str]] | None = None,
     command: str = "",
 ) -> dict:
-    """Edits every pair, writes report.json, sheet.png, sheets/ (8 clips a page) and edited/ (videos) -> the report.
+    """Edits every pair, writes report.json, sheet.png, sheets/ (8 clips per page) and edited/ (videos), and returns the report.
 
-    `groups` names each pair's kind, edit, ... for the report's `by_kind`, `by_edit`, ...; `command` is what a reader runs to get this report.
-    Nothing is written before all clips are done. Raises UserError for no pairs and for unusable ones.
+    `groups` holds each pair's kind, edit, ... for the report's `by_kind`, `by_edit`, ...; `command` is the command that reproduces the
+    report. Nothing is written before all clips are finished. Raises UserError if there are no pairs or a pair is unusable.
     """
     output_dir, groups = check_output_folder(output_dir, "output"), groups or {}
     if not len(pairs):
         raise UserError("there is nothing to evaluate", got="0 pairs")
-    rows, bands = [], []
+    rows: list[dict] = []
+    bands: list[Band] = []
     with atomic_folder(output_dir) as folder:
         (folder / "edited").mkdir()
         for index in tqdm(range(len(pairs)), desc="clips", disable=None):
             pair = pairs[index]
-            request = asked(pair.request, settings, pairs, index)
+            request = apply_modes(pair.request, settings, pairs, index)
             edited, seconds = timed_edit(pipeline, request, settings)
             write_video(folder / "edited" / f"{index:03d}.mp4", edited)
             row = {
@@ -114,8 +116,8 @@ def evaluate(
     return report
 
 
-def asked(request: EditRequest, settings: EvaluationSettings, pairs: Sequence[PairedEdit], index: int) -> EditRequest:
-    """The request of pairs[index] as the settings bend it."""
+def apply_modes(request: EditRequest, settings: EvaluationSettings, pairs: Sequence[PairedEdit], index: int) -> EditRequest:
+    """Applies the settings' reference and instruction modes to the request of pairs[index]."""
     if settings.reference_mode == "source_frame":
         request = replace(request, reference=request.source.frames[0])
     if settings.instruction_mode == "empty":
@@ -126,7 +128,7 @@ def asked(request: EditRequest, settings: EvaluationSettings, pairs: Sequence[Pa
 
 
 def wrong_instruction(own: str, pairs: Sequence[PairedEdit], index: int) -> str:
-    """The instruction of the first clip, from half the set further on, that says something else. Raises UserError."""
+    """Returns another clip's instruction: the first different one, searched from half the set further on. Raises UserError if all are equal."""
     count = len(pairs)
     for step in range(count):
         other = pairs[(index + count // 2 + step) % count].request.instruction
@@ -136,7 +138,7 @@ def wrong_instruction(own: str, pairs: Sequence[PairedEdit], index: int) -> str:
 
 
 def timed_edit(pipeline: Editor, request: EditRequest, settings: EvaluationSettings) -> tuple[Clip, float]:
-    """The edited clip and the seconds it took."""
+    """Returns the edited clip and the seconds that the edit took."""
     start = time.perf_counter()
     edited = pipeline.edit(
         request,
@@ -151,56 +153,63 @@ def timed_edit(pipeline: Editor, request: EditRequest, settings: EvaluationSetti
 
 @torch.inference_mode()
 def score(pipeline: Editor, pair: PairedEdit, edited: Tensor) -> dict:
-    """Figures of one clip, edited (F, H, W, 3), and of the baselines; None where there is no truth or no such region."""
+    """Figures of one clip, edited (F, H, W, 3), and of the baselines; None without a target or for an empty region."""
     if pair.target is None:
-        nothing = dict.fromkeys(FIGURES)
+        no_figures = dict.fromkeys(FIGURES)
         return {
             "edited_fraction": None,
             "edit_completion": None,
             "edit_completion_ceiling": None,
             "object_match": None,
             "object_match_ceiling": None,
-            **nothing,
-            **dict.fromkeys(BASELINES, nothing),
+            **no_figures,
+            **dict.fromkeys(BASELINES, no_figures),
         }
     source, target = pair.request.source.frames, pair.target
     mask = torch.ones(target.shape[:3], dtype=torch.bool) if pair.mask is None else pair.mask
-    outcomes = {
+    baselines = {
         "vae_ceiling": pipeline.vae.decode(pipeline.vae.encode(target)),
         "copy_source": source,
         "repeat_reference": pair.request.reference.expand_as(target),
     }
-    done = {"edit_completion": edit_completion(edited, source, target), "edit_completion_ceiling": edit_completion(outcomes["vae_ceiling"], source, target)}
-    for name, frames in (("object_match", edited), ("object_match_ceiling", outcomes["vae_ceiling"])):
-        found = match_object(frames, source, target, mask, pair.colour)
-        done[name] = {"matches": found.matches, **asdict(found)}
+    ceiling = baselines["vae_ceiling"]
+    completion: dict[str, Any] = {
+        "edit_completion": edit_completion(edited, source, target),
+        "edit_completion_ceiling": edit_completion(ceiling, source, target),
+    }
+    for name, frames in (("object_match", edited), ("object_match_ceiling", ceiling)):
+        match = match_object(frames, source, target, mask, pair.colour)
+        completion[name] = {"matches": match.matches, **asdict(match)}
     return {
         "edited_fraction": mask.float().mean().item(),
-        **done,
+        **completion,
         **region_psnr(edited, target, mask),
-        **{name: region_psnr(frames, target, mask) for name, frames in outcomes.items()},
+        **{name: region_psnr(frames, target, mask) for name, frames in baselines.items()},
     }
 
 
 def edit_completion(frames: Tensor, source: Tensor, target: Tensor) -> float | None:
-    """(F, H, W, 3) thrice -> of the pixels that the edit visibly changes, the share that lies nearer to the target than half of
-    the way to the source, in the frame where it is smallest; None where the edit changes next to nothing."""
+    """frames, source, target (F, H, W, 3) -> the share of visibly changed pixels that are edited, in the worst frame.
+
+    A pixel changes visibly if source and target differ by more than VISIBLE; it is edited if it lies nearer to the target than half the
+    distance between source and target. None if the edit changes next to nothing.
+    """
     change, error = ((target - other).norm(dim=-1).flatten(1) for other in (source, frames))
     changed = change > VISIBLE
     counts = changed.sum(dim=1)
-    seen = counts >= MIN_CHANGED * changed.shape[1]
-    if not seen.any():
+    counted = counts >= MIN_CHANGED * changed.shape[1]
+    if not counted.any():
         return None
-    return (((error < change / 2) & changed).sum(dim=1)[seen] / counts[seen]).min().item()
+    return (((error < change / 2) & changed).sum(dim=1)[counted] / counts[counted]).min().item()
 
 
 def region_psnr(frames: Tensor, target: Tensor, mask: Tensor) -> dict[str, float | None]:
-    """(F, H, W, 3) twice, (F, H, W) bool -> PSNR inside the mask, outside and over all; None for an empty region."""
+    """frames, target (F, H, W, 3), mask (F, H, W) bool -> PSNR inside the mask, outside and over everything; None for an empty region."""
     return dict(zip(FIGURES, (psnr(frames, target, region) for region in (mask, ~mask, torch.ones_like(mask)))))
 
 
 def psnr(frames: Tensor, target: Tensor, region: Tensor) -> float | None:
-    """(F, H, W, 3) twice in 0..1, (F, H, W) bool -> dB over the region, at most PSNR_CAP; None where it is empty or not finite."""
+    """frames, target (F, H, W, 3) in 0..1, region (F, H, W) bool -> dB, at most PSNR_CAP; None if the region is empty or not finite."""
     if not region.any():
         return None
     error = (frames - target)[region].double().square().mean().item()
@@ -210,16 +219,16 @@ def psnr(frames: Tensor, target: Tensor, region: Tensor) -> float | None:
 
 
 def summary(rows: Sequence[dict]) -> dict:
-    """Means over the clips that have a figure, and how many those are."""
-    means = {
+    """Means over the clips that have each figure, and the number of those clips."""
+    means: dict[str, Any] = {
         "clips": len(rows),
         "clips_with_target": sum(row["psnr_edited"] is not None or row["psnr_kept"] is not None for row in rows),
         "clips_with_kept": sum(row["psnr_kept"] is not None for row in rows),
     }
     for key in FIGURES:
         means[key] = mean([row[key] for row in rows])
-    for key, done in (("success_rate", "edit_completion"), ("success_rate_ceiling", "edit_completion_ceiling")):
-        means[key] = mean([None if row[done] is None else float(row[done] >= SUCCESS_THRESHOLD) for row in rows])
+    for key, completion in (("success_rate", "edit_completion"), ("success_rate_ceiling", "edit_completion_ceiling")):
+        means[key] = mean([None if row[completion] is None else float(row[completion] >= SUCCESS_THRESHOLD) for row in rows])
     for name in ("object_match", "object_match_ceiling"):
         means[name] = mean([None if row[name] is None else float(row[name]["matches"]) for row in rows])
     for name in BASELINES:
@@ -228,7 +237,7 @@ def summary(rows: Sequence[dict]) -> dict:
 
 
 def by_group(rows: Sequence[dict], group: str) -> dict[str, dict]:
-    """The summary of the clips of each name."""
+    """A summary for each name in the group."""
     return {name: summary([row for row in rows if row[group] == name]) for name in sorted({row[group] for row in rows} - {""})}
 
 
@@ -238,7 +247,7 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def notes(row: dict) -> tuple[str, ...]:
-    """What stands beside the reference on a sheet."""
+    """The lines beside the reference on a contact sheet."""
     lines = [" · ".join(text for text in (row["name"], row.get("kind"), row.get("edit")) if text)]
     if row["psnr_edited"] is not None:
         right = "" if row["edit_completion"] is None else "right, " if row["edit_completion"] >= SUCCESS_THRESHOLD else "not right, "
@@ -251,7 +260,7 @@ def notes(row: dict) -> tuple[str, ...]:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Complete or not at all; NaN is refused rather than written."""
+    """Writes the values atomically; raises ValueError for NaN."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 

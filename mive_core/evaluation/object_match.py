@@ -1,7 +1,8 @@
-"""Whether the edited thing has its colour, its place and its shape: told from the colour that the truth gives it.
+"""Checks whether the edited object has the colour, position and shape that the ground truth gives it.
 
-F frames, H x W pixels; lengths are in shares of the frame's shorter side, colours in RGB distance (sqrt(3) at most).
-A thing is what has its colour inside the edited region, in truth and result object_match, so texture and blur count against neither.
+F frames, H x W pixels; lengths are fractions of the frame's shorter side, colours are compared by RGB distance (sqrt(3) at most).
+The object consists of the pixels in its colour inside the edited region. Truth and result are segmented in the same way, so that
+texture and blur do not count as errors.
 """
 
 from dataclasses import dataclass
@@ -10,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEAR = 0.35  # a thing's texture strays no further from its colour
-MARGIN = 2  # pixels around the mask in which a thing may still lie
-MIN_AREA = 0.004  # of a frame, from which a thing is there
-MAX_COLOUR_DISTANCE = 0.15  # the bounds of what counts as right
+COLOUR_TOLERANCE = 0.35  # RGB distance from the object's colour that its texture may have
+REGION_MARGIN = 2  # pixels around the mask that still belong to the edited region
+MIN_AREA = 0.004  # of a frame; an object smaller than that counts as absent
+MAX_COLOUR_DISTANCE = 0.15  # this and the next three: the bounds of a match
 MAX_CENTRE_DISTANCE = 0.05
 MIN_IOU = 0.75
 MAX_REMAINING = 0.15
-NO_COLOUR = 10.0  # stands for what is not finite, far from any colour
-GONE = 0.1  # of the source's pixels in the thing's colour: where the truth keeps fewer, it is removed
+INVALID_COLOUR = 10.0  # replaces pixels that are not finite; far from any colour
+REMOVED_BELOW = 0.1  # share of the source's object pixels; if the truth keeps fewer, the edit removes the object
 
 
 @dataclass(frozen=True)
 class ObjectMatch:
-    """How near a result is to the truth; None where the edit has no such side. Place and shape are means over frames."""
+    """Distances between result and truth; None where a measure does not apply. Centre distance and IoU are means over frames."""
 
     colour_distance: float | None  # between the mean colours
     centre_distance: float | None = None  # between the centres
@@ -32,52 +33,52 @@ class ObjectMatch:
 
     @property
     def matches(self) -> bool:
-        """Within all bounds."""
+        """True if all measures are within their bounds."""
         bounds = ((self.colour_distance, MAX_COLOUR_DISTANCE), (self.centre_distance, MAX_CENTRE_DISTANCE), (self.remaining, MAX_REMAINING))
         return all(value is None or value <= bound for value, bound in bounds) and (self.iou is None or self.iou >= MIN_IOU)
 
 
 def match_object(edited: Tensor, source: Tensor, target: Tensor, mask: Tensor, colour: tuple[float, float, float] | None) -> ObjectMatch:
-    """(F, H, W, 3) thrice in 0..1, mask (F, H, W) bool, the thing's colour after the edit, or before it where it is removed.
+    """edited, source, target (F, H, W, 3) in 0..1, mask (F, H, W) bool, the object's colour after the edit (before it, if removed) -> ObjectMatch.
 
-    Without a colour (a look, a background) only the region's mean colour is compared.
+    Without a colour (a change of look or background) only the mean colours of the region are compared.
     """
-    edited = edited.nan_to_num(nan=NO_COLOUR, posinf=NO_COLOUR, neginf=-NO_COLOUR)
+    edited = edited.nan_to_num(nan=INVALID_COLOUR, posinf=INVALID_COLOUR, neginf=-INVALID_COLOUR)
     if colour is None:
         return ObjectMatch((mean_colour(edited, mask) - mean_colour(target, mask)).norm().item())
-    region = F.max_pool2d(mask[:, None].float(), 2 * MARGIN + 1, stride=1, padding=MARGIN)[:, 0] > 0
-    found, before, truth = (find(frames, colour, region) for frames in (edited, source, target))
-    if truth.sum() < GONE * before.sum():
-        gone = before & ~truth
-        return ObjectMatch(None, remaining=(found & gone).sum().item() / gone.sum().item())
-    least = MIN_AREA * truth[0].numel()
-    there = truth.flatten(1).sum(1) >= least
-    if not there.any():
+    region = F.max_pool2d(mask[:, None].float(), 2 * REGION_MARGIN + 1, stride=1, padding=REGION_MARGIN)[:, 0] > 0
+    found, before, truth = (segment_colour(frames, colour, region) for frames in (edited, source, target))
+    if truth.sum() < REMOVED_BELOW * before.sum():
+        removed = before & ~truth
+        return ObjectMatch(None, remaining=(found & removed).sum().item() / removed.sum().item())
+    min_pixels = MIN_AREA * truth[0].numel()
+    present = truth.flatten(1).sum(1) >= min_pixels
+    if not present.any():
         return ObjectMatch(None)
-    either = (found | truth).flatten(1).sum(1)
-    overlap = (found & truth).flatten(1).sum(1) / either.clamp(min=1)
-    both = there & found.flatten(1).any(1)
+    union = (found | truth).flatten(1).sum(1)
+    iou = (found & truth).flatten(1).sum(1) / union.clamp(min=1)
+    both = present & found.flatten(1).any(1)
     if not both.any():
-        return ObjectMatch(NO_COLOUR, 1.0, 0.0)
-    distance = (centres(found) - centres(truth)).norm(dim=1) / min(truth.shape[1:])
+        return ObjectMatch(INVALID_COLOUR, 1.0, 0.0)
+    distance = (centroids(found) - centroids(truth)).norm(dim=1) / min(truth.shape[1:])
     return ObjectMatch(
-        (mean_colour(edited, found) - mean_colour(target, truth)).norm().item(), distance[both].mean().item(), overlap[either >= least].mean().item()
+        (mean_colour(edited, found) - mean_colour(target, truth)).norm().item(), distance[both].mean().item(), iou[union >= min_pixels].mean().item()
     )
 
 
-def find(frames: Tensor, colour: tuple[float, float, float], region: Tensor) -> Tensor:
-    """(F, H, W, 3), (F, H, W) bool -> (F, H, W) bool."""
-    return ((frames - torch.tensor(colour)).norm(dim=-1) < NEAR) & region
+def segment_colour(frames: Tensor, colour: tuple[float, float, float], region: Tensor) -> Tensor:
+    """(F, H, W, 3), region (F, H, W) bool -> the region's pixels near the colour, (F, H, W) bool."""
+    return ((frames - torch.tensor(colour)).norm(dim=-1) < COLOUR_TOLERANCE) & region
 
 
 def mean_colour(frames: Tensor, region: Tensor) -> Tensor:
-    """(F, H, W, 3), (F, H, W) bool -> (3,) over the whole clip."""
+    """(F, H, W, 3), region (F, H, W) bool -> (3,) mean over the whole clip."""
     return frames[region].mean(dim=0) if region.any() else frames.new_zeros(3)
 
 
-def centres(things: Tensor) -> Tensor:
+def centroids(objects: Tensor) -> Tensor:
     """(F, H, W) bool -> (F, 2) mean row and column of each frame's pixels."""
-    weight = things.float()
-    rows, columns = (torch.arange(n, dtype=torch.float32) for n in things.shape[1:])
+    weight = objects.float()
+    rows, columns = (torch.arange(n, dtype=torch.float32) for n in objects.shape[1:])
     total = weight.sum(dim=(1, 2)).clamp(min=1)
     return torch.stack([weight.sum(dim=2) @ rows / total, weight.sum(dim=1) @ columns / total], dim=1)

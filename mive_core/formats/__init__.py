@@ -1,1 +1,1 @@
-"""Model files: read, checked, written and converted (safetensors, GGUF, Wan, fp8)."""
+"""Reading, checking, writing and converting model files (safetensors, GGUF, Wan, fp8)."""

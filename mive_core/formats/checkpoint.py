@@ -1,10 +1,11 @@
-"""Checkpoints of the DiT: files that carry the whole contract, read strictly.
+"""Checkpoints of the DiT: files that carry their whole config and are checked strictly.
 
-Foreign key names are data: one table per family, read in both directions.
+Key names of other implementations are data: one table per family, used in both directions.
 """
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from ..config import MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
 from .float8 import MODES, Float8Linear
-from .safetensors_file import INDEX_SUFFIX, family_of, is_scale, read_dequantized, read_headers, read_tensor, resolve, scale_of, write_tensors
+from .safetensors_file import INDEX_SUFFIX, family_of, is_quantization_key, read_dequantized, read_headers, read_tensor, resolve, scale_key, write_tensors
 
-# Wan's and our spelling of the shared layers -> diffusers' WanTransformer3DModel
+# key parts of the shared layers: Wan's, which are also ours -> those of diffusers' WanTransformer3DModel
 WAN_TO_DIFFUSERS = {
     "time_embedding.0.": "condition_embedder.time_embedder.linear_1.",
     "time_embedding.2.": "condition_embedder.time_embedder.linear_2.",
@@ -34,9 +35,11 @@ WAN_TO_DIFFUSERS = {
     ".modulation": ".scale_shift_table",
 }
 
+T = TypeVar("T")
 
-def rename(keys: dict[str, Tensor], table: dict[str, str], backwards: bool = False) -> dict[str, Tensor]:
-    """Keys of one family -> the other's, by the longest entry of the table that fits; others keep their names."""
+
+def rename_keys(keys: dict[str, T], table: dict[str, str], backwards: bool = False) -> dict[str, T]:
+    """Renames keys of one family to the other's, each by the longest matching entry of the table; others keep their names."""
     pairs = [(b, a) if backwards else (a, b) for a, b in table.items()]
     renamed = {}
     for key, value in keys.items():
@@ -46,13 +49,13 @@ def rename(keys: dict[str, Tensor], table: dict[str, str], backwards: bool = Fal
 
 
 def save_dit(path: str | Path, state: dict[str, Tensor], config: MiVEConfig, dtype: torch.dtype | None = None, metadata: dict[str, str] | None = None) -> None:
-    """A MiVE DiT's weights -> one safetensors file whose metadata carries the whole config."""
+    """Writes a MiVE DiT's weights to one safetensors file, with the whole config in its metadata."""
     tensors = {k: v if dtype is None else v.to(dtype) for k, v in state.items()}
     write_tensors(Path(path), tensors, {**(metadata or {}), **config.to_metadata()})
 
 
 def read_config(path: Path) -> MiVEConfig:
-    """The config of a MiVE checkpoint. Raises UserError that names what the file is, where it is something else."""
+    """Reads the config of a MiVE checkpoint. Raises UserError for any other file, naming its kind."""
     headers = read_headers(path)
     metadata = {k: v for header in headers for k, v in header.metadata.items()}
     keys = [key for header in headers for key in header.shapes]
@@ -74,46 +77,46 @@ def load_dit(
     device: torch.device | str = "cpu",
     float8: str = "scaled_back",
 ) -> MiVEDiT:
-    """A MiVE checkpoint (file, folder or sharded index) -> the model, in eval mode. Every key must fit, and no other be there.
+    """Loads a MiVE checkpoint (file, folder or sharded index) as a model in eval mode. Its keys must be exactly the model's.
 
-    One tensor at a time goes to its place: beside the model none is held. `float8`, one of float8.MODES, says what becomes of
-    8-bit matrices: scaled back to `dtype` they save disk alone, kept or multiplied they save memory too.
+    Tensors are loaded one at a time, so that no second copy of the model is held. `float8`, one of float8.MODES, selects how 8-bit
+    matrices are handled: scaled back to `dtype` they save disk space only, kept or multiplied they save memory too.
     """
     if float8 not in MODES:
         raise UserError("unknown handling of 8 bits", where="float8", got=repr(float8), expected=", ".join(MODES))
     path = resolve(path, "dit.safetensors")
     config = read_config(path)
     files = {key: file for file in read_headers(path) for key in file.shapes}
-    check_whole(path, {key: file.shapes[key] for key, file in files.items()}, config)
+    check_dit_shapes(path, {key: file.shapes[key] for key, file in files.items()}, config)
     with torch.device("meta"):
         model = MiVEDiT(config, operations=operations, attention=attention, dtype=dtype)
-    state = {}
+    state: dict[str, Tensor] = {}
     for key, file in files.items():
         layer = key.removesuffix(".weight")
-        scale = scale_of(file, key)
+        scale = scale_key(file, key)
         if scale is not None and float8 != "scaled_back" and file.shapes[scale] in ((), (1,)) and isinstance(model.get_submodule(layer), nn.Linear):
             weight, factor = read_tensor(file, key).to(device), read_tensor(file, scale).float().view(()).to(device)
             model.set_submodule(layer, Float8Linear(weight, factor, model.get_submodule(layer).bias, float8 == "multiplied"))
             state |= {key: weight, f"{layer}.weight_scale": factor}
-        elif not is_scale(key):
+        elif not is_quantization_key(key):
             state[key] = read_dequantized(file, key, dtype).to(device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def check_whole(path: Path, shapes: dict[str, tuple], config: MiVEConfig) -> None:
-    """Raises UserError unless the file's keys and shapes are those of the config's DiT; those of 8-bit storage are passed over."""
-    check_fit(path, {k: v for k, v in shapes.items() if not is_scale(k)}, shapes_of(config))
+def check_dit_shapes(path: Path, shapes: dict[str, tuple], config: MiVEConfig) -> None:
+    """Raises UserError unless the file's keys and shapes are those of the config's DiT. Keys of 8-bit storage are ignored."""
+    check_shapes(path, {k: v for k, v in shapes.items() if not is_quantization_key(k)}, state_dict_shapes(config))
 
 
-def shapes_of(config: MiVEConfig) -> dict[str, tuple[int, ...]]:
-    """The keys of the config's DiT and their shapes; no memory is taken."""
+def state_dict_shapes(config: MiVEConfig) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the config's DiT, computed without allocating memory."""
     with torch.device("meta"):
         model = MiVEDiT(config, operations=torch.nn, attention=torch_attention)
     return {k: tuple(v.shape) for k, v in model.state_dict().items()}
 
 
-def check_fit(path: Path, got: dict[str, tuple], expected: dict[str, tuple]) -> None:
+def check_shapes(path: Path, got: dict[str, tuple], expected: dict[str, tuple]) -> None:
     """Raises UserError unless both have the same keys and shapes."""
     missing, unexpected = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
     if missing or unexpected:
@@ -129,7 +132,7 @@ def check_fit(path: Path, got: dict[str, tuple], expected: dict[str, tuple]) -> 
 
 
 def inspect(path: str | Path) -> dict:
-    """What a file, or each file of a folder, is: family, config, layers, VLM, parameters, dtypes, bytes."""
+    """Describes a file, or each file of a folder: family, config, layers, VLM, parameters, dtypes, bytes."""
     path = Path(path)
     if not path.exists():
         raise UserError("no such file or folder", where=path)

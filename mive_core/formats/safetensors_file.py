@@ -1,6 +1,6 @@
-"""Safetensors files from the outside: what they hold, whether they are whole, how they are written.
+"""Reads the headers of safetensors files, checks that files are complete, and writes them.
 
-A file is named for what it is before any of its tensors is read; pickles are never opened.
+The kind of model is identified before any tensor is read; pickles are never opened.
 """
 
 import json
@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,16 +28,16 @@ from . import gguf_file
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-ARCHIVE_STARTS = (b"PK", b"\x80\x02")
-CHUNK = 2**24  # bytes that are sent at a time where the system cannot do it alone
+ARCHIVE_MAGIC = (b"PK", b"\x80\x02")
+CHUNK = 2**24  # bytes per copy where the system has no file-to-file copy
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
-SCALES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight, ComfyUI's present and former spelling
-SCALE_NOTES = (".comfy_quant", ".input_scale", ".scale_input", "scaled_fp8")  # for 8-bit products; the weights do not need them
+SCALE_SUFFIXES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight: ComfyUI's present and former spelling
+QUANTIZATION_SUFFIXES = (".comfy_quant", ".input_scale", ".scale_input", "scaled_fp8")  # other keys of 8-bit storage; dequantising needs none of them
 
 VLM_FAMILY, VAE_FAMILY, WAN_FAMILY = "a Qwen3-VL model", "a Wan VAE", "a Wan T2V checkpoint"
-# a family's name and a key that only its files have, most specific first
+# name of a family, pattern of a key that only its files have; most specific first
 FAMILIES = (
     ("a MiVE DiT", r"^context\.projections\.0\.weight$"),
     ("a LoRA", r"lora_(A|B|up|down|a|b)\b|\.lora_"),
@@ -51,31 +51,31 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The outside of a safetensors file: names, shapes and dtypes, with no tensor read."""
+    """The header of a safetensors or GGUF file: names, shapes and dtypes, with no tensor read."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     metadata: dict[str, str]
-    places: dict[str, tuple[int, int]]  # of the tensors' bytes in the file: first, and one after the last
+    offsets: dict[str, tuple[int, int]]  # byte range of each tensor in the file: start, end (exclusive)
 
     @property
     def family(self) -> str:
-        """What kind of model the keys belong to, in words."""
+        """The kind of model, in words."""
         return family_of(self.shapes)
 
 
 @dataclass(frozen=True)
 class FileBytes:
-    """A tensor where it lies in a file, to be sent on as it is."""
+    """The byte range of a tensor in a file, to be copied unchanged."""
 
     path: Path
-    first: int
-    last: int  # one after the last byte
+    start: int
+    end: int  # exclusive
 
 
 def family_of(keys: Iterable[str]) -> str:
-    """What kind of model has such keys, in words."""
+    """Identifies the kind of model by its keys; returns it in words."""
     keys = list(keys)
     for name, pattern in FAMILIES:
         if any(re.search(pattern, key) for key in keys):
@@ -84,7 +84,7 @@ def family_of(keys: Iterable[str]) -> str:
 
 
 def resolve(path: str | Path, default_name: str) -> Path:
-    """A file, or a folder with `default_name` (or its sharded index) in it -> the file. Raises UserError where there is none."""
+    """A file, or a folder with `default_name` (or its sharded index) in it -> the file. Raises UserError if there is none."""
     path = check_input(path, default_name)
     if path.is_dir():
         for name in (default_name, default_name.removesuffix(".safetensors") + INDEX_SUFFIX):
@@ -95,7 +95,7 @@ def resolve(path: str | Path, default_name: str) -> Path:
 
 
 def read_header(path: Path) -> TensorFile:
-    """Checks a safetensors or GGUF file from the outside. Raises UserError for pickles, pages, archives and truncated files."""
+    """Reads and checks the header of a safetensors or GGUF file. Raises UserError for pickles, web pages, archives and truncated files."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise UserError(
             "pickle files are never opened, because opening one runs its code", where=path, expected="a .safetensors file", fix="convert it with its own tool"
@@ -104,11 +104,11 @@ def read_header(path: Path) -> TensorFile:
         return TensorFile(path, *gguf_file.read_gguf_header(path))
     size = path.stat().st_size
     with open(path, "rb") as file:
-        start = file.read(512)
-        header_size = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-        # a header's size may begin with any two bytes, those of an archive too
-        if start[8:9] != b"{" or not 2 <= header_size <= MAX_HEADER_BYTES:
-            kind = "a zip archive or a pickle" if start[:2] in ARCHIVE_STARTS else "a web page" if start.lstrip()[:1] == b"<" else "no safetensors file"
+        head = file.read(512)
+        header_size = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
+        # a header's size may begin with any two bytes, even those of an archive
+        if head[8:9] != b"{" or not 2 <= header_size <= MAX_HEADER_BYTES:
+            kind = "a zip archive or a pickle" if head[:2] in ARCHIVE_MAGIC else "a web page" if head.lstrip()[:1] == b"<" else "no safetensors file"
             raise UserError(f"this is {kind}", where=path, got=f"{size} bytes", expected="a .safetensors file", fix="download it again")
         if header_size + 8 > size:
             raise UserError("the file is truncated", where=path, got=f"{size} bytes", expected=f"at least {header_size + 8} bytes", fix="download it again")
@@ -127,15 +127,16 @@ def read_header(path: Path) -> TensorFile:
             expected=f"{expected} bytes",
             fix="download it again",
         )
-    places = {k: tuple(8 + header_size + offset for offset in v["data_offsets"]) for k, v in header.items()}
-    if METADATA_KEY in header and header.pop(METADATA_KEY)["dtype"] == "U8":  # as hosts store it that keep metadata to themselves
-        first, last = places.pop(METADATA_KEY)
-        metadata = {**metadata, METADATA_KEY: np.fromfile(path, np.uint8, last - first, offset=first).tobytes().decode("utf-8", "replace")}
-    return TensorFile(path, {k: tuple(v["shape"]) for k, v in header.items()}, {k: v["dtype"] for k, v in header.items()}, metadata, places)
+    data_start = 8 + header_size
+    offsets = {k: (data_start + v["data_offsets"][0], data_start + v["data_offsets"][1]) for k, v in header.items()}
+    if METADATA_KEY in header and header.pop(METADATA_KEY)["dtype"] == "U8":  # written by hosts that use the metadata themselves
+        start, end = offsets.pop(METADATA_KEY)
+        metadata = {**metadata, METADATA_KEY: np.fromfile(path, np.uint8, end - start, offset=start).tobytes().decode("utf-8", "replace")}
+    return TensorFile(path, {k: tuple(v["shape"]) for k, v in header.items()}, {k: v["dtype"] for k, v in header.items()}, metadata, offsets)
 
 
 def shard_files(path: Path) -> list[Path]:
-    """A file, or a sharded index -> the files that hold the tensors. Raises UserError naming a missing shard."""
+    """A file, or a sharded index -> the files that hold the tensors. Raises UserError that names a missing shard."""
     if not path.name.endswith(INDEX_SUFFIX):
         return [path]
     index = json.loads(path.read_text())
@@ -149,13 +150,13 @@ def shard_files(path: Path) -> list[Path]:
 
 
 def read_headers(path: Path) -> list[TensorFile]:
-    """The outside of a file, or of every shard of a sharded index."""
+    """The header of a file, or those of all shards of a sharded index."""
     return [read_header(shard) for shard in shard_files(path)]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file or a sharded index, in the file's dtypes."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for shard in read_headers(path):
         try:
             with safe_open(shard.path, framework="pt") as file:
@@ -166,52 +167,55 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensor(file: TensorFile, key: str) -> Tensor:
-    """One tensor, in the file's dtype; what GGUF has quantised becomes float32. Its bytes alone are read; nothing of the file stays
-    mapped. Raises UserError for unknown dtypes."""
+    """Reads one tensor in the file's dtype; quantised GGUF tensors become float32. Raises UserError for unknown dtypes.
+
+    Only the tensor's bytes are read, and the file is not memory-mapped.
+    """
     label = file.dtypes[key]
     dtype, quantised = DTYPES.get(label), label in gguf_file.QUANTISED and file.path.suffix.lower() == gguf_file.SUFFIX
     if dtype is None and not quantised:
         raise UserError("this dtype cannot be read", where=file.path, got=f"{key} as {file.dtypes[key]}", expected=", ".join(DTYPES))
-    first, last = file.places[key]
-    data = np.fromfile(file.path, np.uint8, last - first, offset=first)
+    start, end = file.offsets[key]
+    data = np.fromfile(file.path, np.uint8, end - start, offset=start)
     return gguf_file.decode(data, label, file.shapes[key], file.path) if quantised else torch.from_numpy(data).view(dtype).view(file.shapes[key])
 
 
 def file_bytes(file: TensorFile, key: str) -> FileBytes:
-    """Where a tensor lies."""
-    return FileBytes(file.path, *file.places[key])
+    """The byte range of a tensor."""
+    return FileBytes(file.path, *file.offsets[key])
 
 
-def scale_of(file: TensorFile, key: str) -> str | None:
-    """The key of an 8-bit weight's scale; None for other weights, and where the file has none for it."""
+def scale_key(file: TensorFile, key: str) -> str | None:
+    """The key of an 8-bit weight's scale; None for other weights, or if the file has no scale for it."""
     layer = key.removesuffix(".weight")
-    return next((layer + end for end in SCALES if layer + end in file.shapes), None) if file.dtypes[key] in FLOAT8 else None
+    return next((layer + suffix for suffix in SCALE_SUFFIXES if layer + suffix in file.shapes), None) if file.dtypes[key] in FLOAT8 else None
 
 
 def read_dequantized(file: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
-    """One weight in `dtype`; an 8-bit one times its scale, where the file has one for it (for the whole, or one a row)."""
-    weight, scale = read_tensor(file, key).to(dtype), scale_of(file, key)
+    """Reads one weight in `dtype`. An 8-bit one is multiplied by its scale, if the file has one (per tensor or per row)."""
+    weight, scale = read_tensor(file, key).to(dtype), scale_key(file, key)
     if scale is None:
         return weight
     factor = read_tensor(file, scale).to(dtype)
     return weight.mul_(factor if factor.numel() == 1 else factor.view(-1, 1))
 
 
-def is_scale(key: str) -> bool:
-    """Whether a key belongs to 8-bit storage instead of to the model."""
-    return key.endswith((*SCALES, *SCALE_NOTES))
+def is_quantization_key(key: str) -> bool:
+    """Whether a key belongs to 8-bit storage and not to the model."""
+    return key.endswith((*SCALE_SUFFIXES, *QUANTIZATION_SUFFIXES))
 
 
 def stream_tensors(
     path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], produce: Callable[[str], Tensor | FileBytes], metadata: dict[str, str]
 ) -> None:
-    """One safetensors file, whole or not at all, holding one tensor at a time in memory: produce(key) gives each in turn.
+    """Writes a safetensors file, completely or not at all, with one tensor at a time in memory, as returned by produce(key).
 
-    What is produced as FileBytes goes from file to file. layout: the dtype and the shape of each. Raises UserError where the
-    system refuses the write, or there is no room for it.
+    FileBytes are copied from file to file. `layout` holds the dtype and shape of each tensor. Raises UserError if the system
+    refuses the write, or if the disk lacks space.
     """
     names = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
-    header, end = {"__metadata__": metadata}, 0
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
     for key, (dtype, shape) in layout.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
@@ -226,34 +230,34 @@ def stream_tensors(
         for key, (dtype, shape) in tqdm(layout.items(), desc=path.name, unit="tensor"):
             tensor = produce(key)
             if isinstance(tensor, FileBytes):
-                if tensor.last - tensor.first != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{key}: {tensor.last - tensor.first} bytes where {dtype} of {tuple(shape)} was announced")
-                send(tensor, file)
+                if tensor.end - tensor.start != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{key}: {tensor.end - tensor.start} bytes where {dtype} of {tuple(shape)} was announced")
+                copy_bytes(tensor, file)
                 continue
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{key}: {tuple(tensor.shape)} where {tuple(shape)} was announced")
             file.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def send(place: FileBytes, file: BinaryIO) -> None:
-    """Appends bytes of another file, by the system where it can. Raises UserError where that file ends early."""
+def copy_bytes(origin: FileBytes, file: BinaryIO) -> None:
+    """Appends bytes of another file, by a system call if possible. Raises UserError if that file ends early."""
     file.flush()
-    first = place.first
-    with open(place.path, "rb") as source:
-        while first < place.last:
+    position = origin.start
+    with open(origin.path, "rb") as source:
+        while position < origin.end:
             try:
-                sent = os.copy_file_range(source.fileno(), file.fileno(), place.last - first, first)
-            except (AttributeError, OSError):  # another system, or files on two kinds of disk
-                source.seek(first)
-                sent = file.write(source.read(min(place.last - first, CHUNK)))
+                copied = os.copy_file_range(source.fileno(), file.fileno(), origin.end - position, position)
+            except (AttributeError, OSError):  # other systems, or files on different file systems
+                source.seek(position)
+                copied = file.write(source.read(min(origin.end - position, CHUNK)))
                 file.flush()
-            if not sent:
-                raise UserError("the file is truncated", where=place.path, got=f"{first} bytes", expected=f"{place.last} bytes", fix="download it again")
-            first += sent
+            if not copied:
+                raise UserError("the file is truncated", where=origin.path, got=f"{position} bytes", expected=f"{origin.end} bytes", fix="download it again")
+            position += copied
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file, whole or not at all. Raises UserError where the system refuses the write."""
+    """Writes a safetensors file, completely or not at all. Raises UserError if the system refuses the write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         try:

@@ -1,6 +1,6 @@
-"""A Qwen3-VL in one file, as ComfyUI's users have it: no config beside it, perhaps 8-bit weights with their scales.
+"""Qwen3-VL in a single file, as used with ComfyUI: without a config, possibly with 8-bit weights and their scales.
 
-Its shapes say which size it is; what shapes cannot say is the same in all published sizes (2B to 32B).
+The size follows from the shapes; all other settings are the same in all published sizes (2B to 32B).
 """
 
 from pathlib import Path
@@ -10,40 +10,40 @@ from torch import Tensor
 
 from ..config import VLM_SIZES
 from ..errors import UserError
-from .safetensors_file import VLM_FAMILY, is_scale, read_dequantized, read_header
+from .safetensors_file import VLM_FAMILY, is_quantization_key, read_dequantized, read_header
 
-# published with every Qwen3-VL
+# the same in every published Qwen3-VL
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 151655, 151656, 151652, 151653
 MROPE_SECTION = [24, 20, 20]
 ROPE_THETA = 5_000_000.0
-VISION_HEADS, MERGE = 16, 2
+VISION_HEADS, MERGE_SIZE = 16, 2
 DEEPSTACK = {24: [5, 11, 17], 27: [8, 16, 24]}  # by depth of the vision tower
-PIXELS = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": MERGE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+PREPROCESSING = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": MERGE_SIZE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 IMAGE_SIZE = {"shortest_edge": 65_536, "longest_edge": 16_777_216}  # pixels
 VIDEO_SIZE = {"shortest_edge": 4_096, "longest_edge": 25_165_824}
 
-NAMES = {128: "tiny", **{width: size.upper() for size, (width, _) in VLM_SIZES.items()}}  # by width; tiny is the embedded one
+SIZE_NAMES = {128: "tiny", **{width: size.upper() for size, (width, _) in VLM_SIZES.items()}}  # by width; tiny is the embedded one
 
 
-def config_of(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
-    """Shapes, by keys without the leading `model.` -> the values of a Qwen3VLConfig. Raises UserError where the file is no whole Qwen3-VL."""
+def config_from_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
+    """Shapes, by keys without the leading `model.` -> the values of a Qwen3VLConfig. Raises UserError if the Qwen3-VL is incomplete."""
     try:
         vocabulary, width = shapes["language_model.embed_tokens.weight"]
-        head = shapes["language_model.layers.0.self_attn.q_norm.weight"][0]
+        head_dim = shapes["language_model.layers.0.self_attn.q_norm.weight"][0]
         text = {
             "vocab_size": vocabulary,
             "hidden_size": width,
-            "head_dim": head,
+            "head_dim": head_dim,
             "num_hidden_layers": _depth(shapes, "language_model.layers."),
             "intermediate_size": shapes["language_model.layers.0.mlp.gate_proj.weight"][0],
-            "num_attention_heads": shapes["language_model.layers.0.self_attn.q_proj.weight"][0] // head,
-            "num_key_value_heads": shapes["language_model.layers.0.self_attn.k_proj.weight"][0] // head,
+            "num_attention_heads": shapes["language_model.layers.0.self_attn.q_proj.weight"][0] // head_dim,
+            "num_key_value_heads": shapes["language_model.layers.0.self_attn.k_proj.weight"][0] // head_dim,
         }
-        inner, _, frames, patch, _ = shapes["visual.patch_embed.proj.weight"]
+        vision_width, _, frames, patch, _ = shapes["visual.patch_embed.proj.weight"]
         depth = _depth(shapes, "visual.blocks.")
         vision = {
             "depth": depth,
-            "hidden_size": inner,
+            "hidden_size": vision_width,
             "patch_size": patch,
             "temporal_patch_size": frames,
             "out_hidden_size": width,
@@ -52,12 +52,12 @@ def config_of(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
         }
     except (KeyError, ValueError, IndexError) as error:
         raise UserError("this is no whole Qwen3-VL", where=path, got=f"no {error.args[0]}", expected="language model and vision tower in one file") from error
-    if depth not in DEEPSTACK or 2 * sum(MROPE_SECTION) != head or (frames, patch) != (PIXELS["temporal_patch_size"], PIXELS["patch_size"]):
+    if depth not in DEEPSTACK or 2 * sum(MROPE_SECTION) != head_dim or (frames, patch) != (PREPROCESSING["temporal_patch_size"], PREPROCESSING["patch_size"]):
         raise UserError(
             "this is no published Qwen3-VL",
             where=path,
-            got=f"{depth} vision layers, heads of {head}, patches of {patch}",
-            expected=f"{' or '.join(map(str, DEEPSTACK))} vision layers, heads of {2 * sum(MROPE_SECTION)}, patches of {PIXELS['patch_size']}",
+            got=f"{depth} vision layers, heads of {head_dim}, patches of {patch}",
+            expected=f"{' or '.join(map(str, DEEPSTACK))} vision layers, heads of {2 * sum(MROPE_SECTION)}, patches of {PREPROCESSING['patch_size']}",
             fix="load it as a Hugging Face folder, with its config.json",
         )
     common = {
@@ -68,7 +68,7 @@ def config_of(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     }
     return {
         "text_config": {**text, **common},
-        "vision_config": {**vision, "num_heads": VISION_HEADS, "spatial_merge_size": MERGE, "deepstack_visual_indexes": DEEPSTACK[depth]},
+        "vision_config": {**vision, "num_heads": VISION_HEADS, "spatial_merge_size": MERGE_SIZE, "deepstack_visual_indexes": DEEPSTACK[depth]},
         "image_token_id": IMAGE_TOKEN,
         "video_token_id": VIDEO_TOKEN,
         "vision_start_token_id": VISION_START,
@@ -76,22 +76,22 @@ def config_of(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     }
 
 
-def read_repack(path: Path, dtype: torch.dtype) -> tuple[dict, dict[str, Tensor]]:
-    """One .safetensors file -> the values of a Qwen3VLConfig and the body's weights in `dtype`, 8-bit ones times their scales.
+def read_single_file(path: Path, dtype: torch.dtype) -> tuple[dict, dict[str, Tensor]]:
+    """One .safetensors file -> the values of a Qwen3VLConfig and the body's weights in `dtype`; 8-bit ones are dequantised.
 
-    The language head is left out. Raises UserError for anything but a whole Qwen3-VL in 8, 16 or 32-bit floats.
+    The language head is left out. Raises UserError for anything but a complete Qwen3-VL in 8, 16 or 32-bit floats.
     """
     header = read_header(path)
     if header.family != VLM_FAMILY:
         raise UserError(f"this looks like {header.family}", where=path, expected=VLM_FAMILY)
-    body = {key: key.removeprefix("model.") for key in header.shapes if not is_scale(key) and not key.startswith("lm_head.")}
-    config = config_of(path, {name: header.shapes[key] for key, name in body.items()})
+    body = {key: key.removeprefix("model.") for key in header.shapes if not is_quantization_key(key) and not key.startswith("lm_head.")}
+    config = config_from_shapes(path, {name: header.shapes[key] for key, name in body.items()})
     return config, {name: read_dequantized(header, key, dtype) for key, name in body.items()}
 
 
-def name_of(width: int, path: Path) -> str:
-    """Qwen3-VL-8B and the like, or the file's or folder's name for a width that is not known."""
-    size = NAMES.get(width)
+def vlm_name(width: int, path: Path) -> str:
+    """The model's name, such as Qwen3-VL-8B, or the name of the file or folder if the width is unknown."""
+    size = SIZE_NAMES.get(width)
     return f"Qwen3-VL-{size}" if size else path.stem
 
 

@@ -1,1 +1,1 @@
-"""Video and image files, pixels fitted to what the models take, paths checked at the user's boundary, places behind URLs."""
+"""Video and image files, fitting pixels to the models' input, checks of the user's paths, files behind URLs."""

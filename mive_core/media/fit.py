@@ -1,4 +1,4 @@
-"""Pixels at the user's boundary: RGB, finite, in 0..1, of sizes the model takes.
+"""Fits the user's pixels to the model: RGB, finite, in 0..1, of sizes that it takes.
 
 F frames, H x W pixels. The model takes 4n+1 frames and sides that are multiples of 16
 (the VAE's factors 4 and 8, and the DiT's patch of 2).
@@ -13,7 +13,7 @@ from torch.nn import functional
 from ..errors import UserError
 from ..types import Clip
 
-SIDE = 16
+SIZE_MULTIPLE = 16
 MIN_SIDE, MAX_SIDE = 16, 16384
 
 
@@ -33,9 +33,9 @@ def as_rgb(pixels: Tensor, where: str) -> Tensor:
 
 
 def check_frames(frames: Tensor, where: str) -> Tensor:
-    """(F, H, W, C) -> (F, H, W, 3) float32 in 0..1. What lies outside 0..1 is clamped, with a warning.
+    """(F, H, W, C) -> (F, H, W, 3) float32 in 0..1. Values outside 0..1 are clamped, with a warning.
 
-    Raises UserError for 0 frames, another number of axes, and NaN or infinity (with the frame's index).
+    Raises UserError for 0 frames, a wrong number of axes, and NaN or infinity (with the frame's index).
     """
     if frames.ndim != 4:
         raise UserError("not a clip", where=where, got=f"shape {tuple(frames.shape)}", expected="(frames, height, width, channels)")
@@ -43,7 +43,7 @@ def check_frames(frames: Tensor, where: str) -> Tensor:
         raise UserError("the clip holds 0 frames", where=where, expected="1 or more")
     check_size(frames.shape[2], frames.shape[1], where)
     frames = as_rgb(frames.float(), where)
-    low, high = frames.amin(dim=(1, 2, 3)), frames.amax(dim=(1, 2, 3))  # NaN and infinity come through
+    low, high = frames.amin(dim=(1, 2, 3)), frames.amax(dim=(1, 2, 3))  # NaN and infinity propagate
     broken = ~(low.isfinite() & high.isfinite())
     if broken.any():
         raise UserError("NaN or infinite pixels", where=where, got=f"frame {broken.nonzero()[0].item()}", expected="finite values in 0..1")
@@ -59,7 +59,7 @@ def check_size(width: int, height: int, where: str) -> None:
 
 
 def check_request_size(size: tuple[int, int]) -> None:
-    """(width, height) asked for by name. Raises UserError unless both are multiples of 16 within bounds."""
+    """Raises UserError unless the requested (width, height) are multiples of 16 within bounds."""
     width, height = size
     fit = (_nearest(width), _nearest(height))
     if fit != (width, height):
@@ -69,19 +69,19 @@ def check_request_size(size: tuple[int, int]) -> None:
 
 
 def check_request_frames(num_frames: int) -> None:
-    """A number of frames asked for by name. Raises UserError unless it is 4n+1."""
+    """Raises UserError unless the requested number of frames is 4n+1."""
     if num_frames < 1 or num_frames % 4 != 1:
         lower = max(1, (num_frames - 1) // 4 * 4 + 1)
         raise UserError("the model takes 4n+1 frames", where="frames", got=num_frames, expected=f"{lower} or {lower + 4}, the nearest that fit")
 
 
 def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | None = None, where: str = "source") -> Clip:
-    """Clip -> Clip of 4n+1 frames with sides that are multiples of 16; checks its pixels too.
+    """Clip -> Clip of 4n+1 frames with sides that are multiples of 16. The pixels are checked by check_frames.
 
-    Frames: the first `num_frames`; without it the clip loses 0 to 3 frames at its end, with a warning.
-    Size: (width, height); without it each side goes to the nearest multiple of 16, with a warning.
-    The picture is scaled to cover the size and cropped at the centre.
-    Raises UserError where `num_frames` or `size` does not fit, or the clip is shorter than asked.
+    Frames: the first `num_frames`; without it 0 to 3 frames are cut off at the end, with a warning.
+    Size: (width, height); without it each side is rounded to the nearest multiple of 16, with a warning.
+    Frames are scaled to cover the size and cropped at the centre.
+    Raises UserError if `num_frames` or `size` does not fit, or if the clip is shorter than `num_frames`.
     """
     frames = clip.frames
     if num_frames is not None:
@@ -92,12 +92,12 @@ def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | 
                 where=where,
                 got=f"{len(frames)} frames",
                 expected=f"{num_frames}",
-                fix=f"ask for {trimmed(len(frames))} or fewer",
+                fix=f"ask for {valid_num_frames(len(frames))} or fewer",
             )
         frames = frames[:num_frames]
-    elif len(frames) and len(frames) != trimmed(len(frames)):
-        warnings.warn(f"{where}: the model takes 4n+1 frames; {len(frames)} are trimmed to {trimmed(len(frames))}", stacklevel=2)
-        frames = frames[: trimmed(len(frames))]
+    elif len(frames) and len(frames) != valid_num_frames(len(frames)):
+        warnings.warn(f"{where}: the model takes 4n+1 frames; {len(frames)} are trimmed to {valid_num_frames(len(frames))}", stacklevel=2)
+        frames = frames[: valid_num_frames(len(frames))]
     frames = check_frames(frames, where)
     if size is not None:
         check_request_size(size)
@@ -108,14 +108,14 @@ def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | 
             warnings.warn(
                 f"{where}: the model takes sides that are multiples of 16; {width}x{height} is scaled and cropped to {size[0]}x{size[1]}", stacklevel=2
             )
-    return Clip(cover(frames, size), clip.fps)
+    return Clip(resize_and_crop(frames, size), clip.fps)
 
 
 def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "reference", source_size: tuple[int, int] | None = None) -> Tensor:
-    """(H, W, C) -> (height, width, 3) in 0..1 for size (width, height); the same policy as the source's.
+    """(H, W, C) -> (height, width, 3) in 0..1 for size (width, height), scaled and cropped like the source.
 
-    Warns where cropping takes a tenth more of the picture than of the source, which was `source_size`, the same by default, before
-    it was fitted: the two would no longer lie over each other.
+    `source_size` is the source's size before it was fitted, by default `size`. Warns if its aspect ratio differs by more than a tenth
+    from the reference's: the two would be cropped differently and no longer align.
     Raises UserError for a batch of images, bad pixels and sides out of bounds.
     """
     if reference.ndim == 4:
@@ -130,15 +130,15 @@ def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "refere
             f"{where}: {shape[2]}x{shape[1]} is cropped at the centre to the shape of {size[0]}x{size[1]}; it should be the source's first frame, edited",
             stacklevel=2,
         )
-    return cover(image, size)[0]
+    return resize_and_crop(image, size)[0]
 
 
 def fit_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """(F, H, W, 3) in 0..1 -> (F, height, width) bool, cut at one half."""
-    return cover(mask, size).mean(dim=-1) > 0.5
+    """(F, H, W, 3) in 0..1 -> (F, height, width) bool, thresholded at one half."""
+    return resize_and_crop(mask, size).mean(dim=-1) > 0.5
 
 
-def cover(frames: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_and_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """(F, H, W, 3) -> (F, height, width, 3): scaled to cover size (width, height), cropped at the centre."""
     width, height = size
     if frames.shape[1:3] == (height, width):
@@ -146,17 +146,17 @@ def cover(frames: Tensor, size: tuple[int, int]) -> Tensor:
     scale = max(width / frames.shape[2], height / frames.shape[1])
     scaled = (max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale)))
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    pictures = [
+    images = [
         functional.interpolate(frame.movedim(-1, 0)[None], scaled, mode="bicubic", antialias=True)[0, :, top : top + height, left : left + width]
         for frame in frames
-    ]  # one at a time: the enlarged clip is never held whole
-    return torch.stack(pictures).movedim(1, -1).clamp(0, 1).contiguous()
+    ]  # one at a time, so that the enlarged clip is never in memory
+    return torch.stack(images).movedim(1, -1).clamp(0, 1).contiguous()
 
 
-def trimmed(num_frames: int) -> int:
-    """The most frames of the form 4n+1."""
+def valid_num_frames(num_frames: int) -> int:
+    """The largest number of the form 4n+1 up to num_frames."""
     return (num_frames - 1) // 4 * 4 + 1
 
 
 def _nearest(side: int) -> int:
-    return min(MAX_SIDE, max(SIDE, int(side / SIDE + 0.5) * SIDE))
+    return min(MAX_SIDE, max(SIZE_MULTIPLE, int(side / SIZE_MULTIPLE + 0.5) * SIZE_MULTIPLE))

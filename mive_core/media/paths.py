@@ -1,4 +1,4 @@
-"""Paths at the user's boundary: refused early with the reason, written beside and renamed."""
+"""Checks the user's paths early, and writes files and folders atomically."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from ..errors import UserError
 
 
 def check_input(path: str | os.PathLike, what: str) -> Path:
-    """The path of something that exists and may be read. Raises UserError, which names `what`."""
+    """Returns the path if it exists and is readable. Raises UserError that names `what`."""
     where = f"{what} {os.fspath(path)!r}"
     _check_spelling(path, where)
     try:
@@ -26,7 +26,7 @@ def check_input(path: str | os.PathLike, what: str) -> Path:
 
 
 def check_output(path: str | os.PathLike, what: str, suffixes: Collection[str]) -> Path:
-    """The path of a file that can be written: known suffix, existing folder. Raises UserError."""
+    """Returns the path if a file can be written there: known suffix, existing folder. Raises UserError."""
     where = f"{what} {os.fspath(path)!r}"
     _check_spelling(path, where)
     path = Path(path)
@@ -47,7 +47,7 @@ def check_output(path: str | os.PathLike, what: str, suffixes: Collection[str]) 
 
 
 def check_output_folder(path: str | os.PathLike, what: str) -> Path:
-    """The path of a folder that exists or can be made. Raises UserError."""
+    """Returns the path if it is a folder or one can be created there. Raises UserError."""
     where = f"{what} {os.fspath(path)!r}"
     _check_spelling(path, where)
     path = Path(path)
@@ -65,16 +65,16 @@ def check_output_folder(path: str | os.PathLike, what: str) -> Path:
 
 
 def numbered_name(number: int, name: str, digits: int) -> str:
-    """A file name without suffix: the number, then what of the name any file system takes, at most 80 characters."""
+    """A file name without suffix: the number, then the ASCII letters and digits of the name, at most 80 characters."""
     return "-".join([f"{number:0{digits}d}", *re.findall(r"[A-Za-z0-9]+", name)])[:80].rstrip("-")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, in the same folder, which takes the name of `path` at the end.
+    """Yields a temporary path in the same folder, which is renamed to `path` at the end.
 
-    On any failure the partial file is removed and what stood at `path` stays as it was.
-    Raises UserError where the system refuses the write.
+    On any failure the temporary file is removed, and an existing file at `path` stays unchanged.
+    Raises UserError if the system refuses the write.
     """
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
@@ -91,9 +91,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path`, whose entries move into `path` at the end, each by a rename.
+    """Yields an empty folder beside `path`; at the end each of its entries is renamed into `path`.
 
-    Entries of the same name are replaced, others stay. On any failure nothing of it remains.
+    Entries of the same name are replaced, others stay. The temporary folder is removed in any case.
     """
     path = path.absolute()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -114,13 +114,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes what `atomic_write` and `atomic_folder` of killed processes have left in it."""
+    """Removes leftovers of `atomic_write` and `atomic_folder` in killed processes."""
     for path in folder.glob(".*.partial*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut, where folders can be opened."""
+    """Makes a rename survive a power cut, on systems that can open folders."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -21,16 +21,16 @@ from .paths import atomic_write, check_input, check_output
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
-DEFAULT_FPS = 24.0  # of a folder of frames, or of a file that does not say
+DEFAULT_FPS = 24.0  # of a folder of frames, or of a file without a frame rate
 MAX_CLIP_BYTES = 16 * 2**30
-UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what PIL raises
+PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def read_clip(path: str | os.PathLike, *, what: str = "video", fps: float = DEFAULT_FPS, num_frames: int | None = None) -> Clip:
     """A video file, a folder of frames in natural order, or one image -> Clip of (F, H, W, 3) in 0..1.
 
-    `fps` is what a folder or an image plays at; a file's own rate wins. At most `num_frames` are read.
-    Raises UserError for anything that is not a readable video, under the name `what`.
+    `fps` applies to folders, images and files without a frame rate. At most `num_frames` are read.
+    Raises UserError that names `what` for anything but a readable video.
     """
     path = check_input(path, what)
     if path.is_dir():
@@ -41,7 +41,7 @@ def read_clip(path: str | os.PathLike, *, what: str = "video", fps: float = DEFA
 
 
 def read_image(path: str | os.PathLike, *, what: str = "image") -> Tensor:
-    """One image file -> (H, W, 3) float32 in 0..1, upright as its EXIF says.
+    """One image file -> (H, W, 3) float32 in 0..1, rotated as its EXIF data require.
 
     Gray is expanded; transparency is composited over black, with a warning. Raises UserError.
     """
@@ -58,14 +58,14 @@ def read_image(path: str | os.PathLike, *, what: str = "image") -> Tensor:
     except UserError:
         raise
     except Image.UnidentifiedImageError:
-        raise UserError("is not an image that can be read", where=where, got=_looks_like(path), expected="PNG, JPEG or WebP") from None
-    except UNREADABLE_IMAGE as error:
-        raise UserError(f"the image is damaged or too large ({error})", where=where, got=_looks_like(path), fix="save it again") from None
+        raise UserError("is not an image that can be read", where=where, got=_describe(path), expected="PNG, JPEG or WebP") from None
+    except PIL_ERRORS as error:
+        raise UserError(f"the image is damaged or too large ({error})", where=where, got=_describe(path), fix="save it again") from None
     return as_rgb(torch.from_numpy(pixels), where)
 
 
 def write_video(path: str | os.PathLike, clip: Clip) -> Path:
-    """Clip -> H.264 file (.mp4, .mov or .mkv; yuv420p, crf 12, BT.709), complete or not at all.
+    """Clip -> H.264 file (.mp4, .mov or .mkv; yuv420p, crf 12, BT.709), written completely or not at all.
 
     Raises UserError for odd sizes, non-finite pixels and paths that cannot be written.
     """
@@ -75,12 +75,12 @@ def write_video(path: str | os.PathLike, clip: Clip) -> Path:
     if height % 2 or width % 2:
         raise UserError("H.264 in yuv420p needs even sizes", where=path, got=f"{width}x{height}")
     with atomic_write(path) as partial:
-        _encode(partial, frames, _rate(clip.fps, path), path)
+        _encode(partial, frames, _frame_rate(clip.fps, path), path)
     return path
 
 
 def write_frames(folder: Path, frames: Tensor) -> None:
-    """(F, H, W, 3) in 0..1, or (F, H, W) bool -> folder/00000.png ...; lossless at 8 bits. `folder` is made."""
+    """(F, H, W, 3) in 0..1, or (F, H, W) bool -> folder/00000.png ...; lossless at 8 bits. Creates `folder`."""
     folder.mkdir(parents=True)
     if frames.dtype != torch.bool:
         frames = check_frames(frames, f"output {str(folder)!r}")
@@ -90,7 +90,7 @@ def write_frames(folder: Path, frames: Tensor) -> None:
 
 def write_image(path: Path, image: Tensor) -> None:
     """(H, W, 3) in 0..1, or (H, W) bool -> PNG; lossless at 8 bits."""
-    Image.fromarray(_eight_bit(image)).save(path)
+    Image.fromarray(_to_uint8(image)).save(path)
 
 
 def _image_pixels(image: Image.Image) -> np.ndarray:
@@ -105,10 +105,10 @@ def _image_pixels(image: Image.Image) -> np.ndarray:
 
 def _read_folder(folder: Path, what: str, num_frames: int | None) -> Tensor:
     where = f"{what} {str(folder)!r}"
-    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")), key=_natural)
+    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")), key=_natural_key)
     if not paths:
         raise UserError("the folder holds no frames", where=where, got=f"{len(list(folder.iterdir()))} other entries", expected=" or ".join(IMAGE_SUFFIXES))
-    frames = []
+    frames: list[Tensor] = []
     for path in paths[:num_frames]:
         frames.append(read_image(path, what=f"{what}'s frame"))
         if frames[-1].shape != frames[0].shape:
@@ -121,7 +121,8 @@ def _read_folder(folder: Path, what: str, num_frames: int | None) -> Tensor:
 
 def _read_file(path: Path, what: str, fps: float, num_frames: int | None) -> Clip:
     where = f"{what} {str(path)!r}"
-    frames, num_packets = [], 0
+    frames: list[np.ndarray] = []
+    num_packets = 0
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -141,16 +142,16 @@ def _read_file(path: Path, what: str, fps: float, num_frames: int | None) -> Cli
         raise UserError(
             f"is not a video that can be read ({_reason(error)})",
             where=where,
-            got=f"{_looks_like(path)}, {len(frames)} frames decoded",
+            got=f"{_describe(path)}, {len(frames)} frames decoded",
             expected="a whole video file",
         ) from None
     if not frames:
-        raise UserError("the video holds 0 frames", where=where, got=_looks_like(path), expected="1 or more")
-    if num_packets < declared and num_frames is None:  # packets, as an edit list may hide frames of a whole file
+        raise UserError("the video holds 0 frames", where=where, got=_describe(path), expected="1 or more")
+    if num_packets < declared and num_frames is None:  # counts packets, since an edit list may hide frames of a complete file
         raise UserError(
             "the file is truncated",
             where=where,
-            got=f"{num_packets} frames in {_looks_like(path)}",
+            got=f"{num_packets} frames in {_describe(path)}",
             expected=f"{declared} frames",
             fix="copy it again, or ask for fewer frames",
         )
@@ -161,7 +162,7 @@ def _read_file(path: Path, what: str, fps: float, num_frames: int | None) -> Cli
 
 
 def _frame_pixels(frame: av.VideoFrame) -> np.ndarray:
-    """(H, W, 3 or 4) uint8, turned upright."""
+    """(H, W, 3 or 4) uint8, rotated upright."""
     alpha = any(component.is_alpha for component in frame.format.components)
     pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24")
     return np.rot90(pixels, round(frame.rotation / 90) % 4)
@@ -177,20 +178,20 @@ def _encode(partial: Path, frames: Tensor, rate: Fraction, path: Path) -> None:
             context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
             context.color_range = 1  # 16..235
             for frame in frames:
-                picture = av.VideoFrame.from_ndarray(_eight_bit(frame), format="rgb24")
-                container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
+                video_frame = av.VideoFrame.from_ndarray(_to_uint8(frame), format="rgb24")
+                container.mux(stream.encode(video_frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
             container.mux(stream.encode())
     except av.FFmpegError as error:
         raise UserError(f"could not be encoded ({_reason(error)})", where=path, fix="check space and permissions") from error
 
 
-def _rate(fps: float, path: Path) -> Fraction:
+def _frame_rate(fps: float, path: Path) -> Fraction:
     if not 0 < fps < 1000:
         raise UserError("the frame rate makes no video", where=path, got=fps, expected="more than 0, less than 1000")
     return Fraction(fps).limit_denominator(1001)
 
 
-def _eight_bit(frame: Tensor) -> np.ndarray:
+def _to_uint8(frame: Tensor) -> np.ndarray:
     return (frame.float() * 255).round().to(torch.uint8).cpu().numpy()
 
 
@@ -205,13 +206,13 @@ def _check_memory(num_frames: int, height: int, width: int, where: str) -> None:
         )
 
 
-def _natural(path: Path) -> list[tuple[int, int | str]]:
-    """frame2 before frame10."""
+def _natural_key(path: Path) -> list[tuple[int, int | str]]:
+    """Sort key that puts frame2 before frame10."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]+)", path.name.lower())]
 
 
-def _looks_like(path: Path) -> str:
-    """What the first bytes say, with the length: for the message on a file that cannot be read."""
+def _describe(path: Path) -> str:
+    """Describes an unreadable file by its first bytes and its length, for an error message."""
     with open(path, "rb") as file:
         head = file.read(512)
     length = f"{path.stat().st_size} bytes"

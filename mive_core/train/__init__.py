@@ -1,1 +1,1 @@
-"""The trainer: tasks.train(recipe) reads a recipe and runs its task through the loop."""
+"""The trainer. Entry point: tasks.train, which runs the task of a recipe in the training loop."""

@@ -1,4 +1,4 @@
-"""How a DiT's blocks run while it is trained: recomputed, waiting in main memory, compiled, sharded."""
+"""Memory savers for a DiT's blocks in training: gradient checkpointing, activation offload, FSDP2 sharding."""
 
 from functools import partial
 
@@ -13,13 +13,13 @@ from ..errors import UserError
 
 
 def checkpoint_activations(model: MiVEDiT) -> None:
-    """Gradient checkpointing: a block keeps its input only."""
+    """Enables gradient checkpointing: each block keeps only its input and recomputes the rest in the backward pass."""
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def offload(model: MiVEDiT) -> None:
-    """What blocks keep, which after `checkpoint_activations` are their inputs, waits in main memory for the backward pass."""
+def offload_activations(model: MiVEDiT) -> None:
+    """Moves the activations that blocks keep (after `checkpoint_activations`: their inputs) to main memory until the backward pass."""
     for block in model.blocks:
         block.forward = partial(_offloaded, block.forward)
 
@@ -30,20 +30,21 @@ def _offloaded(forward, *args, **kwargs):
 
 
 def shard(model: MiVEDiT, bf16: bool = False) -> None:
-    """FSDP2: a block's weights are whole only while it runs, the others' while the model does. Raises UserError where it runs alone.
+    """Shards the weights with FSDP2: those of a block are gathered while it runs, the rest while the model runs.
 
-    In bf16 they are put together so; parts, gradients' sums and what the optimizer sees stay as they are.
+    `bf16` gathers weights in bfloat16 and reduces gradients in float32; the shards and the optimizer state keep their dtype.
+    Raises UserError if there is only one process.
     """
     if not distributed.is_initialized():
         raise UserError("sharded training takes several processes", got="one", fix="start it with torchrun or `accelerate launch`")
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else MixedPrecisionPolicy()
-    for part in (*model.blocks, model):
-        fully_shard(part, mp_policy=policy)
+    for module in (*model.blocks, model):
+        fully_shard(module, mp_policy=policy)
     register_fsdp_forward_method(model, "embed_condition")
 
 
-def part(model: MiVEDiT) -> None:
-    """After forwards without a backward pass: what is sharded is in parts again, of which the outermost was left whole."""
+def reshard(model: MiVEDiT) -> None:
+    """Frees the gathered weights after a forward pass without a backward pass: FSDP2 leaves those of the root module gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

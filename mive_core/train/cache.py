@@ -1,7 +1,7 @@
-"""What training reads of a manifest's pairs, computed once by frozen models: latents, and the states of the chosen VLM layers.
+"""Feature cache for training: latents and VLM states of a manifest's pairs, computed once by the frozen models.
 
-A cache is a folder of shards and an index.json that says what they were made by and for. An interrupted one goes on where it
-stopped, shard by shard. C latent channels, T x Y x X latent grid; K chosen layers, S VLM tokens, D_vlm their width.
+A cache is a folder of shards and an index.json with a contract, which records models and settings. An interrupted computation resumes
+at the first missing shard. C latent channels, T x Y x X latent grid; K chosen layers, S VLM tokens, D_vlm their width.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import MiVEConfig
-from ..data.executor import SKIPPED_ERRORS, Executor, ahead, run_items
-from ..data.journal import mark_of
+from ..data.executor import SKIPPED_ERRORS, Executor, prefetch, run_items
+from ..data.journal import fingerprint
 from ..data.manifest import ManifestEntry, load_entry, read_source
 from ..errors import UserError
 from ..formats.checkpoint import read_config
@@ -33,57 +34,57 @@ from .objective import latent_mask
 
 INDEX = "index.json"
 METADATA_KEY = "mive.cache"
-NUM_PER_SHARD = 16
-STATES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-SCALE = ".scale"  # beside 8-bit states: one number a token
-FREE_DISK = 1.05  # of what is still to be written
+NUM_PER_SHARD = 16  # pairs
+STATE_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+SCALE_SUFFIX = ".scale"  # key suffix of the scales of 8-bit states, one number per token
+FREE_DISK = 1.05  # required free disk space, relative to the bytes still to write
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What a cache depends on beside the models and the pairs."""
+    """What a cache depends on, besides the models and the pairs."""
 
-    buckets: tuple[tuple[int, int, int], ...] = ()  # (width, height, frames) to choose from; none: each clip as it is
-    states: str = "bf16"
-    negative: bool = False  # the states of an empty instruction too, for condition dropout
+    buckets: tuple[tuple[int, int, int], ...] = ()  # (width, height, frames) to fit clips to; (): original sizes
+    states: str = "bf16"  # dtype of the VLM states, a key of STATE_DTYPES
+    negative: bool = False  # whether to store states of an empty instruction too, for condition dropout
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Where one pair's features are, and the shapes that decide which pairs can share a batch."""
+    """Location of one pair's features, and the shapes that must be equal within a batch."""
 
-    shard: str
-    key: str
-    name: str
+    shard: str  # file name
+    key: str  # prefix of the tensors' keys: the line in the manifest
+    name: str  # name of the pair
     grid: tuple[int, int, int]  # T, Y, X
     num_tokens: int  # S
-    num_negative: int = 0  # S of the empty instruction, where it is there: timestamps make it differ too
+    num_negative: int = 0  # S of the empty instruction, 0 if not cached; it varies too, since prompts contain timestamps
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen models that a cache is made by, and the contract of the DiT that is to read it."""
+    """The frozen models that compute the features, and the config of the DiT to be trained on them."""
 
     vae: VAE
     vlm: VLM
     config: MiVEConfig
-    digest: str  # of both models
+    digest: str  # file_digest of both models
 
     @classmethod
     def load(cls, models: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Encoders":
-        """A folder with dit.safetensors (only its config is read), vae.safetensors and vlm/. Raises UserError."""
+        """Loads a folder with dit.safetensors (only its config is read), vae.safetensors and vlm/. Raises UserError."""
         check_device(device)
         folder = Path(models)
         config = read_config(resolve(folder, "dit.safetensors"))
         vlm = VLM.load(folder / "vlm", dtype=dtype, device=device)
         check_vlm(vlm, config, folder)
         vae = resolve(folder, "vae.safetensors")
-        digest = digest_of([vae, *shard_files(resolve(folder / "vlm", WEIGHTS)), folder / "vlm" / "tokenizer.json"])
+        digest = file_digest([vae, *shard_files(resolve(folder / "vlm", WEIGHTS)), folder / "vlm" / "tokenizer.json"])
         return cls(VAE.load(vae, dtype=dtype, device=device), vlm, config, digest)
 
     @torch.inference_mode()
     def features(self, pair: PairedEdit, settings: CacheSettings) -> dict[str, Tensor]:
-        """target, source (C, T, Y, X) and reference (C, 1, Y, X) in bf16; mask (T, Y, X); states, negative (K, S, D_vlm) and scales."""
+        """Returns target, source (C, T, Y, X) and reference (C, 1, Y, X) in bf16; mask (T, Y, X); states, negative (K, S, D_vlm) and their scales."""
         if pair.target is None:
             raise UserError("the pair has no target, so there is nothing to learn")
         clips = {"target": pair.target, "source": pair.request.source.frames, "reference": pair.request.reference[None]}
@@ -92,12 +93,12 @@ class Encoders:
         features["mask"] = latent_mask(mask).to(torch.bfloat16)
         requests = {"states": pair.request} | ({"negative": replace(pair.request, instruction="")} if settings.negative else {})
         for name, request in requests.items():
-            features |= stored(name, self.vlm.condition(request, self.config).states[0], settings.states)
+            features |= quantize_states(name, self.vlm.condition(request, self.config).states[0], settings.states)
         return features
 
 
-def digest_of(files: Sequence[Path]) -> str:
-    """Of the files' names, lengths and headers, which is quick at any size; a tokenizer is read whole."""
+def file_digest(files: Sequence[Path]) -> str:
+    """Hashes names, sizes and headers of safetensors files, which is fast at any size, and the full text of other files (a tokenizer)."""
     digest = hashlib.sha256()
     for file in files:
         header = repr(sorted(read_header(file).shapes.items())) if file.suffix == ".safetensors" else file.read_text(encoding="utf-8")
@@ -105,22 +106,22 @@ def digest_of(files: Sequence[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def stored(name: str, states: Tensor, how: str) -> dict[str, Tensor]:
-    """(K, S, D_vlm) as a cache holds it: bf16, or 8 bits with one scale a token, since single channels are thousands of times the rest."""
-    if how == "bf16":
+def quantize_states(name: str, states: Tensor, dtype: str) -> dict[str, Tensor]:
+    """States (K, S, D_vlm) -> tensors to store: bf16, or fp8 with one scale per token, since single channels are thousands of times larger than the rest."""
+    if dtype == "bf16":
         return {name: states.to(torch.bfloat16)}
-    scale = states.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / torch.finfo(STATES["fp8"]).max
-    return {name: (states.float() / scale).to(STATES["fp8"]), name + SCALE: scale}
+    scale = states.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / torch.finfo(STATE_DTYPES["fp8"]).max
+    return {name: (states.float() / scale).to(STATE_DTYPES["fp8"]), name + SCALE_SUFFIX: scale}
 
 
-def restored(name: str, tensors: dict[str, Tensor]) -> Tensor:
-    """The inverse of `stored`, in float32."""
+def dequantize_states(name: str, tensors: dict[str, Tensor]) -> Tensor:
+    """Inverse of quantize_states: stored tensors -> states (K, S, D_vlm) in float32."""
     states = tensors[name].float()
-    return states * tensors[name + SCALE] if name + SCALE in tensors else states
+    return states * tensors[name + SCALE_SUFFIX] if name + SCALE_SUFFIX in tensors else states
 
 
 def fit_bucket(clip: Clip, buckets: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
-    """The bucket nearest in aspect ratio, then the longest, of those that are no longer than the clip. Raises UserError where none is."""
+    """Chooses a bucket no longer than the clip: nearest in aspect ratio, then longest, then widest. Raises UserError if there is none."""
     num_frames, height, width = clip.frames.shape[:3]
     fitting = [bucket for bucket in buckets if bucket[2] <= num_frames]
     if not fitting:
@@ -129,7 +130,7 @@ def fit_bucket(clip: Clip, buckets: Sequence[tuple[int, int, int]]) -> tuple[int
 
 
 def read_pair(entry: ManifestEntry, settings: CacheSettings) -> PairedEdit:
-    """Raises UserError for whatever makes the pair unusable."""
+    """Reads a pair, fitted to its bucket. Raises UserError if the pair is unusable."""
     if not settings.buckets:
         return load_entry(entry)
     clip = read_source(entry, max(frames for _, _, frames in settings.buckets))
@@ -139,27 +140,27 @@ def read_pair(entry: ManifestEntry, settings: CacheSettings) -> PairedEdit:
 
 @dataclass(frozen=True)
 class Shard:
-    """What is to be written into one file."""
+    """The contents of one file, before it is written."""
 
     path: Path
-    lines: range  # of the manifest
-    entries: Sequence[ManifestEntry]  # one a line
-    mark: str
+    lines: range  # lines of the manifest, counted from 0
+    entries: Sequence[ManifestEntry]  # one entry per line
+    fingerprint: str  # hash of contract and entries
 
 
 @dataclass(frozen=True)
 class ShardWorker:
-    """Writes shards; its pairs are read one ahead."""
+    """Worker of data.executor that writes shards; within a shard, the next pair is read during the encoding of the current one."""
 
     encoders: Encoders
     settings: CacheSettings
-    known: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # features that are there already, by line
+    precomputed: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # features by line, computed for the size estimate
 
     def read(self, shard: Shard) -> None:
-        """Nothing: a shard's pairs would not fit in memory together."""
+        """Reads nothing ahead: all pairs of a shard at once would not fit in memory."""
 
     def work(self, shard: Shard, read: None) -> dict:
-        write_shard(shard, self.encoders, self.settings, self.known)
+        write_shard(shard, self.encoders, self.settings, self.precomputed)
         return {}
 
 
@@ -168,47 +169,49 @@ def cache(
     encoders: Encoders,
     folder: str | Path,
     settings: CacheSettings = CacheSettings(),
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], object] = lambda text: None,
     executor: Executor = Executor(),
     load: Callable[[], Encoders] | None = None,
 ) -> dict:
-    """Computes what is missing of the cache -> its index.
+    """Computes the missing shards of a cache and returns its index.
 
-    A pair that cannot be used is skipped, counted and named in the index. `load` gives each worker on Ray encoders of its own. Raises
-    UserError where the folder cannot be written, holds a cache of something else, the disk is too small or no pair is usable.
+    Unusable pairs are skipped and listed in the index with the reason. `log` receives the size estimate; `load` loads separate encoders
+    for each worker on Ray. Raises UserError if the folder cannot be written or holds another cache, the disk is too small or no pair is usable.
     """
     folder = check_output_folder(folder, "output")
     folder.mkdir(parents=True, exist_ok=True)
-    contract = contract_of(encoders, settings)
+    contract = cache_contract(encoders, settings)
     check_same(folder, contract)
-    shards = shards_of(entries, folder.absolute(), contract)
-    missing = [shard for shard in shards if report_of(shard) is None]
-    known = check_space(folder, missing, len(shards), encoders, settings, say) if missing else {}
-    make = (lambda: ShardWorker(load(), settings)) if executor.ray and load else lambda: ShardWorker(encoders, settings, known)
+    shards = plan_shards(entries, folder.absolute(), contract)
+    missing = [shard for shard in shards if read_report(shard) is None]
+    precomputed = check_space(folder, missing, len(shards), encoders, settings, log) if missing else {}
+    make = (lambda: ShardWorker(load(), settings)) if executor.ray and load else lambda: ShardWorker(encoders, settings, precomputed)
     for _, outcome in tqdm(run_items(make, missing, executor), total=len(missing), desc="cache", unit="shard", disable=None):
         if "why" in outcome:
             raise UserError(outcome["why"])
     remove_partial_files(folder)
-    return write_index(folder, contract, [report_of(shard) for shard in shards])
+    return write_index(folder, contract, [read_report(shard) for shard in shards])  # type: ignore[misc]  # all shards are written by now
 
 
-def shards_of(entries: Sequence[ManifestEntry], folder: Path, contract: dict) -> list[Shard]:
+def plan_shards(entries: Sequence[ManifestEntry], folder: Path, contract: dict) -> list[Shard]:
+    """Splits the entries into shards."""
     shards = []
     for number, first in enumerate(range(0, len(entries), NUM_PER_SHARD)):
         lines = range(first, min(first + NUM_PER_SHARD, len(entries)))
         group = [entries[line] for line in lines]
-        shards.append(Shard(folder / f"{number:06d}.safetensors", lines, group, mark_of(sorted(contract.items()), *group)))
+        shards.append(Shard(folder / f"{number:06d}.safetensors", lines, group, fingerprint(sorted(contract.items()), *group)))
     return shards
 
 
-def contract_of(encoders: Encoders, settings: CacheSettings) -> dict:
+def cache_contract(encoders: Encoders, settings: CacheSettings) -> dict:
+    """Returns the models and settings that the features depend on, as JSON values."""
     config = json.loads(json.dumps(asdict(encoders.config)))
     read = {key: config[key] for key in ("vlm", "vlm_width", "vlm_num_layers", "video_fps", "max_video_tokens", "max_instruction_tokens", "latent_format")}
     return {"layers": list(encoders.config.resolved_layers), **read, "models": encoders.digest, **json.loads(json.dumps(asdict(settings)))}
 
 
 def check_same(folder: Path, contract: dict) -> None:
-    """Raises UserError where the folder's index is of a cache made otherwise."""
+    """Raises UserError if the folder holds a cache with another contract."""
     if (folder / INDEX).is_file():
         existing = read_index(folder)["contract"]
         differing = [key for key in contract if existing.get(key) != contract[key]]
@@ -223,22 +226,23 @@ def check_same(folder: Path, contract: dict) -> None:
 
 
 def check_space(
-    folder: Path, missing: Sequence[Shard], num_shards: int, encoders: Encoders, settings: CacheSettings, say: Callable[[str], None]
+    folder: Path, missing: Sequence[Shard], num_shards: int, encoders: Encoders, settings: CacheSettings, log: Callable[[str], object]
 ) -> dict[int, dict[str, Tensor]]:
-    """Says how many bytes the missing of the shards will take, judged by their first usable pair -> its features, by its line.
+    """Logs the estimated size of the missing shards, from their first usable pair, and returns that pair's features by line.
 
-    Raises UserError where the disk has no room for them, and where no shard is there and no pair can be used.
+    Raises UserError if the disk is too small, or if there is neither a finished shard nor a usable pair.
     """
     skipped: list[dict] = []
     count = sum(len(shard.lines) for shard in missing)
-    line, _, features = next((found for shard in missing for found in usable(shard, encoders, settings, skipped)), (None, None, None))
-    if features is None and len(missing) < num_shards:
+    first = next((found for shard in missing for found in usable(shard, encoders, settings, skipped)), None)
+    if first is None and len(missing) < num_shards:
         return {}
-    if features is None:
+    if first is None:
         raise UserError("none of the pairs can be used", got=f"{count}, the first of which says: {skipped[0]['why']}")
+    line, _, features = first
     size = sum(tensor.nbytes for tensor in features.values())
     free = shutil.disk_usage(folder).free
-    say(f"about {size * count / 1e9:.3g} GB for {count} pairs, {size / 1e6:.3g} MB each; {free / 1e9:.3g} GB are free")
+    log(f"about {size * count / 1e9:.3g} GB for {count} pairs, {size / 1e6:.3g} MB each; {free / 1e9:.3g} GB are free")
     if size * count * FREE_DISK > free:
         raise UserError(
             "the disk is too small for the cache",
@@ -251,24 +255,26 @@ def check_space(
 
 
 def usable(
-    shard: Shard, encoders: Encoders, settings: CacheSettings, skipped: list[dict], known: dict[int, dict[str, Tensor]] | None = None
+    shard: Shard, encoders: Encoders, settings: CacheSettings, skipped: list[dict], precomputed: dict[int, dict[str, Tensor]] | None = None
 ) -> Iterator[tuple[int, ManifestEntry, dict[str, Tensor]]]:
-    """Line, entry and features of those pairs that can be used; the others are added to `skipped`, with the reason."""
-    known = known or {}
-    read_one = lambda pair: None if pair[0] in known else read_pair(pair[1], settings)
-    for (line, entry), read in ahead(zip(shard.lines, shard.entries), read_one):
+    """Yields line, entry and features of the usable pairs; adds the others to `skipped`, with the reason."""
+    precomputed = precomputed or {}
+    read_one = lambda pair: None if pair[0] in precomputed else read_pair(pair[1], settings)
+    for (line, entry), read in prefetch(zip(shard.lines, shard.entries), read_one):
         try:
-            features = known.pop(line) if line in known else encoders.features(read(), settings)
+            features = precomputed.pop(line) if line in precomputed else encoders.features(read(), settings)
         except SKIPPED_ERRORS as error:
             skipped.append({"pair": line, "name": entry.title, "why": str(error)})
             continue
         yield line, entry, features
 
 
-def write_shard(shard: Shard, encoders: Encoders, settings: CacheSettings, known: dict[int, dict[str, Tensor]]) -> None:
+def write_shard(shard: Shard, encoders: Encoders, settings: CacheSettings, precomputed: dict[int, dict[str, Tensor]]) -> None:
+    """Computes and writes one shard."""
     skipped: list[dict] = []
-    tensors, kept = {}, []
-    for line, entry, features in usable(shard, encoders, settings, skipped, known):
+    tensors: dict[str, Tensor] = {}
+    kept: list[dict] = []
+    for line, entry, features in usable(shard, encoders, settings, skipped, precomputed):
         key = f"{line:08d}"
         tensors |= {f"{key}.{name}": value.cpu() for name, value in features.items()}
         kept.append(
@@ -283,22 +289,23 @@ def write_shard(shard: Shard, encoders: Encoders, settings: CacheSettings, known
                 )
             )
         )
-    report = {"fingerprint": shard.mark, "entries": kept, "skipped": skipped}
+    report = {"fingerprint": shard.fingerprint, "entries": kept, "skipped": skipped}
     write_tensors(shard.path, tensors or {"empty": torch.zeros(1)}, {METADATA_KEY: json.dumps(report)})
 
 
-def report_of(shard: Shard) -> dict | None:
-    """What a shard says of itself; None where it is not there, is damaged or was made of something else."""
+def read_report(shard: Shard) -> dict | None:
+    """Reads the report in a shard's metadata; None if the shard is missing, damaged or has another fingerprint."""
     try:
         with safe_open(str(shard.path), framework="pt") as file:
             report = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (FileNotFoundError, SafetensorError, ValueError):
         return None
-    return report if report.get("fingerprint") == shard.mark else None
+    return report if report.get("fingerprint") == shard.fingerprint else None
 
 
 def write_index(folder: Path, contract: dict, reports: Sequence[dict]) -> dict:
-    index = {
+    """Writes index.json and returns it. Raises UserError if no pair is usable."""
+    index: dict[str, Any] = {
         "contract": contract,
         "pairs": sum(len(r["entries"]) for r in reports),
         "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
@@ -313,7 +320,7 @@ def write_index(folder: Path, contract: dict, reports: Sequence[dict]) -> dict:
 
 
 def read_index(folder: str | Path) -> dict:
-    """A cache's index. Raises UserError where there is none, or it is unreadable."""
+    """Reads the index of a cache, with CacheEntry objects. Raises UserError if it is missing or damaged."""
     path = Path(folder) / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,9 @@
-"""The state of a training run on disk: one safetensors file, complete or absent."""
+"""Training checkpoints: one safetensors file per saved state, written atomically."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,18 +11,18 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..formats.safetensors_file import write_tensors
-from .distributed import ProcessGroup, distribute_like, whole
-from .optim import packed, unpacked
-from .recipe import renamed
+from .distributed import ProcessGroup, distribute_like, full_tensor
+from .optim import flatten_8bit, unflatten_8bit
+from .recipe import rename_keys
 
 METADATA_KEY = "mive.training"
 PATTERN = "step_*.safetensors"
-ORPHANS = ".step_*.partial.safetensors"  # as files.atomic_write names what it has not finished
-PART = ":"  # between an optimizer's value in 8 bits and what it is made of
+PARTIAL_PATTERN = ".step_*.partial.safetensors"  # unfinished files of media.paths.atomic_write
+PART = ":"  # separator between the key of an 8-bit optimizer state and the name of one of its plain tensors
 
 
 class RecipeMismatch(UserError):
-    """The checkpoints in a folder were written with other settings: the fields that `differ`."""
+    """Raised when the checkpoints in a folder were written with other settings; `differ` lists the fields."""
 
     def __init__(self, folder: Path, differ: list[str]):
         super().__init__(
@@ -43,9 +44,9 @@ def save(
     keep: int,
     processes: ProcessGroup = ProcessGroup(),
 ) -> Path:
-    """Everything that the step after `step` needs; older checkpoints beyond `keep` are removed.
+    """Saves all that is needed to continue after `step`, and removes all but the `keep` newest checkpoints.
 
-    All processes call it, since each may hold a part of every tensor; the first one writes.
+    All processes call it, since each may hold a shard of every tensor; the first one writes.
     """
     tensors = {f"module.{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     tensors |= {f"average.{key}": value for key, value in averages.items()}
@@ -53,20 +54,19 @@ def save(
     for name, optimizer in optimizers.items():
         for index, entry in optimizer.state_dict()["state"].items():
             for key, value in entry.items():
-                parts = unpacked(value)
+                parts = flatten_8bit(value)
                 tensors |= {f"optimizer.{name}.{index}.{key}{PART}{part}": tensor for part, tensor in parts.items()}
                 if not parts:
                     (tensors if isinstance(value, Tensor) else scalars)[f"optimizer.{name}.{index}.{key}"] = value
-    # Cloned, because tensors that share storage cannot be stored.
     path = folder / f"step_{step:08d}.safetensors"
-    parts, tensors = tensors, {}
-    for key, value in parts.items():
-        joined = whole(value.detach())
+    full_tensors: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        full = full_tensor(value.detach())
         if processes.is_first:
-            tensors[key] = joined.cpu().clone()
+            full_tensors[key] = full.cpu().clone()  # safetensors refuses tensors that share storage
     if not processes.is_first:
         return path
-    write_tensors(path, tensors, {METADATA_KEY: json.dumps({"step": step, "recipe": recipe, "scalars": scalars})})
+    write_tensors(path, full_tensors, {METADATA_KEY: json.dumps({"step": step, "recipe": recipe, "scalars": scalars})})
     for old in sorted(folder.glob(PATTERN))[:-keep]:
         old.unlink()
     return path
@@ -79,40 +79,41 @@ def restore(
     optimizers: Mapping[str, torch.optim.Optimizer],
     recipe: dict,
     defaults: dict,
-    free: frozenset[str] = frozenset(),
+    free_fields: frozenset[str] = frozenset(),
 ) -> int:
-    """Loads the newest complete checkpoint and returns the first step to do, 0 where there is none; what a crash left unfinished is removed.
+    """Loads the newest complete checkpoint and returns the next step, 0 if there is none. Removes unfinished files of a crash.
 
-    A field that the checkpoint does not know counts as its default, one of `free` does not count. Raises RecipeMismatch where it was
-    written by another.
+    `recipe` must equal the checkpoint's recipe except for `free_fields`; `defaults` fill in fields that are newer than the checkpoint.
+    Raises RecipeMismatch if the recipes differ.
     """
-    for orphan in folder.glob(ORPHANS):
+    for orphan in folder.glob(PARTIAL_PATTERN):
         orphan.unlink(missing_ok=True)
-    stored, state = _newest(folder)
-    if stored is None:
+    newest = _newest(folder)
+    if newest is None:
         return 0
-    written = defaults | renamed(state["recipe"], recipe.keys())
-    differing = sorted(key for key in (recipe.keys() | written.keys()) - free if recipe.get(key) != written.get(key))
+    stored, state = newest
+    written = defaults | rename_keys(state["recipe"], recipe.keys())
+    differing = sorted(key for key in (recipe.keys() | written.keys()) - free_fields if recipe.get(key) != written.get(key))
     if differing:
         raise RecipeMismatch(folder, differing)
     for name, module in modules.items():
-        check_shapes(folder, {key: stored.shape(f"module.{name}.{key}") for key in _below(stored, f"module.{name}.")}, module.state_dict())
+        check_shapes(folder, {key: stored.shape(f"module.{name}.{key}") for key in _strip_prefix(stored, f"module.{name}.")}, module.state_dict())
     for name, module in modules.items():
         current = module.state_dict()
-        module.load_state_dict({key: distribute_like(stored[f"module.{name}.{key}"], current[key]) for key in _below(stored, f"module.{name}.")})
-    for key in _below(stored, "average."):
+        module.load_state_dict({key: distribute_like(stored[f"module.{name}.{key}"], current[key]) for key in _strip_prefix(stored, f"module.{name}.")})
+    for key in _strip_prefix(stored, "average."):
         averages[key].copy_(distribute_like(stored[f"average.{key}"], averages[key]))
     for name, optimizer in optimizers.items():
         prefix = f"optimizer.{name}."
-        values = ((key, source[prefix + key]) for source in (stored, state["scalars"]) for key in _below(source, prefix))
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": _entries(values, optimizer)})
+        values = ((key, source[prefix + key]) for source in (stored, state["scalars"]) for key in _strip_prefix(source, prefix))
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": _optimizer_state(values, optimizer)})
     return state["step"] + 1
 
 
-class Stored(Mapping):
-    """A checkpoint's tensors, each read when it is asked for: processes that hold a part of it never hold the whole."""
+class LazyTensors(Mapping):
+    """The tensors of a checkpoint, read from disk on access, so that a process with a part of the weights never holds them all."""
 
-    def __init__(self, file):
+    def __init__(self, file: Any):
         self.file, self.names = file, file.keys()
 
     def __getitem__(self, key: str) -> Tensor:
@@ -125,11 +126,12 @@ class Stored(Mapping):
         return len(self.names)
 
     def shape(self, key: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor without reading it."""
         return tuple(self.file.get_slice(key).get_shape())
 
 
 def check_shapes(folder: Path, stored: Mapping[str, tuple], current: Mapping[str, Tensor]) -> None:
-    """Raises UserError unless both have the same keys and shapes: what a recipe starts from may be another file than it was."""
+    """Raises UserError unless both have the same keys and shapes, which differ if the file start_from has been replaced."""
     for key in sorted(stored.keys() | current.keys()):
         got, expected = stored.get(key), tuple(current[key].shape) if key in current else None
         if got != expected:
@@ -142,8 +144,8 @@ def check_shapes(folder: Path, stored: Mapping[str, tuple], current: Mapping[str
             )
 
 
-def _entries(values: Iterable[tuple[str, object]], optimizer: torch.optim.Optimizer) -> dict[int, dict]:
-    """An optimizer's state by the number of its weight, in the parts that the weights are in."""
+def _optimizer_state(values: Iterable[tuple[str, Any]], optimizer: torch.optim.Optimizer) -> dict[int, dict]:
+    """Stored (key, value) pairs -> the optimizer's state by index of the weight, sharded like the weights."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     entries: dict[int, dict] = {}
     for key, value in values:
@@ -154,20 +156,22 @@ def _entries(values: Iterable[tuple[str, object]], optimizer: torch.optim.Optimi
             entry.setdefault(field, {})[part] = value.to(weight.device)
         else:
             entry[field] = distribute_like(value, weight) if getattr(value, "shape", None) == weight.shape else value
-    return {index: {field: packed(field, value) if isinstance(value, dict) else value for field, value in entry.items()} for index, entry in entries.items()}
+    return {
+        index: {field: unflatten_8bit(field, value) if isinstance(value, dict) else value for field, value in entry.items()} for index, entry in entries.items()
+    }
 
 
-def _newest(folder: Path) -> tuple[Stored | None, dict | None]:
-    """A file cut short by a crash of the machine is passed over for the one before it."""
+def _newest(folder: Path) -> tuple[LazyTensors, dict] | None:
+    """Opens the newest readable checkpoint -> its tensors and metadata; files truncated by a crash of the machine are skipped."""
     for path in sorted(folder.glob(PATTERN), reverse=True):
         try:
             file = safe_open(str(path), framework="pt")
-            return Stored(file), json.loads(file.metadata()[METADATA_KEY])
+            return LazyTensors(file), json.loads(file.metadata()[METADATA_KEY])
         except SafetensorError:
             continue
-    return None, None
+    return None
 
 
-def _below(names: Iterable[str], prefix: str) -> list[str]:
-    """What follows the prefix in the names that have it."""
+def _strip_prefix(names: Iterable[str], prefix: str) -> list[str]:
+    """Returns the names that start with the prefix, without it."""
     return [name[len(prefix) :] for name in names if name.startswith(prefix)]

@@ -1,4 +1,4 @@
-"""Several processes that train one model, each on its share of a step's batches: started by torchrun or `accelerate launch`."""
+"""Data-parallel training: processes started by torchrun or `accelerate launch` split the batches of each step."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process's number, and how many there are."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -24,55 +24,55 @@ class ProcessGroup:
         return self.rank == 0
 
     def batches_of(self, step: int, gradient_accumulation_steps: int) -> range:
-        """The numbers of this process's batches of a step; together the processes take size * gradient_accumulation_steps in a row."""
+        """Returns the indices of this process's batches of a step; all processes together take size * gradient_accumulation_steps consecutive ones."""
         first = (step * self.size + self.rank) * gradient_accumulation_steps
         return range(first, first + gradient_accumulation_steps)
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes its mean over the processes, in one exchange for each dtype; gradients of sharded weights already are."""
+        """Replaces each tensor by its mean over the processes, with one all-reduce per dtype; skips DTensors, whose gradients FSDP has averaged already."""
         if self.size == 1:
             return
-        kinds: dict[torch.dtype, list[Tensor]] = {}
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             if isinstance(tensor, DTensor):
                 continue
-            kinds.setdefault(tensor.dtype, []).append(tensor)
-        for alike in kinds.values():
-            joined = torch.cat([tensor.reshape(-1) for tensor in alike])
-            distributed.all_reduce(joined)
-            for tensor, part in zip(alike, joined.div_(self.size).split([tensor.numel() for tensor in alike])):
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for same_dtype in by_dtype.values():
+            flat = torch.cat([tensor.reshape(-1) for tensor in same_dtype])
+            distributed.all_reduce(flat)
+            for tensor, part in zip(same_dtype, flat.div_(self.size).split([tensor.numel() for tensor in same_dtype])):
                 tensor.copy_(part.view_as(tensor))
 
-    def agree(self, answer: bool) -> bool:
-        """What the first process answers, on all: clocks differ."""
+    def broadcast(self, value: bool) -> bool:
+        """Returns the first process's value on all processes, for instance a decision by its clock."""
         if self.size == 1:
-            return answer
-        answers = [answer]
-        distributed.broadcast_object_list(answers)
-        return answers[0]
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values)
+        return values[0]
 
     def gather(self, item: object) -> list:
-        """Every process's item, on all."""
+        """Returns the items of all processes, by rank, on all processes."""
         if self.size == 1:
             return [item]
         items: list = [None] * self.size
         distributed.all_gather_object(items, item)
         return items
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Waits until all processes have reached this call."""
         if self.size > 1:
             distributed.barrier()
 
 
 def num_processes() -> int:
-    """What the launcher's environment says; 1 where there is no launcher."""
+    """Returns WORLD_SIZE as set by the launcher; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
-def joined(device: str) -> Iterator[ProcessGroup]:
-    """The processes that the launcher's environment names, connected; one alone where there is no launcher."""
+def process_group(device: str) -> Iterator[ProcessGroup]:
+    """Connects the processes that the launcher has started; without a launcher, yields a group of one."""
     if num_processes() == 1:
         yield ProcessGroup()
         return
@@ -85,11 +85,11 @@ def joined(device: str) -> Iterator[ProcessGroup]:
         distributed.destroy_process_group()
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor that processes hold in parts, put together; all of them must ask. Any other as it is."""
+def full_tensor(value: Tensor) -> Tensor:
+    """Gathers a DTensor into a full tensor, which all processes must call together; returns any other tensor unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def distribute_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, in the parts that `like` is in."""
+    """Shards a full tensor like the DTensor `like`; returns it unchanged if `like` is a plain tensor."""
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements) if isinstance(like, DTensor) else value

@@ -1,4 +1,4 @@
-"""Task edit: a DiT trained on cached pairs.
+"""The task `edit`: training of a DiT, or a LoRA on one, on cached pairs.
 
 B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm their width.
 """
@@ -6,6 +6,7 @@ B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,31 +18,31 @@ from ..errors import UserError
 from ..formats.checkpoint import load_dit, read_config
 from ..formats.safetensors_file import resolve
 from ..pipeline import EMBEDDED
-from .cache import CacheEntry, read_index, restored
-from .flow_matching import DTYPES, FlowMatchingRecipe, FlowMatchingTask, check, training_attention
+from .cache import CacheEntry, dequantize_states, read_index
+from .flow_matching import DTYPES, FlowMatchingRecipe, FlowMatchingTask, check_recipe, training_attention
 from .loop import step_seed
-from .objective import EditFeatures, stacked
+from .objective import EditFeatures, collate
 from .recipe import parse_recipe
 
-OPEN_SHARDS = 8
+OPEN_SHARDS = 8  # maximum number of shards kept open
 WEIGHT_DTYPES = ("fp32", "bf16")
 FLOAT8 = ("scaled_back", "kept")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditRecipe(FlowMatchingRecipe):
-    """How a DiT is trained on cached pairs."""
+    """Recipe of a training on cached pairs."""
 
-    caches: tuple  # folders that `mive data cache` wrote for that checkpoint
-    weight_dtype: str = "fp32"  # of what is loaded; a LoRA's own weights are float32
-    float8: str = "scaled_back"  # matrices that the checkpoint has in 8 bits; kept: they stay so, under a LoRA
-    condition_dropout: float = 0.0  # share of the steps that read the empty instruction, for guidance
+    caches: tuple  # folders that `mive data cache` made for the checkpoint start_from
+    weight_dtype: str = "fp32"  # dtype of the loaded weights, fp32 or bf16; weights of the LoRA are always float32
+    float8: str = "scaled_back"  # treatment of the checkpoint's 8-bit matrices: scaled_back to weight_dtype, or kept in 8 bits, for a LoRA only
+    condition_dropout: float = 0.0  # probability of an empty instruction for a batch, for classifier-free guidance
 
 
 class CachedBatches(Dataset):
-    """dataset[n] is the n-th batch: each epoch visits every pair once, in an order of its own, batches being of one shape.
+    """dataset[n] is the n-th batch: each epoch visits every pair once, in a new order, in batches of one shape.
 
-    The last batch of a shape is filled from its beginning. Tensors are read when asked for.
+    The last batch of a shape is filled up with its first pairs. Tensors are read from disk on access.
     """
 
     def __init__(self, folders: tuple[str, ...], batch_size: int, seed: int):
@@ -52,10 +53,10 @@ class CachedBatches(Dataset):
                 self.shapes.setdefault((entry.grid, entry.num_tokens, entry.num_negative), []).append((folder, entry))
         self.num_batches = sum(-(-len(group) // batch_size) for group in self.shapes.values())
         self._epoch: tuple[int, list] = (-1, [])
-        self._open: OrderedDict = OrderedDict()
+        self._open: OrderedDict[Path, Any] = OrderedDict()
 
     def order(self, epoch: int) -> list[list[tuple[str, CacheEntry]]]:
-        """The batches of an epoch."""
+        """Returns the batches of an epoch, each a list of (folder, entry)."""
         if self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(step_seed(self.seed, epoch))
             batches = []
@@ -67,13 +68,13 @@ class CachedBatches(Dataset):
         return self._epoch[1]
 
     def __getitem__(self, index: int) -> EditFeatures:
-        """With the states of an empty instruction where its pairs have them."""
+        """Reads a batch; `negative` is set if its pairs were cached with it."""
         epoch, place = divmod(index, self.num_batches)
         read = [self.read(folder, entry) for folder, entry in self.order(epoch)[place]]
-        return stacked([EditFeatures(**features) for features in read])
+        return collate([EditFeatures(**features) for features in read])
 
     def read(self, folder: str, entry: CacheEntry) -> dict[str, Tensor]:
-        """One pair's features in float32. Raises UserError where the shard is gone or damaged."""
+        """Reads the features of one pair in float32. Raises UserError if the shard is missing or damaged."""
         path = Path(folder) / entry.shard
         try:
             file = self._file(path)
@@ -85,10 +86,11 @@ class CachedBatches(Dataset):
             ) from None
         if "target" not in tensors:
             raise UserError("a shard of the cache lacks a pair", where=path, got=f"no {entry.key}", fix="run `mive data cache` again")
-        states = {name: restored(name, tensors) for name in ("states", "negative") if name in tensors}
+        states = {name: dequantize_states(name, tensors) for name in ("states", "negative") if name in tensors}
         return {name: tensors[name].float() for name in ("target", "source", "reference", "mask")} | states
 
-    def _file(self, path: Path):
+    def _file(self, path: Path) -> Any:
+        """Returns the open shard; the least recently used one is closed above OPEN_SHARDS."""
         if path not in self._open:
             self._open[path] = safe_open(str(path), framework="pt")
             if len(self._open) > OPEN_SHARDS:
@@ -98,11 +100,13 @@ class CachedBatches(Dataset):
 
 
 class EditTask(FlowMatchingTask):
-    """A checkpoint, and the batches of its caches."""
+    """Trains a checkpoint on the batches of its caches."""
+
+    recipe: EditRecipe
 
     def __init__(self, recipe: EditRecipe, where: object = None):
-        check(recipe, where)
-        check_own(recipe, where)
+        check_recipe(recipe, where)
+        check_edit_recipe(recipe, where)
         path = resolve(EMBEDDED.get(recipe.start_from, recipe.start_from), "dit.safetensors")
         check_caches(recipe, read_config(path))
         torch.manual_seed(recipe.seed)
@@ -110,13 +114,13 @@ class EditTask(FlowMatchingTask):
         super().__init__(recipe, model, CachedBatches(recipe.caches, recipe.batch_size, recipe.seed))
 
     def states(self, batch: EditFeatures, generator: torch.Generator) -> Tensor:
-        """Those of an empty instruction in a share of the steps."""
+        """Returns the states of the instruction, or by condition dropout those of an empty one."""
         dropped = torch.rand((), generator=generator) < self.recipe.condition_dropout
         return batch.negative if dropped else batch.states
 
 
-def check_own(recipe: EditRecipe, where: object) -> None:
-    """Raises UserError for values that a type does not rule out."""
+def check_edit_recipe(recipe: EditRecipe, where: object) -> None:
+    """Raises UserError for invalid values of EditRecipe's own fields."""
     for name, known in (("weight_dtype", WEIGHT_DTYPES), ("float8", FLOAT8)):
         if getattr(recipe, name) not in known:
             raise UserError(f"the recipe's {name} is unknown", where=where, got=repr(getattr(recipe, name)), expected=" or ".join(known))
@@ -129,7 +133,7 @@ def check_own(recipe: EditRecipe, where: object) -> None:
 
 
 def check_cache(folder: str, config: MiVEConfig) -> dict:
-    """A cache's contract. Raises UserError unless it was made for the checkpoint's layers and VLM."""
+    """Returns the contract of a cache. Raises UserError unless it was made for the checkpoint's layers, VLM and latent format."""
     contract = read_index(folder)["contract"]
     for key, wanted in (
         ("layers", list(config.resolved_layers)),
@@ -149,7 +153,7 @@ def check_cache(folder: str, config: MiVEConfig) -> dict:
 
 
 def check_caches(recipe: EditRecipe, config: MiVEConfig) -> None:
-    """Raises UserError where a cache does not fit the checkpoint, or the first one, or lacks the empty instruction that is to be read."""
+    """Raises UserError if a cache does not fit the checkpoint or the first cache, or lacks the empty instruction for condition dropout."""
     contracts = {folder: check_cache(folder, config) for folder in filter(None, (*recipe.caches, recipe.validation_cache))}
     for folder, contract in contracts.items():
         expected = contracts[recipe.caches[0]]["models"]
@@ -168,4 +172,5 @@ def check_caches(recipe: EditRecipe, config: MiVEConfig) -> None:
 
 
 def build(values: dict, where: object = None) -> EditTask:
+    """Builds the task from the values of a recipe. `where` names the recipe in messages. Raises UserError."""
     return EditTask(parse_recipe(EditRecipe, values, where), where)

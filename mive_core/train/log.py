@@ -1,4 +1,4 @@
-"""The figures of a run: a line of JSON each, and curves in TensorBoard and Weights & Biases."""
+"""The metrics log of a run: JSON lines, and curves in TensorBoard and Weights & Biases."""
 
 import hashlib
 import json
@@ -12,35 +12,36 @@ from ..media.paths import atomic_write
 from .recipe import Recipe
 
 FILES = {"train": "log.jsonl", "validation": "validation.jsonl"}
-TENSORBOARD = "tensorboard"  # folder
+TENSORBOARD = "tensorboard"  # folder in output_dir
 
 
 class Log:
-    """Appends to what an earlier run left, less the steps that are to be done again. Raises UserError where the system refuses a write."""
+    """Appends to the log of an earlier run, without the steps that will be repeated. Raises UserError if a file cannot be written."""
 
-    def __init__(self, recipe: Recipe, first: int):
-        """`first` is the step that the run begins with."""
+    def __init__(self, recipe: Recipe, first_step: int):
+        """`first_step` is the first step of this run."""
         self.folder = Path(recipe.output_dir)
         for name in FILES.values():
-            forget(self.folder / name, first)
-        self.writers = [writer for writer in (tensorboard(self.folder / TENSORBOARD, first), weights_and_biases(recipe)) if writer is not None]
+            drop_steps_from(self.folder / name, first_step)
+        self.writers = [writer for writer in (tensorboard(self.folder / TENSORBOARD, first_step), weights_and_biases(recipe)) if writer is not None]
 
-    def write(self, step: int, figures: Mapping[str, float], kind: str = "train", picture: Path | None = None) -> None:
-        """`kind` is one of FILES; `picture` a PNG that belongs to the figures."""
-        with writing(self.folder):
+    def write(self, step: int, metrics: Mapping[str, float], kind: str = "train", image: Path | None = None) -> None:
+        """`kind` is a key of FILES; `image` is a PNG that illustrates the metrics."""
+        with write_errors(self.folder):
             with open(self.folder / FILES[kind], "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
             for writer in self.writers:
-                writer.write(step, {f"{kind}/{name}": value for name, value in figures.items()}, kind, picture)
+                writer.write(step, {f"{kind}/{name}": value for name, value in metrics.items()}, kind, image)
 
     def close(self) -> None:
-        with writing(self.folder):
+        with write_errors(self.folder):
             for writer in self.writers:
                 writer.close()
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def write_errors(folder: Path) -> Iterator[None]:
+    """Context manager that turns an OSError into a UserError."""
     try:
         yield
     except OSError as error:
@@ -49,28 +50,28 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def forget(path: Path, first: int) -> None:
-    """Takes the lines of steps from `first` on out of a file, and one that was cut short."""
+def drop_steps_from(path: Path, first_step: int) -> None:
+    """Removes lines of steps from `first_step` on, and an incomplete last line, from a log file."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
     if kept != lines:
         with atomic_write(path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
 
 
 class TensorBoard:
-    def __init__(self, folder: Path, first: int):
+    def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=first)
+        self.writer = SummaryWriter(str(folder), purge_step=first_step)
 
-    def write(self, step: int, figures: Mapping[str, float], kind: str, picture: Path | None) -> None:
-        for name, value in figures.items():
+    def write(self, step: int, metrics: Mapping[str, float], kind: str, image: Path | None) -> None:
+        for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
-        if picture is not None:
-            self.writer.add_image(f"{kind}/sheet", pixels(picture), step, dataformats="HWC")
+        if image is not None:
+            self.writer.add_image(f"{kind}/sheet", pixels(image), step, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:
@@ -82,27 +83,27 @@ class WeightsAndBiases:
         import wandb
 
         folder = Path(recipe.output_dir)
-        # one run for one output_dir, however often it is resumed
+        # one Weights & Biases run per output_dir, also across resumes
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self.image, self.run = wandb.Image, wandb.init(project=recipe.wandb, id=name, name=folder.name, dir=str(folder), config=asdict(recipe), resume="allow")
 
-    def write(self, step: int, figures: Mapping[str, float], kind: str, picture: Path | None) -> None:
-        self.run.log({**figures, **({f"{kind}/sheet": self.image(str(picture))} if picture is not None else {}), "step": step})
+    def write(self, step: int, metrics: Mapping[str, float], kind: str, image: Path | None) -> None:
+        self.run.log({**metrics, **({f"{kind}/sheet": self.image(str(image))} if image is not None else {}), "step": step})
 
     def close(self) -> None:
         self.run.finish()
 
 
-def tensorboard(folder: Path, first: int) -> TensorBoard | None:
-    """None where the package is missing: the lines of JSON hold the same figures."""
+def tensorboard(folder: Path, first_step: int) -> TensorBoard | None:
+    """Returns None if the package is missing: the JSON lines hold the same metrics."""
     try:
-        return TensorBoard(folder, first)
+        return TensorBoard(folder, first_step)
     except ImportError:
         return None
 
 
 def weights_and_biases(recipe: Recipe) -> WeightsAndBiases | None:
-    """None where the recipe names no project. Raises UserError where the package is missing."""
+    """Returns None if the recipe names no project. Raises UserError if the package is missing."""
     if not recipe.wandb:
         return None
     try:
@@ -112,7 +113,7 @@ def weights_and_biases(recipe: Recipe) -> WeightsAndBiases | None:
 
 
 def pixels(path: Path):
-    """A picture's (H, W, 3) uint8."""
+    """Reads an image file as (H, W, 3) uint8."""
     import numpy as np
     from PIL import Image
 

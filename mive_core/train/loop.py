@@ -1,7 +1,7 @@
-"""The training loop of all embedded models.
+"""The training loop of all models.
 
-A task says what is trained, on what, and by which loss; the loop owns order, checkpoints and logs.
-Whatever is random derives from (seed, step), so a resumed run continues bit for bit.
+A task defines the model, the data and the loss; the loop handles the order of steps, checkpoints and logs.
+All randomness derives from (seed, step), so a resumed run continues bit for bit.
 """
 
 import time
@@ -17,52 +17,53 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import checkpoints
-from .distributed import ProcessGroup, whole
+from .distributed import ProcessGroup, full_tensor
 from .log import Log
 from .recipe import Recipe, defaults_of, fingerprint
-from .throughput import ThroughputMeter, Work, peak_flops
+from .throughput import ThroughputMeter, Workload, peak_flops
 
 
 class Task:
-    """What a model brings to the loop."""
+    """Base class of tasks: what the loop needs to train a model."""
 
     recipe: Recipe
-    modules: Mapping[str, nn.Module]  # trained, averaged and checkpointed
+    modules: Mapping[str, nn.Module]  # modules whose weights are trained, averaged and checkpointed
     optimizers: Mapping[str, torch.optim.Optimizer]
     dataset: Dataset  # dataset[n] is the n-th batch, a function of (seed, n) alone; a step takes recipe.gradient_accumulation_steps of them
 
-    def rate(self, step: int) -> float:
-        """Factor on every optimizer's learning rate at this step, 0..1."""
+    def lr_factor(self, step: int) -> float:
+        """Returns the factor on all learning rates at this step, 0..1."""
         raise NotImplementedError
 
     def loss(self, step: int, batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        """Scalars, among them 'loss', and pairs (2,) of a sum and its weight, which are logged as quotients over the steps between two lines.
+        """Returns scalars, among them 'loss', and pairs (2,) of a sum and its weight, logged as weighted means over the steps between two log lines.
 
-        Draw noise from the generator only: it is seeded by (seed, number of the batch).
+        All noise must come from the generator, which is seeded by (seed, index of the batch).
         """
         raise NotImplementedError
 
     def after_step(self, step: int) -> None:
-        """Called after the optimizers' step, for instance to bound norms."""
+        """Hook after the optimizers' step, for instance to bound norms."""
 
-    def work(self, batch: Any) -> Work | None:
-        """What the batch amounts to, where it is to be measured."""
+    def workload(self, batch: Any) -> Workload | None:
+        """Returns the amount of work in the batch; None: throughput is not measured."""
 
     def export(self, path: Path) -> None:
-        """Writes the finished model. The modules then hold the averaged weights, where `ema_decay` is set.
+        """Writes the finished model. If `ema_decay` is set, the modules hold the averaged weights during this call.
 
-        Called by the first process, and by all of them where weights are sharded: then the first one is to write.
+        Only the first process calls it; if weights are sharded, all processes call it and the first one writes.
         """
         raise NotImplementedError
 
 
 class Validation(Protocol):
-    """Measures the model between steps; all processes call it."""
+    """Measures the model between steps; called by all processes."""
 
-    def due(self, step: int) -> bool: ...
+    def due(self, step: int) -> bool:
+        """Returns whether to validate after this step."""
 
     def __call__(self, step: int, processes: ProcessGroup) -> tuple[dict[str, float], Path]:
-        """Figures, and a picture of them that the first process wrote."""
+        """Returns metrics, and the path of an image that the first process wrote."""
 
 
 def run(
@@ -70,90 +71,91 @@ def run(
     *,
     stop_at: int | None = None,
     processes: ProcessGroup = ProcessGroup(),
-    watch: Callable[[int, dict[str, Tensor]], None] | None = None,
+    on_step_end: Callable[[int, dict[str, Tensor]], None] | None = None,
     validation: Validation | None = None,
 ) -> None:
-    """Trains from the newest checkpoint in `output_dir`, or from step 0, and exports at the end.
+    """Trains from the newest checkpoint in `output_dir`, or from step 0, and exports at the end. Only the first process writes.
 
-    `stop_at` ends the run before that step, without a checkpoint, as a crash would. Of several processes the first one writes.
-    `watch` is told each step that is done and its losses; what it raises ends the run after a checkpoint, where a later run goes on.
-    `validation` sees the averaged weights, where there are, after a checkpoint.
+    `stop_at` ends the run before that step without a checkpoint, as a crash would. `on_step_end` is called after each step with the
+    step and its losses; an exception from it ends the run after a checkpoint, from which a later run resumes. `validation` runs after
+    a checkpoint, on the averaged weights if `ema_decay` is set.
     """
     recipe = task.recipe
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
-    averages = _copies(task)
-    plan = plan_of(recipe, processes)
-    first = checkpoints.restore(folder, task.modules, averages, task.optimizers, plan, _defaults(recipe), recipe.free_fields)
-    processes.wait()  # until all have read, before one writes
-    rates = [(group, float(group["lr"])) for optimizer in task.optimizers.values() for group in optimizer.param_groups]
+    averages = _initial_averages(task)
+    recipe_fields = checkpoint_fields(recipe, processes)
+    first = checkpoints.restore(folder, task.modules, averages, task.optimizers, recipe_fields, _defaults(recipe), recipe.free_fields)
+    processes.barrier()  # all processes have read before the first one writes
+    base_lrs = [(group, float(group["lr"])) for optimizer in task.optimizers.values() for group in optimizer.param_groups]
     last = recipe.num_steps if stop_at is None else min(stop_at, recipe.num_steps)
     saved_at = time.monotonic()
-    batches, sums = _batches(task, first, last, processes), {}
+    batches = _batches(task, first, last, processes)
+    sums: dict[str, Tensor] = {}
     with ExitStack() as stack:
         log = stack.enter_context(closing(Log(recipe, first))) if processes.is_first else None
         meter = ThroughputMeter(peak_flops(recipe.device, recipe.peak_tflops), processes.size)
         for step in _progress(recipe, first, last, processes):
             with meter.waiting():
-                own = next(batches)
-            for group, base_rate in rates:
-                _set_rate(group, base_rate * task.rate(step))
-            losses = _step(task, step, own, processes)
-            _average(task, averages, step)
-            meter.count(task.work(batch) for batch in own)
+                step_batches = next(batches)
+            for group, base_lr in base_lrs:
+                _set_lr(group, base_lr * task.lr_factor(step))
+            losses = _step(task, step, step_batches, processes)
+            _update_averages(task, averages, step)
+            meter.count(task.workload(batch) for batch in step_batches)
             sums = {name: sums.get(name, 0) + pair for name, pair in losses.items() if pair.ndim}
             losses = {name: value for name, value in losses.items() if not value.ndim}
             if step % recipe.log_every == 0:
-                figures = {name: float(value) for name, value in losses.items()} | _quotients(sums)  # waits for the device
-                figures |= meter.read()
+                metrics = {name: float(value) for name, value in losses.items()} | _quotients(sums)  # synchronises with the device
+                metrics |= meter.read()
                 sums = {}
                 if log is not None:
-                    log.write(step, figures)
-            stopped = _stopped(watch, step, losses)
+                    log.write(step, metrics)
+            interruption = _interruption(on_step_end, step, losses)
             due = validation is not None and validation.due(step)
-            if stopped or due or step == recipe.num_steps - 1 or processes.agree(time.monotonic() - saved_at > recipe.checkpoint_every_s):
-                checkpoints.save(folder, step, task.modules, averages, task.optimizers, plan, recipe.num_checkpoints, processes)
+            if interruption or due or step == recipe.num_steps - 1 or processes.broadcast(time.monotonic() - saved_at > recipe.checkpoint_every_s):
+                checkpoints.save(folder, step, task.modules, averages, task.optimizers, recipe_fields, recipe.num_checkpoints, processes)
                 saved_at = time.monotonic()
-            if stopped:
-                raise stopped
-            if due:
-                with _averaged(task, averages):
-                    figures, picture = validation(step, processes)
+            if interruption:
+                raise interruption
+            if validation is not None and due:
+                with _averaged_weights(task, averages):
+                    metrics, image = validation(step, processes)
                 if log is not None:
-                    log.write(step, figures, "validation", picture)
+                    log.write(step, metrics, "validation", image)
                 meter.restart()
     if last == recipe.num_steps:
-        _exchange(task, averages)
+        _swap_averages(task, averages)
         if processes.is_first or _is_sharded(task):
             task.export(Path(recipe.export))
 
 
-def plan_of(recipe: Recipe, processes: ProcessGroup) -> dict:
-    """What a checkpoint depends on: the recipe, and how many batches make a step, however they are shared out."""
+def checkpoint_fields(recipe: Recipe, processes: ProcessGroup) -> dict:
+    """Returns what must match to resume a checkpoint: recipe fields, and batches per step, however they are split over processes."""
     return fingerprint(recipe) | {"batches_a_step": recipe.gradient_accumulation_steps * processes.size}
 
 
 def export_newest(task: Task, path: Path) -> int:
-    """Exports the newest checkpoint of an unfinished run; returns the number of steps it has done."""
-    averages = _copies(task)
+    """Exports the newest checkpoint of an unfinished run; returns its number of finished steps."""
+    averages = _initial_averages(task)
     recipe = task.recipe
     num_steps = checkpoints.restore(
-        Path(recipe.output_dir), task.modules, averages, task.optimizers, plan_of(recipe, ProcessGroup()), _defaults(recipe), recipe.free_fields
+        Path(recipe.output_dir), task.modules, averages, task.optimizers, checkpoint_fields(recipe, ProcessGroup()), _defaults(recipe), recipe.free_fields
     )
-    _exchange(task, averages)
+    _swap_averages(task, averages)
     task.export(path)
     return num_steps
 
 
 def step_seed(seed: int, step: int) -> int:
-    """One seed for each (seed, step), below 2**63."""
+    """Returns a seed below 2**63 for each pair (seed, step)."""
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
 
 
 def _step(task: Task, step: int, batches: list, processes: ProcessGroup = ProcessGroup()) -> dict[str, Tensor]:
-    """One optimizer step on the mean gradient of all processes' batches -> their mean losses."""
+    """Performs one optimizer step on the mean gradient of all processes' batches and returns their mean losses."""
     recipe = task.recipe
     parameters = [p for module in task.modules.values() for p in module.parameters()]
     for optimizer in task.optimizers.values():
@@ -169,25 +171,25 @@ def _step(task: Task, step: int, batches: list, processes: ProcessGroup = Proces
     processes.average_([p.grad for p in parameters if p.grad is not None])
     processes.average_(list(means.values()))
     if recipe.max_grad_norm:
-        means["grad_norm"] = whole(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
+        means["grad_norm"] = full_tensor(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
     for optimizer in task.optimizers.values():
         optimizer.step()
     task.after_step(step)
     return means
 
 
-def _stopped(watch: Callable[[int, dict[str, Tensor]], None] | None, step: int, losses: dict[str, Tensor]) -> BaseException | None:
-    """What `watch` raises at this step."""
+def _interruption(on_step_end: Callable[[int, dict[str, Tensor]], None] | None, step: int, losses: dict[str, Tensor]) -> BaseException | None:
+    """Calls `on_step_end` and returns the exception that it raises, if any."""
     try:
-        if watch is not None:
-            watch(step, losses)
-    except BaseException as error:  # a host's interruption need not be an Exception
+        if on_step_end is not None:
+            on_step_end(step, losses)
+    except BaseException as error:  # the interruption of a host application may not be an Exception
         return error
     return None
 
 
 def _batches(task: Task, first: int, last: int, processes: ProcessGroup) -> Iterator[list]:
-    """This process's batches of each step."""
+    """Yields the list of this process's batches for each step."""
     count = task.recipe.gradient_accumulation_steps
     numbers = [number for step in range(first, last) for number in processes.batches_of(step, count)]
     loader = iter(DataLoader(task.dataset, batch_size=None, sampler=numbers, num_workers=task.recipe.num_workers))
@@ -200,16 +202,16 @@ def _progress(recipe: Recipe, first: int, last: int, processes: ProcessGroup) ->
     )
 
 
-def _set_rate(group: dict, rate: float) -> None:
-    """In place where it is a tensor, which compiled optimizers read."""
+def _set_lr(group: dict, lr: float) -> None:
+    """Sets a learning rate; tensors are set in place, since compiled optimizers read them."""
     if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
+        group["lr"].fill_(lr)
     else:
-        group["lr"] = rate
+        group["lr"] = lr
 
 
 def _quotients(sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """Pairs of a sum and its weight -> their quotient, where anything was weighed."""
+    """Pairs of a sum and its weight -> weighted means; pairs of weight 0 are left out."""
     read = {name: pair.tolist() for name, pair in sums.items()}
     return {name: total / weight for name, (total, weight) in read.items() if weight}
 
@@ -222,8 +224,8 @@ def _is_sharded(task: Task) -> bool:
     return any(isinstance(value, DTensor) for _, value in _weights(task))
 
 
-def _copies(task: Task) -> dict[str, Tensor]:
-    """Where the averaged weights are kept."""
+def _initial_averages(task: Task) -> dict[str, Tensor]:
+    """Returns copies of the weights to hold their moving average; {} without `ema_decay`."""
     return {name: value.detach().clone() for name, value in _weights(task)} if task.recipe.ema_decay else {}
 
 
@@ -234,25 +236,25 @@ def _weights(task: Task) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _average(task: Task, averages: dict[str, Tensor], step: int) -> None:
-    """Exponential moving average whose window opens with the run, so that it never remembers the initial weights."""
+def _update_averages(task: Task, averages: dict[str, Tensor], step: int) -> None:
+    """Updates the exponential moving average; its decay grows from 0.1 to `ema_decay`, so that the initial weights are soon forgotten."""
     decay = min(task.recipe.ema_decay, (1 + step) / (10 + step))
     for name, parameter in _weights(task) if averages else ():
         averages[name].lerp_(parameter, 1 - decay)
 
 
 @contextmanager
-def _averaged(task: Task, averages: dict[str, Tensor]) -> Iterator[None]:
-    """The modules hold the averaged weights, and then their own again."""
-    _exchange(task, averages)
+def _averaged_weights(task: Task, averages: dict[str, Tensor]) -> Iterator[None]:
+    """Context manager in which the modules hold the averaged weights."""
+    _swap_averages(task, averages)
     try:
         yield
     finally:
-        _exchange(task, averages)
+        _swap_averages(task, averages)
 
 
 @torch.no_grad()
-def _exchange(task: Task, averages: dict[str, Tensor]) -> None:
+def _swap_averages(task: Task, averages: dict[str, Tensor]) -> None:
     for name, parameter in _weights(task) if averages else ():
         own = parameter.clone()
         parameter.copy_(averages[name])

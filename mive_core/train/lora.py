@@ -1,4 +1,4 @@
-"""A LoRA on a DiT's blocks, in peft's format, which stock loaders take."""
+"""LoRA on the blocks of a DiT, exported in peft's format, which stock loaders read."""
 
 import warnings
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from ..formats.float8 import Float8Linear
 from ..formats.safetensors_file import write_tensors
 
 TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.0", "ffn.2")
-PREFIX = "diffusion_model."  # under which ComfyUI looks for the keys of a LoRA in peft's format
+PREFIX = "diffusion_model."  # prefix of LoRA keys in peft's format that ComfyUI expects
 
 
 def add_lora(model: MiVEDiT, rank: int, targets: tuple[str, ...], alpha: float) -> dict[str, nn.Parameter]:
-    """Puts peft's adapters on the blocks' layers of those names -> the weights to train, by peft's names; the rest is frozen.
+    """Adds peft adapters to the layers `targets` of all blocks, freezes all other weights and returns the trainable ones by peft's names.
 
-    What is adapted may be kept in 8 bits. Raises UserError where peft is missing.
+    Adapted layers may be kept in 8 bits. Raises UserError if peft is missing.
     """
     check_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -27,9 +27,9 @@ def add_lora(model: MiVEDiT, rank: int, targets: tuple[str, ...], alpha: float) 
 
     pattern = "|".join(target.replace(".", r"\.") for target in targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"blocks\.\d+\.({pattern})")
-    config._register_custom_module({Float8Linear: Linear})  # peft's documented door for layers that it does not know
+    config._register_custom_module({Float8Linear: Linear})  # peft's documented hook for custom layers
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it does not know them
+        warnings.simplefilter("ignore")  # peft warns about custom layers
         inject_adapter_in_model(config, model)
     for module in model.modules():
         if isinstance(module, Linear):
@@ -41,16 +41,16 @@ def add_lora(model: MiVEDiT, rank: int, targets: tuple[str, ...], alpha: float) 
 
 
 def keep_precise(adapted: nn.Module) -> None:
-    """peft gives a LoRA the dtype of what it adapts; ours is drawn and kept in float32, and autocast alone rounds what goes in."""
+    """Initialises and keeps the LoRA matrices in float32, where peft uses the adapted layer's dtype; only autocast rounds their inputs."""
     adapted.cast_input_dtype_enabled = False
-    for drawn, silent in zip(adapted.lora_A.values(), adapted.lora_B.values()):
-        if drawn.weight.dtype != torch.float32:
-            drawn.to_empty(device=drawn.weight.device).float().reset_parameters()
-            nn.init.zeros_(silent.float().weight)
+    for lora_a, lora_b in zip(adapted.lora_A.values(), adapted.lora_B.values()):
+        if lora_a.weight.dtype != torch.float32:
+            lora_a.to_empty(device=lora_a.weight.device).float().reset_parameters()
+            nn.init.zeros_(lora_b.float().weight)
 
 
 def check_peft() -> None:
-    """Raises UserError where the package peft is missing."""
+    """Raises UserError if the package peft is missing."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -58,15 +58,15 @@ def check_peft() -> None:
 
 
 def as_module(trained: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
-    """What a checkpoint holds of it: the trained weights alone."""
+    """Wraps the trained weights in a module, whose state_dict is what a checkpoint stores."""
     return nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in trained.items()})
 
 
-def save_lora(path: Path, weights: Mapping[str, Tensor], scale: float, about: Mapping[str, str]) -> None:
-    """peft's keys less its adapter's name, under ComfyUI's prefix: diffusion_model.blocks.0.self_attn.q.lora_A.weight.
+def save_lora(path: Path, weights: Mapping[str, Tensor], scale: float, metadata: Mapping[str, str]) -> None:
+    """Saves a LoRA under peft's keys without the adapter name, with ComfyUI's prefix: diffusion_model.blocks.0.self_attn.q.lora_A.weight.
 
-    `scale`, alpha over rank, goes into the second matrices: what a loader then has to know is nothing.
+    `scale`, alpha / rank, is multiplied into the B matrices, so loaders need no alpha.
     """
     names = {name: PREFIX + name.replace("/", ".").replace(".default.", ".") for name in weights}
     tensors = {key: weights[name].detach() * scale if ".lora_B." in key else weights[name] for name, key in names.items()}
-    write_tensors(path, tensors, {"format": "pt", **about})
+    write_tensors(path, tensors, {"format": "pt", **metadata})

@@ -1,22 +1,23 @@
-"""Optimizers beside torch's. Muon: momentum whose every matrix step has equal singular values. AdamW in 8 bits: torchao's.
+"""Optimizers that torch lacks: Muon, and torchao's AdamW with 8-bit moments.
 
-Muon: convolution weights are flattened to (out, in * taps). Each step moves a weight by a fixed fraction of
-its own norm, so one rate fits layers of all sizes.
+Muon orthogonalises the momentum of each weight matrix, so that all singular values of an update are nearly equal. Convolution weights
+are flattened to (out, in * taps). Each step moves a weight by a fixed fraction of its own norm, so one learning rate fits layers of all sizes.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 
-# Quintic iteration x <- a x + b x^3 + c x^5 that drives singular values in (0, 1] towards 1.
+# Coefficients a, b, c of the quintic Newton-Schulz iteration x <- a x + b x^3 + c x^5, which drives singular values in (0, 1] towards 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, num_steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, M, N) -> float32 (B, M, N) with the same singular vectors and singular values near 1 (0.7 to 1.2); products in `dtype`."""
+    """(B, M, N) -> float32 (B, M, N) with the same singular vectors and singular values near 1 (0.7 to 1.2). Matrix products run in `dtype`."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -29,34 +30,35 @@ def orthogonalise(matrices: Tensor, num_steps: int = 5, dtype: torch.dtype = tor
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum; `lr` is the fraction of a weight's norm that one step moves it.
+    """Orthogonalised Nesterov momentum; `lr` is the size of a step as a fraction of the weight's norm.
 
-    Takes weights of two dimensions or more. `floor` is the norm below which a weight counts as that large;
-    `dtype` is that of the products.
+    Weights need two dimensions or more. `min_norm` is a lower bound on the norm in that fraction, so that weights near zero can grow;
+    `dtype` is the dtype of the matrix products.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], lr: float = 3e-3, momentum: float = 0.95, floor: float = 0.1, dtype: torch.dtype = torch.float32):
-        super().__init__(weights, {"lr": lr, "momentum": momentum, "floor": floor})
+    def __init__(self, weights: Iterable[nn.Parameter], lr: float = 3e-3, momentum: float = 0.95, min_norm: float = 0.1, dtype: torch.dtype = torch.float32):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "min_norm": min_norm})
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            alike: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    alike.setdefault(weight.flatten(1).shape, []).append(weight)
-            for weights in alike.values():
-                self._move(weights, group["lr"], group["momentum"], group["floor"])
+                    by_shape.setdefault(weight.flatten(1).shape, []).append(weight)
+            for weights in by_shape.values():
+                self._update(weights, group["lr"], group["momentum"], group["min_norm"])
 
-    def _move(self, weights: list[nn.Parameter], lr: float, momentum: float, floor: float) -> None:
-        """Weights of one shape: their products are done together."""
-        directions = orthogonalise(torch.stack([self._averaged(weight, momentum) for weight in weights]), dtype=self.dtype)
+    def _update(self, weights: list[nn.Parameter], lr: float, momentum: float, min_norm: float) -> None:
+        """Updates weights of one shape together, in batched matrix products."""
+        directions = orthogonalise(torch.stack([self._nesterov(weight, momentum) for weight in weights]), dtype=self.dtype)
         for weight, direction in zip(weights, directions):
-            size = lr * weight.norm().clamp(min=floor) / (direction.norm() + 1e-12)
+            size = lr * weight.norm().clamp(min=min_norm) / (direction.norm() + 1e-12)
             weight.sub_(direction.view_as(weight) * size)
 
-    def _averaged(self, weight: nn.Parameter, momentum: float) -> Tensor:
+    def _nesterov(self, weight: nn.Parameter, momentum: float) -> Tensor:
+        """Updates the momentum of a weight and returns its Nesterov direction, (out, rest)."""
         state = self.state[weight]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(weight)
@@ -65,7 +67,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def adamw_8bit(weights: Iterable[nn.Parameter | dict], **settings) -> torch.optim.Optimizer:
-    """torchao's AdamW, whose two averages take a byte each. Raises UserError where the package is missing."""
+    """Returns torchao's AdamW, whose two moments take one byte each per weight. Raises UserError if torchao is missing."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
@@ -73,13 +75,13 @@ def adamw_8bit(weights: Iterable[nn.Parameter | dict], **settings) -> torch.opti
     return AdamW8bit(list(weights), **settings)
 
 
-def unpacked(value: object) -> dict[str, Tensor]:
-    """The plain tensors of one in 8 bits, as a file can hold them, by name; {} of any other value."""
+def flatten_8bit(value: Any) -> dict[str, Tensor]:
+    """Splits an 8-bit optimizer state tensor into named plain tensors, which safetensors can store; returns {} for any other value."""
     return {name: getattr(value, name) for name in value.__tensor_flatten__()[0]} if type(value).__name__ == "OptimState8bit" else {}
 
 
-def packed(name: str, parts: dict[str, Tensor]) -> Tensor:
-    """The inverse, of AdamW's average of that name."""
+def unflatten_8bit(name: str, parts: dict[str, Tensor]) -> Tensor:
+    """Inverse of flatten_8bit for the AdamW moment `name`, exp_avg or exp_avg_sq."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
     return OptimState8bit(**parts, signed=name == "exp_avg", dtype=torch.float32)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -14,39 +14,39 @@ from ..errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What every task shares; each task adds its own fields by inheritance."""
+    """Fields that all tasks share; each task adds its own in a subclass."""
 
-    task: str  # vae, vlm, dit or edit
-    output_dir: str  # checkpoints and log.jsonl
-    export: str  # the finished model, written at the end
-    version: str = ""  # of the finished model, for its metadata (`mive inspect` shows it); "": none
-    num_steps: int
-    seed: int = 0
-    num_threads: int = 1  # of torch, 0: torch's own choice
-    num_workers: int = 1  # data loading processes, 0: in the training process
-    checkpoint_every_s: float = 120.0
-    num_checkpoints: int = 2  # kept
-    log_every: int = 20  # steps
-    max_grad_norm: float = 1.0  # of the gradient, 0: none
-    gradient_accumulation_steps: int = 1  # batches whose gradients are averaged into one step
-    device: str = "cpu"  # or cuda
-    bf16: bool = False  # matrix products and convolutions in bfloat16, weights and sums in float32; only some CPUs gain
-    ema_decay: float = 0.0  # decay of the averaged weights, 0: none; the export takes them
-    wandb: str = ""  # a project of Weights & Biases that is to see the log too
-    peak_tflops: float = 0.0  # of each device, for the share of its peak (mfu); 0: the card's own, where it is a known one
+    task: str  # name of the task: edit; for the embedded models dit, vae or vlm
+    output_dir: str  # folder of checkpoints, logs and validations
+    export: str  # path of the finished model, written after the last step
+    version: str = ""  # version of the finished model, stored in its metadata and shown by `mive inspect`; "": none
+    num_steps: int  # number of optimizer steps
+    seed: int = 0  # seed of initial weights, batches and noise
+    num_threads: int = 1  # number of torch's CPU threads; 0: torch's own choice
+    num_workers: int = 1  # number of data loading processes; 0: loading in the training process
+    checkpoint_every_s: float = 120.0  # seconds between checkpoints
+    num_checkpoints: int = 2  # number of newest checkpoints to keep
+    log_every: int = 20  # steps between log lines
+    max_grad_norm: float = 1.0  # maximum gradient norm, above which gradients are clipped; 0: no clipping
+    gradient_accumulation_steps: int = 1  # batches per process whose gradients are averaged into one step
+    device: str = "cpu"  # cpu or cuda
+    bf16: bool = False  # autocast: matrix products and convolutions in bfloat16, weights and sums in float32; faster on GPUs and on some CPUs
+    ema_decay: float = 0.0  # decay of the weights' exponential moving average, which is then validated and exported; 0: no average
+    wandb: str = ""  # Weights & Biases project that also receives the log; "": none
+    peak_tflops: float = 0.0  # peak TFLOPS of each device, for model FLOPs utilisation (mfu); 0: looked up by the GPU's name
 
     @property
     def free_fields(self) -> frozenset[str]:
-        """What may differ between the run that wrote a checkpoint and the one that resumes it."""
+        """The fields that may differ between the run that wrote a checkpoint and the run that resumes it."""
         return FREE_FIELDS
 
     @property
-    def about(self) -> dict[str, str]:
-        """What the finished model's metadata says beside its config."""
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the finished model, besides its config."""
         return {"mive.version": self.version} if self.version else {}
 
 
-# Fields that no step depends on.
+# Fields that do not affect the result of a step; loop.checkpoint_fields compares gradient_accumulation_steps times the number of processes.
 FREE_FIELDS = frozenset(
     {
         "device",
@@ -64,7 +64,7 @@ FREE_FIELDS = frozenset(
     }
 )
 
-# Keys as they were called up to 0.1, accepted with a warning until 0.3.
+# Old name (up to version 0.1) -> present name; old names are accepted with a warning until version 0.3.
 RENAMED = {
     "adamw_lr": "adamw_learning_rate",
     "clip_norm": "max_grad_norm",
@@ -98,7 +98,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 def read_recipe(path: str | Path) -> dict:
-    """The mapping in a YAML file. Raises UserError where there is none."""
+    """Reads the mapping in a YAML file. Raises UserError if the file has none."""
     path = Path(path)
     if not path.is_file():
         raise UserError("no such recipe", where=path, fix="the recipes of the embedded models are in configs/")
@@ -112,24 +112,25 @@ def read_recipe(path: str | Path) -> dict:
 
 
 def parse_recipe(cls: type[AnyRecipe], values: Mapping, where: object = None) -> AnyRecipe:
-    """Checks names and types, lists become tuples. Raises UserError for unknown, missing or ill-typed keys."""
+    """Builds a recipe from a mapping; lists become tuples. Raises UserError for unknown, missing or ill-typed keys."""
     known = {field.name: field for field in fields(cls)}
     old = {name: RENAMED[name] for name in values if name not in known and RENAMED.get(name) in known}
     for name, new in old.items():
         if new in values:
             raise UserError(f"the recipe has {name} and {new}, which are the same key", where=where, fix=f"keep {new}")
         warnings.warn(f"{where or 'recipe'}: the key {name} is now called {new}; the old name will be refused from version 0.3 on", stacklevel=2)
-    values = renamed(values, known)
+    values = rename_keys(values, known)
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise UserError("unknown keys in the recipe", where=where, got=", ".join(unknown), expected=", ".join(known))
     missing = [name for name, field in known.items() if field.default is MISSING and name not in values]
     if missing:
         raise UserError("keys missing from the recipe", where=where, expected=", ".join(missing))
-    return cls(**{name: _typed(name, value, known[name].type, where) for name, value in values.items()})
+    return cls(**{name: _parse_value(name, value, known[name].type, where) for name, value in values.items()})
 
 
-def _typed(name: str, value: object, wanted: type, where: object) -> object:
+def _parse_value(name: str, value: Any, wanted: Any, where: object) -> Any:
+    """Converts a YAML value to the field type `wanted`. Raises UserError if the type does not match."""
     if isinstance(value, list):
         return tuple(tuple(item) if isinstance(item, list) else item for item in value)
     if wanted is float and type(value) in (int, str):  # YAML 1.1 reads 1e-3 as a string
@@ -142,18 +143,18 @@ def _typed(name: str, value: object, wanted: type, where: object) -> object:
     return value
 
 
-def renamed(values: Mapping, known: Collection[str]) -> dict:
-    """The values under today's names, where they have names of up to 0.1 that stand for one of the `known`."""
+def rename_keys(values: Mapping, known: Collection[str]) -> dict:
+    """Replaces old names by the present ones if these are in `known`."""
     return {name if name in known else RENAMED[name] if RENAMED.get(name) in known else name: value for name, value in values.items()}
 
 
 def fingerprint(recipe: Recipe) -> dict:
-    """The fields that a checkpoint depends on, as JSON gives them back."""
+    """Returns the fields that must match to resume a checkpoint, after a JSON round trip."""
     return json.loads(json.dumps({name: value for name, value in asdict(recipe).items() if name not in recipe.free_fields}))
 
 
 def defaults_of(recipe: Recipe) -> dict:
-    """The same fields' defaults: what a checkpoint that is older than a field was trained with."""
+    """Returns the defaults of the same fields, which apply to checkpoints older than a field."""
     return json.loads(
         json.dumps({field.name: field.default for field in fields(recipe) if field.default is not MISSING and field.name not in recipe.free_fields})
     )

@@ -1,4 +1,4 @@
-"""`train(recipe)` builds the task that a recipe names and runs it."""
+"""Entry point of the trainer: `train` builds the task that a recipe names and runs it."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from .recipe import read_recipe
 if TYPE_CHECKING:
     from .loop import Task
 
-Build = Callable[[dict, object], "Task"]  # a recipe's values, where they stand -> the task
+TaskBuilder = Callable[[dict, object], "Task"]  # (recipe values, recipe path for messages) -> task
 
 
 def build_edit(values: dict, where: object = None) -> Task:
-    """The task `edit`: a DiT, or a LoRA on one, trained on cached pairs."""
+    """Builds the task `edit`: a DiT, or a LoRA on one, trained on cached pairs."""
     from .edit_task import build
 
     return build(values, where)
 
 
-TASKS: Mapping[str, Build] = {"edit": build_edit}
+TASKS: Mapping[str, TaskBuilder] = {"edit": build_edit}
 
 
-def train(recipe_path: str | Path, tasks: Mapping[str, Build] = TASKS) -> None:
-    """Trains the model that a YAML recipe describes; resumes where its output_dir holds a checkpoint.
+def train(recipe_path: str | Path, tasks: Mapping[str, TaskBuilder] = TASKS) -> None:
+    """Trains the model that a YAML recipe describes; resumes from a checkpoint in its output_dir.
 
-    Under torchrun or `accelerate launch` each process trains on its share of every step's batches. `tasks` maps the names
-    that a recipe's key `task` may have to the functions that build them. Raises UserError for a recipe that does not fit.
+    Under torchrun or `accelerate launch` the processes split the batches of each step. `tasks` maps values of the recipe key `task`
+    to the functions that build them. Raises UserError for an invalid recipe.
     """
     values = read_task(recipe_path, tasks)
-    from .distributed import joined
+    from .distributed import process_group
     from .loop import run
-    from .validate import validation_of
+    from .validate import build_validation
 
-    with joined(values.get("device", "cpu")) as processes:
+    with process_group(values.get("device", "cpu")) as processes:
         task = tasks[values["task"]](values, recipe_path)
-        run(task, processes=processes, validation=validation_of(task, recipe_path))
+        run(task, processes=processes, validation=build_validation(task, recipe_path))
 
 
-def read_task(recipe_path: str | Path, tasks: Mapping[str, Build] = TASKS) -> dict:
-    """A recipe's values. Raises UserError where its task is not one of `tasks`."""
+def read_task(recipe_path: str | Path, tasks: Mapping[str, TaskBuilder] = TASKS) -> dict:
+    """Reads the values of a recipe. Raises UserError if its task is not one of `tasks`."""
     values = read_recipe(recipe_path)
     if values["task"] not in tasks:
         raise UserError("unknown task", where=recipe_path, got=values["task"], expected=" or ".join(tasks))

@@ -1,6 +1,6 @@
-"""How good a DiT is while it is trained: the evaluation of `mive eval`, and the loss, on held-out pairs whose features are cached.
+"""Validation during training: the metrics of `mive eval`, and the loss, on held-out pairs with cached features.
 
-No VLM is needed beside the DiT. C latent channels, T x Y x X latent grid; K chosen layers, S VLM tokens, D_vlm their width.
+Thanks to the cache no VLM is loaded. C latent channels, T x Y x X latent grid; K chosen layers, S VLM tokens, D_vlm their width.
 """
 
 import json
@@ -29,31 +29,31 @@ from .edit_task import CachedBatches, check_cache
 from .flow_matching import FlowMatchingRecipe, FlowMatchingTask
 from .log import FILES
 from .loop import Task
-from .objective import EditFeatures, flow_matching_losses, stacked
+from .objective import EditFeatures, collate, flow_matching_losses
 
-FOLDER = "validation"  # in output_dir: a folder a step
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the loss is measured
-LOGGED = ("psnr_edited", "psnr_kept", "success_rate")
+FOLDER = "validation"  # folder in output_dir, with one folder per validation
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # values of t at which the loss is measured
+LOGGED = ("psnr_edited", "psnr_kept", "success_rate")  # metrics of `mive eval` that are logged
 
 
 @dataclass(frozen=True)
 class CachedRequest(EditRequest):
-    """An edit whose source, reference and instruction frozen models have read already."""
+    """An EditRequest with cached features of its source, reference and instruction."""
 
-    features: EditFeatures  # of a batch of one
+    features: EditFeatures  # a batch of one
 
 
-class HeldOut(Sequence):
-    """The first pairs of a manifest that a cache holds."""
+class HeldOutPairs(Sequence[PairedEdit]):
+    """The first `count` pairs of a manifest's cache, with requests of type CachedRequest."""
 
     def __init__(self, manifest: str, cache: str, count: int):
-        """Raises UserError where either is missing, or the cache was made of another manifest."""
+        """Raises UserError if manifest or cache is missing, or if the cache was made of another manifest."""
         index, self.lines = read_index(cache), read_manifest(check_input(manifest, "validation_manifest"))
         self.folder, self.settings = cache, CacheSettings(tuple(tuple(bucket) for bucket in index["contract"]["buckets"]))
         self.entries: list[CacheEntry] = index["entries"][:count]
         self.reader = CachedBatches((cache,), 1, 0)
         for entry in self.entries:
-            if int(entry.key) >= len(self.lines) or self.line(entry).name != entry.name:
+            if int(entry.key) >= len(self.lines) or self.manifest_entry(entry).name != entry.name:
                 raise UserError(
                     "the validation's cache was not made of its manifest",
                     where=cache,
@@ -61,14 +61,15 @@ class HeldOut(Sequence):
                     fix="run `mive data cache` with the held-out manifest",
                 )
 
-    def line(self, entry: CacheEntry) -> ManifestEntry:
+    def manifest_entry(self, entry: CacheEntry) -> ManifestEntry:
         return self.lines[int(entry.key)]
 
     def features(self, index: int) -> EditFeatures:
-        return stacked([EditFeatures(**self.reader.read(self.folder, self.entries[index]))])
+        """Reads the features of a pair, as a batch of one."""
+        return collate([EditFeatures(**self.reader.read(self.folder, self.entries[index]))])
 
-    def __getitem__(self, index: int) -> PairedEdit:
-        pair = read_pair(self.line(self.entries[index]), self.settings)
+    def __getitem__(self, index: int) -> PairedEdit:  # type: ignore[override]  # without slices
+        pair = read_pair(self.manifest_entry(self.entries[index]), self.settings)
         request = pair.request
         return replace(pair, request=CachedRequest(request.source, request.reference, request.instruction, self.features(index)))
 
@@ -76,23 +77,23 @@ class HeldOut(Sequence):
         return len(self.entries)
 
 
-class Share(Sequence):
-    """The part of a sequence that one process takes: all take as many, the last ones begin again."""
+class DistributedSubset(Sequence[PairedEdit]):
+    """The items of a sequence for one process; all processes get equally many, for which the sequence is repeated at its end."""
 
-    def __init__(self, whole: Sequence, processes: ProcessGroup):
-        count = -(-len(whole) // processes.size)
-        self.whole, self.numbers = whole, [processes.rank + i * processes.size for i in range(count)]
+    def __init__(self, sequence: Sequence, processes: ProcessGroup):
+        count = -(-len(sequence) // processes.size)
+        self.sequence, self.indices = sequence, [processes.rank + i * processes.size for i in range(count)]
 
-    def __getitem__(self, index: int) -> PairedEdit:
-        return self.whole[self.numbers[index] % len(self.whole)]
+    def __getitem__(self, index: int) -> PairedEdit:  # type: ignore[override]  # without slices
+        return self.sequence[self.indices[index] % len(self.sequence)]
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
 
 @dataclass(frozen=True)
 class TrainedEditor:
-    """Edits with the DiT as it is at this step; an Editor of evaluation/evaluate.py."""
+    """Edits with the DiT in training; implements Editor of evaluation/evaluate.py."""
 
     pipeline: Pipeline
     recipe: FlowMatchingRecipe
@@ -105,7 +106,7 @@ class TrainedEditor:
     def vae(self) -> VAE:
         return self.pipeline.vae
 
-    @torch.no_grad()  # no inference mode: weights that processes share would stay in it
+    @torch.no_grad()  # not inference mode, in which sharded weights would stay
     def edit(
         self, request: CachedRequest, *, steps: int | None, cfg: float | None, shift: float | None, seed: int, progress: Callable[[Iterable], Iterable]
     ) -> Clip:
@@ -125,44 +126,48 @@ class TrainedEditor:
 
 
 class Validation:
-    """Every so many steps of a task, and after the last one."""
+    """Validates a task every `validate_every` steps and after the last one; implements loop.Validation."""
 
     def __init__(self, task: FlowMatchingTask, where: object = None):
-        """Raises UserError for a recipe without a manifest, cache or VAE, and where they do not fit."""
+        """Raises UserError if the recipe names no manifest, cache or VAE, or if they do not fit."""
         self.task, self.recipe = task, task.recipe
         for name in ("validation_manifest", "validation_cache", "validation_vae"):
             if not getattr(self.recipe, name):
                 raise UserError(f"a validation needs the recipe's {name}", where=where)
         check_cache(self.recipe.validation_cache, task.config)
-        self.pairs = HeldOut(self.recipe.validation_manifest, self.recipe.validation_cache, self.recipe.validation_pairs)
+        self.pairs = HeldOutPairs(self.recipe.validation_manifest, self.recipe.validation_cache, self.recipe.validation_pairs)
         dtype = torch.bfloat16 if self.recipe.bf16 and self.recipe.device == "cuda" else torch.float32
         vae = VAE.load(resolve(EMBEDDED.get(self.recipe.validation_vae, self.recipe.validation_vae), "vae.safetensors"), dtype=dtype, device=self.recipe.device)
         if self.recipe.device == "cuda":
-            vae.network.enable_tiling()  # beside what training holds
-        self.editor = TrainedEditor(Pipeline(None, vae, task.model, task.config), self.recipe)
+            vae.network.enable_tiling()  # little memory is left beside training
+        self.editor = TrainedEditor(Pipeline(None, vae, task.model, task.config), self.recipe)  # type: ignore[arg-type]  # denoise needs no VLM
 
     def due(self, step: int) -> bool:
         return (step + 1) % self.recipe.validate_every == 0 or step == self.recipe.num_steps - 1
 
     def __call__(self, step: int, processes: ProcessGroup) -> tuple[dict[str, float], Path]:
-        """Each process edits its share into a folder of its own: report.json, sheet.png, edited/. -> figures of all, and the first one's sheet."""
+        """Evaluates the pairs, split over the processes -> metrics over all pairs, and the path of this process's sheet.png.
+
+        Each process writes report.json, sheet.png and edited/ to its own folder.
+        """
         folder = Path(self.recipe.output_dir) / FOLDER / f"step_{step:08d}" / ("" if processes.is_first else f"process_{processes.rank}")
-        share = Share(self.pairs, processes)
+        subset = DistributedSubset(self.pairs, processes)
         settings = EvaluationSettings(steps=self.recipe.validation_steps or None)
-        report = evaluate(self.editor, share, folder, settings, command=f"validation of {self.recipe.output_dir} after {step + 1} steps")
-        losses = [self.losses(number % len(self.pairs)) for number in share.numbers]
-        blocks.part(self.task.model)
-        done = [part for one in processes.gather(list(zip(share.numbers, report["per_clip"], losses))) for part in one if part[0] < len(self.pairs)]
-        figures = summary([row for _, row, _ in done])
-        logged = {name: figures[name] for name in LOGGED} | {f"{name}_ceiling": figures["vae_ceiling"][name] for name in LOGGED[:2]}
-        logged |= {name: sum(found[name] for *_, found in done) / len(done) for name in losses[0]}
+        report = evaluate(self.editor, subset, folder, settings, command=f"validation of {self.recipe.output_dir} after {step + 1} steps")
+        losses = [self.losses(index % len(self.pairs)) for index in subset.indices]
+        blocks.reshard(self.task.model)
+        gathered = processes.gather(list(zip(subset.indices, report["per_clip"], losses)))
+        results = [result for items in gathered for result in items if result[0] < len(self.pairs)]
+        metrics = summary([row for _, row, _ in results])
+        logged = {name: metrics[name] for name in LOGGED} | {f"{name}_ceiling": metrics["vae_ceiling"][name] for name in LOGGED[:2]}
+        logged |= {name: sum(found[name] for *_, found in results) / len(results) for name in losses[0]}
         if processes.is_first:
-            self.draw(logged, step)
+            self.plot_curves(logged, step)
         return {name: value for name, value in logged.items() if value is not None}, folder / "sheet.png"
 
     @torch.no_grad()
     def losses(self, index: int) -> dict[str, float]:
-        """The velocity's squared error of one pair, at each of TIMES and in the mean, with noise of its own."""
+        """Returns the velocity's squared error on one pair, at each of TIMES and their mean, with fixed noise for each pair."""
         features, device = self.pairs.features(index), self.recipe.device
         noise = torch.randn(features.target.shape, generator=torch.Generator().manual_seed(index)).to(device)
         features, found = features.to(device), {}
@@ -172,8 +177,8 @@ class Validation:
             found[f"loss_t{t}"] = float(losses["loss"])
         return {"loss": sum(found.values()) / len(TIMES), **found}
 
-    def draw(self, newest: dict, step: int) -> None:
-        """curves.png in output_dir: the training's loss, the validation's, its PSNR."""
+    def plot_curves(self, newest: dict, step: int) -> None:
+        """Plots training loss, validation loss and validation PSNR to curves.png in output_dir."""
         folder = Path(self.recipe.output_dir)
         validated = folder / FILES["validation"]
         lines = [json.loads(line) for line in validated.read_text(encoding="utf-8").splitlines()] if validated.is_file() else []
@@ -189,6 +194,6 @@ class Validation:
             page.save(partial, "PNG", optimize=True)
 
 
-def validation_of(task: Task, where: object = None) -> Validation | None:
-    """What the task's recipe asks for."""
-    return Validation(task, where) if getattr(task.recipe, "validate_every", 0) else None
+def build_validation(task: Task, where: object = None) -> Validation | None:
+    """Returns the validation that the task's recipe configures, if any."""
+    return Validation(task, where) if isinstance(task, FlowMatchingTask) and task.recipe.validate_every else None

@@ -1,1 +1,1 @@
-"""What the library and ComfyUI each expect of the other."""
+"""Adapters between the library and ComfyUI. The Hosted* classes run the library's models under ComfyUI's memory management."""

@@ -1,9 +1,11 @@
-"""Where the method's inputs travel in ComfyUI's CONDITIONING.
+"""How the method's inputs are stored in ComfyUI's CONDITIONING.
 
-The tensor of a CONDITIONING holds the raw states of the chosen layers, (B, S, K * D_vlm), so that stock nodes
-can pass it on; its dict says which layers they are, and holds the VAE's latents of source and reference.
+The tensor of a CONDITIONING holds the raw hidden states of the chosen layers, (B, S, K * D_vlm), so that stock nodes
+can pass it on; its dict holds the layers' indices and the VAE latents of source and reference.
 B batch, K chosen layers, S VLM tokens, D_vlm their width.
 """
+
+from collections.abc import Iterable
 
 import torch
 from einops import rearrange
@@ -13,19 +15,19 @@ from ...mive_core.config import MiVEConfig
 from ...mive_core.errors import UserError
 from ...mive_core.types import Condition
 
-LAYERS = "mive_layers"  # the numbers of the K layers
+LAYERS = "mive_layers"  # indices of the K layers
 VLM_NAME = "mive_vlm"
-GUIDES = {"source": "mive_source_latents", "reference": "mive_reference_latents"}  # as the VAE node gives them
+GUIDES = {"source": "mive_source_latents", "reference": "mive_reference_latents"}  # raw VAE latents, not yet normalised
 
 
 def to_conditioning(condition: Condition, vlm_name: str) -> list:
-    """Condition -> CONDITIONING, in float32: the states hold values that float16 cannot."""
+    """Condition -> CONDITIONING, in float32, because the states hold values that overflow float16."""
     states = rearrange(condition.states.to("cpu", torch.float32), "b k s d -> b s (k d)")
     return [[states, {LAYERS: condition.layers, VLM_NAME: vlm_name}]]
 
 
 def states_of(cond: dict, config: MiVEConfig) -> Tensor:
-    """One of ComfyUI's conds -> states (B, K, S, D_vlm). Raises UserError unless it is whole and fits the DiT."""
+    """One of ComfyUI's conds -> states (B, K, S, D_vlm). Raises UserError unless the cond is complete and fits the DiT."""
     layers = cond.get(LAYERS)
     if layers is None:
         raise UserError("this conditioning was not made for MiVE", expected="the output of the MiVE Encode node")
@@ -35,8 +37,8 @@ def states_of(cond: dict, config: MiVEConfig) -> Tensor:
     if len(layers) != len(config.layers):
         raise UserError(
             "the DiT was not made for that many layers",
-            got=f"{len(layers)} ({_listed(layers)})",
-            expected=f"{len(config.layers)} ({_listed(config.resolved_layers)})",
+            got=f"{len(layers)} ({_join(layers)})",
+            expected=f"{len(config.layers)} ({_join(config.resolved_layers)})",
             fix="choose them in MiVE Layer Select",
         )
     states = rearrange(cond["cross_attn"], "b s (k d) -> b k s d", k=len(layers))
@@ -47,5 +49,5 @@ def states_of(cond: dict, config: MiVEConfig) -> Tensor:
     return states
 
 
-def _listed(layers) -> str:
+def _join(layers: Iterable[int]) -> str:
     return ", ".join(map(str, layers))

@@ -1,4 +1,4 @@
-"""What an edit will cost, before it is run: tokens, memory, time."""
+"""Estimates the tokens, memory and time of an edit before it runs."""
 
 import math
 import time
@@ -6,18 +6,17 @@ import time
 import comfy.model_management
 import torch
 
-from ...mive_core.config import VLM_FEED_FORWARD, MiVEConfig
-from ...mive_core.cost.flops import Layout, block_flops, edge_flops
+from ...mive_core.config import VLM_INTERMEDIATE_SIZES, MiVEConfig
+from ...mive_core.cost.flops import Layout, block_flops, non_block_flops
 from ...mive_core.cost.memory import vae_decode_bytes, vlm_bytes
 from ...mive_core.vae import LATENT_CHANNELS, SPATIAL_FACTOR, TEMPORAL_FACTOR
 
-VLM_TOKEN_CELLS = 16  # latent cells under one of the VLM's tokens, 32 x 32 pixels
-SIDE = 512  # of the matrices that the device's speed is measured with on a CPU
-GPU_SIDE = 8192
+VLM_TOKEN_CELLS = 16  # latent cells covered by one VLM token, which is 32 x 32 pixels
+CPU_MATRIX_SIDE, GPU_MATRIX_SIDE = 512, 8192  # of the square matrices that measure a device's speed
 
 
 def describe_cost(num_frames: int, height: int, width: int, steps: int, patcher=None) -> list[str]:
-    """Lines of a report. Without a MODEL only the tokens are counted."""
+    """Returns the lines of a cost report. Without a MODEL it only counts tokens."""
     config = MiVEConfig() if patcher is None else patcher.model.config
     cells = ((num_frames - 1) // TEMPORAL_FACTOR + 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
     grid, num_reference = config.patch_grid(*cells), cells[1] * cells[2] // VLM_TOKEN_CELLS
@@ -27,34 +26,38 @@ def describe_cost(num_frames: int, height: int, width: int, steps: int, patcher=
         return lines
     shape = [1, LATENT_CHANNELS, *cells]
     weights, activations = patcher.model_size(), patcher.model.memory_required(shape, {"condition": [[1, layout.num_condition, config.width]]})
-    flops = config.num_blocks * block_flops(config, layout.num_tokens) + edge_flops(config, layout, ours=True)
+    flops = config.num_blocks * block_flops(config, layout.num_tokens) + non_block_flops(config, layout, ours=True)
     seconds = flops / measure_speed(patcher.load_device, patcher.model.get_dtype_inference())
     free = comfy.model_management.get_free_memory(patcher.load_device)
     return [
         *lines,
-        f"memory: {_size(weights)} of weights and at most {_size(activations)} for one step; {_size(free)} free on {patcher.load_device}",
-        describe_ends(config, num_frames, height, width, layout.num_condition, config.max_video_tokens + num_reference),
+        f"memory: {_format_bytes(weights)} of weights and at most {_format_bytes(activations)} for one step; "
+        f"{_format_bytes(free)} free on {patcher.load_device}",
+        describe_vlm_and_vae(config, num_frames, height, width, layout.num_condition, config.max_video_tokens + num_reference),
         f"time: at best {seconds:.2g} s a step, {steps * seconds:.2g} s for {steps} steps; twice that where cfg is not 1",
     ]
 
 
-def describe_ends(config: MiVEConfig, num_frames: int, height: int, width: int, num_tokens: int, num_visual: int) -> str:
-    """What reading and decoding hold, in 16 bits: of the VLM that the DiT names and of a VAE of Wan's own width."""
-    inner = VLM_FEED_FORWARD.get(config.vlm_width, 4 * config.vlm_width)
+def describe_vlm_and_vae(config: MiVEConfig, num_frames: int, height: int, width: int, num_tokens: int, num_visual: int) -> str:
+    """Describes the activation memory, in 16 bits, of the DiT's VLM while it encodes and of a VAE of Wan's own width while it decodes."""
+    inner = VLM_INTERMEDIATE_SIZES.get(config.vlm_width, 4 * config.vlm_width)
     reading = vlm_bytes(config.vlm_width, inner, num_tokens, num_visual, 2, num_video=config.max_video_tokens)
     whole, tiled = (vae_decode_bytes(num_frames, height, width, 2, tiled=tiled) for tiled in (False, True))
-    return f"before and after: about {_size(reading)} beside {config.vlm}'s weights; to decode with Wan's VAE {_size(whole)} whole, {_size(tiled)} in tiles"
+    return (
+        f"before and after: about {_format_bytes(reading)} beside {config.vlm}'s weights; "
+        f"to decode with Wan's VAE {_format_bytes(whole)} whole, {_format_bytes(tiled)} in tiles"
+    )
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product, which is the most that the model can reach."""
-    side = SIDE if comfy.model_management.is_device_cpu(device) else GPU_SIDE
+    """Measures the operations per second of one large matrix product, an upper bound for the model."""
+    side = CPU_MATRIX_SIDE if comfy.model_management.is_device_cpu(device) else GPU_MATRIX_SIDE
     a = torch.ones(side, side, device=device, dtype=dtype)
-    float((a @ a)[0, 0])  # warms up; reading a number waits for the device
+    float((a @ a)[0, 0])  # warm-up; reading a number waits for the device
     start = time.perf_counter()
     float((a @ a)[0, 0])
     return 2 * side**3 / (time.perf_counter() - start)
 
 
-def _size(num_bytes: float) -> str:
+def _format_bytes(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MB"

@@ -1,6 +1,6 @@
-"""A MiVE checkpoint -> ComfyUI's ModelPatcher, by the last steps of ComfyUI's own loader.
+"""Loads a MiVE checkpoint into ComfyUI's ModelPatcher, with the last steps of ComfyUI's own loader.
 
-ComfyUI's detection is passed over: by its keys it would take the file for plain Wan.
+ComfyUI's model detection is skipped, because by the file's keys it would detect plain Wan.
 """
 
 from functools import partial
@@ -12,24 +12,24 @@ import comfy.utils
 import torch
 
 from ...mive_core.config import METADATA_KEY
-from ...mive_core.formats.checkpoint import check_whole
+from ...mive_core.formats.checkpoint import check_dit_shapes
 from .lora import HostedDynamicPatcher, HostedPatcher
 from .metadata import config_of
 from .model import MiVESupport
 
 
 def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: bool = False, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """A checkpoint file -> MODEL. `dtype` None lets ComfyUI choose by device and file; fp8 types only store.
+    """Loads a checkpoint file as a MODEL. `dtype` None: ComfyUI chooses by device and file; fp8 types only store the weights.
 
-    A file with 8-bit weights and their scales keeps them as they are, in ComfyUI's own quantised layers.
+    8-bit weights with scales stay as the file has them, in ComfyUI's quantised layers.
 
-    Raises UserError for files that are damaged or something else.
+    Raises UserError if the file is damaged or is no MiVE DiT.
     """
     config = config_of(Path(path))
     state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     state.pop(METADATA_KEY, None)
     state, _ = comfy.utils.convert_old_quants(state, metadata=metadata)
-    check_whole(Path(path), {k: tuple(v.shape) for k, v in state.items()}, config)
+    check_dit_shapes(Path(path), {k: tuple(v.shape) for k, v in state.items()}, config)
 
     support = MiVESupport(config)
     support.quant_config = comfy.utils.detect_layer_quantization(state, "")
@@ -46,18 +46,18 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
 
     model = support.get_model(state)
     dynamic = comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher
-    kind = HostedDynamicPatcher if dynamic and not disable_dynamic and not comfy.model_management.is_device_cpu(device) else HostedPatcher
-    patcher = kind(model, load_device=device, offload_device=offload_device)
+    patcher_class = HostedDynamicPatcher if dynamic and not disable_dynamic and not comfy.model_management.is_device_cpu(device) else HostedPatcher
+    patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_dit, (path, dtype, fp8_matmul))
     if config.guided_above:
-        patcher.set_model_sampler_pre_cfg_function(partial(leave_unguided, config.guided_above))
+        patcher.set_model_sampler_pre_cfg_function(partial(skip_guidance, config.guided_above))
     return patcher
 
 
-def leave_unguided(above: float, args: dict) -> list:
-    """Up to a time the positive prediction stands for the negative one too, so that no rule of guidance changes anything there."""
+def skip_guidance(threshold: float, args: dict) -> list:
+    """At noise levels up to `threshold`, replaces the negative prediction by the positive one, so that guidance has no effect there."""
     conds = args["conds_out"]
-    return conds if float(args["sigma"].max()) > above else [conds[0], conds[0], *conds[2:]]
+    return conds if float(args["sigma"].max()) > threshold else [conds[0], conds[0], *conds[2:]]

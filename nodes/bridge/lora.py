@@ -1,6 +1,6 @@
-"""LoRAs on a MiVE MODEL: which of their keys find a weight, and what is said of those that do not.
+"""Applies LoRAs to a MiVE MODEL and reports which of their keys fit.
 
-MiVE's blocks are Wan's without the cross-attention, so of a Wan LoRA the keys of self-attention and feed-forward fit.
+MiVE's blocks are Wan's without the cross-attention, so the self-attention and feed-forward keys of a Wan LoRA fit.
 """
 
 import logging
@@ -15,21 +15,21 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Size, Tensor
 
 from ...mive_core.errors import UserError
-from ...mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
+from ...mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename_keys
 from .messages import logger
 
-ROOT = "diffusion_model."  # of the DiT's weights in ComfyUI
-# before a layer's name: ComfyUI's and diffusion-pipe's, whole checkpoints', diffusers', PEFT's, DiffSynth's (none)
+ROOT = "diffusion_model."  # prefix of the DiT's weights in ComfyUI
+# prefixes of layer names: ComfyUI and diffusion-pipe; full checkpoints; diffusers; PEFT (two); DiffSynth (none)
 PREFIXES = (ROOT, f"model.{ROOT}", "transformer.", "base_model.model.", "base_model.model.transformer.", "")
-FLAT_PREFIXES = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")  # kohya's and musubi's, Wan Fun's, OneTrainer's, SimpleTuner's
+FLAT_PREFIXES = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")  # kohya and musubi, Wan Fun, OneTrainer, SimpleTuner
 CROSS_ATTENTION = re.compile(r"cross_attn|attn2|norm3|text_embed|img_emb")
-OF_BIAS = ("diff_b", "b_norm")  # after the layer's name
+BIAS_SUFFIXES = ("diff_b", "b_norm")  # follow the layer's name
 FIX = "take a LoRA of Wan 2.1 of this DiT's width, or of MiVE"
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How many of a LoRA's keys found a weight, and how many of the others belong to what MiVE leaves out."""
+    """How many of a LoRA's keys fit, and how many of the others belong to the cross-attention, which MiVE does not have."""
 
     num_keys: int
     num_fitting: int
@@ -44,37 +44,37 @@ class Fit:
 
 
 def apply_lora(patcher: comfy.model_patcher.ModelPatcher, lora: dict[str, Tensor], strength: float) -> tuple[comfy.model_patcher.ModelPatcher, Fit]:
-    """A LoRA under any of the usual names -> a patched clone, and what fitted. Raises UserError where nothing does."""
+    """Applies a LoRA in any of the usual key formats -> a patched clone and the Fit. Raises UserError if no key fits."""
     lora = comfy.lora_convert.convert_lora(lora)
-    targets = targets_of(key for key in patcher.model.state_dict() if key.startswith(ROOT))
+    targets = lora_key_map(key for key in patcher.model.state_dict() if key.startswith(ROOT))
     patched = patcher.clone()
-    taken = set(patched.add_patches(comfy.lora.load_lora(lora, targets, log_missing=False), strength))
+    applied = set(patched.add_patches(comfy.lora.load_lora(lora, targets, log_missing=False), strength))
 
     def fits(key: str) -> bool:
-        places = [(targets.get(key[: dot.start()]), key[dot.end() :]) for dot in re.finditer(r"\.", key)]
-        return any((f"{target.removesuffix('.weight')}.bias" if part in OF_BIAS else target) in taken for target, part in places if target)
+        candidates = [(targets.get(key[: dot.start()]), key[dot.end() :]) for dot in re.finditer(r"\.", key)]
+        return any((f"{target.removesuffix('.weight')}.bias" if suffix in BIAS_SUFFIXES else target) in applied for target, suffix in candidates if target)
 
     unfitting = [key for key in lora if not fits(key)]
     return patched, Fit(len(lora), len(lora) - len(unfitting), sum(bool(CROSS_ATTENTION.search(key)) for key in unfitting))
 
 
-def targets_of(keys: Iterable[str]) -> dict[str, str]:
-    """ComfyUI's keys of the weights -> every name that LoRAs have for a layer: the key it changes."""
-    targets = {}
+def lora_key_map(keys: Iterable[str]) -> dict[str, str]:
+    """ComfyUI's weight keys -> a map from every layer name that LoRAs use to the weight key it changes."""
+    targets: dict[str, str] = {}
     for key in keys:
         wan = key.removeprefix(ROOT)
-        (diffusers,) = rename({wan: None}, WAN_TO_DIFFUSERS)
+        (diffusers,) = rename_keys({wan: None}, WAN_TO_DIFFUSERS)
         for name in (wan.removesuffix(".weight"), diffusers.removesuffix(".weight")):
             targets |= {prefix + name: key for prefix in PREFIXES} | {prefix + name.replace(".", "_"): key for prefix in FLAT_PREFIXES}
     return targets
 
 
-class FittingPatches:
-    """Of a LoRA, takes the patches that have their weights' shapes and says how many; nothing fitting is an error, not silence."""
+class HostedPatcher(comfy.model_patcher.ModelPatcher):
+    """ModelPatcher that applies only the LoRA patches of the right shape and logs their number. Raises UserError if none fits."""
 
     def add_patches(self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0) -> list:
         if any(not isinstance(patch, (WeightAdapterBase, tuple)) for patch in patches.values()):
-            return super().add_patches(patches, strength_patch, strength_model)  # of a merge of models, weight by weight
+            return super().add_patches(patches, strength_patch, strength_model)  # a merge of models, weight by weight
         weights = {key: weight.shape for key, weight in self.model.state_dict().items() if key.startswith(ROOT)}
         known = {key: patch for key, patch in patches.items() if (key if isinstance(key, str) else key[0]) in weights}
         fitting = {key: patch for key, patch in known.items() if not isinstance(key, str) or has_shape(patch, weights[key])}
@@ -98,16 +98,12 @@ class FittingPatches:
         return super().add_patches(fitting, strength_patch, strength_model)
 
 
-class HostedPatcher(FittingPatches, comfy.model_patcher.ModelPatcher):
-    """ComfyUI's patcher."""
-
-
-class HostedDynamicPatcher(FittingPatches, comfy.model_patcher.ModelPatcherDynamic):
-    """ComfyUI's patcher that brings weights over one by one."""
+class HostedDynamicPatcher(HostedPatcher, comfy.model_patcher.ModelPatcherDynamic):
+    """The same for ComfyUI's patcher that moves weights to the device one by one."""
 
 
 def has_shape(patch: WeightAdapterBase | tuple, shape: Size) -> bool:
-    """Whether a LoRA's pair of matrices, or its difference, fits a weight; other kinds are left to ComfyUI."""
+    """Whether a LoRA's pair of matrices, or its weight difference, fits a weight's shape. True for other kinds, which ComfyUI checks."""
     if isinstance(patch, LoRAAdapter) and patch.weights[3] is None:
         up, down = patch.weights[:2]
         return up.shape[0] == shape[0] and down[0].numel() == shape[1:].numel()

@@ -1,4 +1,4 @@
-"""What is said to a user of ComfyUI: the library's warnings in the log, with the pack's name; a text on a node's face."""
+"""Messages to the user of ComfyUI: the library's warnings in the log, and text shown on a node."""
 
 import logging
 import warnings
@@ -9,24 +9,24 @@ logger = logging.getLogger("MiVE")
 
 
 @contextmanager
-def logged() -> Iterator[list[str]]:
-    """Logs the library's warnings of the block, once each; yields the list that they are gathered in."""
-    said: list[str] = []
+def log_warnings() -> Iterator[list[str]]:
+    """Logs each distinct UserWarning of the block once, when the block ends; yields the list that will hold their texts."""
+    messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        yield said
+        yield messages
     for warning in caught:
-        if str(warning.message) not in said:
-            said.append(str(warning.message))
+        if str(warning.message) not in messages:
+            messages.append(str(warning.message))
             logger.warning("MiVE: %s", warning.message)
 
 
 def show(node, text: str) -> None:
-    """Writes on the face of a running node, which has the hidden input `unique_id`; ui.PreviewText alone is not drawn there.
+    """Shows text on a running node that has the hidden input `unique_id`; ui.PreviewText alone is not shown while a node runs.
 
-    Lines end in a semicolon: the new (Vue) nodes draw them as one.
+    Lines are ended with a semicolon, because the new (Vue) nodes draw all lines as one.
     """
     if node.hidden.unique_id:
-        from server import PromptServer  # only a server draws nodes, and it has imported this itself
+        from server import PromptServer  # present only when a server runs, which has imported it already
 
         PromptServer.instance.send_progress_text(text.replace("\n", ";\n"), node.hidden.unique_id)

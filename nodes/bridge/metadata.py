@@ -1,7 +1,7 @@
-"""What a file says of itself: the config in its metadata or, where ComfyUI's own save nodes wrote it, in a tensor of bytes.
+"""The MiVE config inside a checkpoint file: in its metadata or, if one of ComfyUI's save nodes wrote the file, in a tensor of bytes.
 
-Those nodes write metadata of their own and ask the model only for its tensors, so the config travels among them; read_header
-finds it there.
+Save nodes write their own metadata and take only tensors from the model, so the config is stored as one more tensor;
+read_header reads it from there.
 """
 
 from pathlib import Path
@@ -14,17 +14,17 @@ from ...mive_core.errors import UserError
 from ...mive_core.formats.checkpoint import read_config
 from ...mive_core.formats.safetensors_file import WAN_FAMILY, read_header
 
-PREFIX = "model.diffusion_model."  # that ComfyUI's save nodes would put before every key
+PREFIX = "model.diffusion_model."  # what ComfyUI's save nodes put before every key by default
 
 
 def with_config(state: dict[str, Tensor], config: MiVEConfig) -> dict[str, Tensor]:
-    """A DiT's weights -> the same, and the config in the bytes of one more tensor."""
+    """Returns a DiT's weights with the config added as one more tensor, of bytes."""
     text = config.to_metadata()[METADATA_KEY].encode()
     return {**state, METADATA_KEY: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def config_of(path: Path) -> MiVEConfig:
-    """The config of a MiVE DiT's file. Raises UserError where the file is something else, is damaged, or does not say."""
+    """Reads the config of a MiVE DiT file. Raises UserError if the file is damaged, has no config, or is no MiVE DiT."""
     header = read_header(path)
     if f"{PREFIX}context.fuse.weight" in header.shapes:
         raise UserError(

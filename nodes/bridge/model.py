@@ -1,4 +1,4 @@
-"""MiVE as a model that ComfyUI samples, patches, offloads and windows as its own.
+"""MiVE as a ComfyUI model: ComfyUI samples, patches and offloads it, and runs it in context windows, like its own models.
 
 B batch, C latent channels, T x Y x X latent grid; K chosen layers, S = N_c condition tokens, D_vlm their width, D model width.
 """
@@ -22,20 +22,20 @@ from ...mive_core.errors import UserError
 from .conditioning import GUIDES, states_of
 from .metadata import with_config
 
-SLACK = 1.25  # an attention kernel's workspace, a layer's weights on their way in, what the allocator leaves unused
+SLACK = 1.25  # factor for the attention kernel's workspace, a layer's weights in transfer, and memory that the allocator leaves unused
 
 
 class HostedDiT(MiVEDiT):
-    """The library's DiT behind the call that ComfyUI makes; its keys are unchanged, so LoRAs and offloading see them."""
+    """The library's DiT with ComfyUI's forward signature. Its keys are unchanged, so LoRAs and offloading find them."""
 
     def __init__(self, config: MiVEConfig, *, operations, device=None, dtype=None):
         super().__init__(config, operations=operations, attention=optimized_attention, device=device, dtype=dtype)
         self.dtype = dtype
 
-    def forward(
+    def forward(  # type: ignore[override]  # ComfyUI's signature
         self, x: Tensor, t: Tensor, context=None, control=None, transformer_options={}, *, source: Tensor, reference: Tensor, condition: Tensor, **kwargs
     ) -> Tensor:
-        """x (B, C, T, Y, X), t (B,) in 0..1 -> velocity (B, C, T, Y, X), through the wrappers that patches have added."""
+        """x (B, C, T, Y, X), t (B,) in 0..1 -> velocity (B, C, T, Y, X), through the wrappers added by patches."""
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._velocity, self, wrappers)
         return executor.execute(x, t, source, reference, condition, transformer_options=transformer_options)
@@ -44,8 +44,10 @@ class HostedDiT(MiVEDiT):
         transformer_options = {**transformer_options, "total_blocks": len(self.blocks), "block_type": "double"}
         return super().forward(x, source, reference, condition, t, transformer_options=transformer_options)
 
-    def run_block(self, index: int, sequence: Tensor, time: Modulation, rotary: Tensor, transformer_options={}) -> Tensor:
-        """A block, or what a patch has put in its place, under the names that Wan's blocks have in ComfyUI: "img" is the whole sequence."""
+    def run_block(  # type: ignore[override]  # ComfyUI's one attention option
+        self, index: int, sequence: Tensor, time: Modulation, rotary: Tensor, transformer_options={}
+    ) -> Tensor:
+        """Runs a block or its replacement by a patch, with the argument names of Wan's blocks in ComfyUI: "img" is the whole sequence."""
         transformer_options["block_index"] = index
         replace = transformer_options.get("patches_replace", {}).get("dit", {}).get(("double_block", index))
         if replace is None:
@@ -60,23 +62,23 @@ class HostedDiT(MiVEDiT):
 
 
 class MiVEModel(comfy.model_base.BaseModel):
-    """Flow matching over the target's latents, guided by a source, a reference and condition tokens."""
+    """Flow matching over the target latents, conditioned on source latents, reference latents and condition tokens."""
 
     def __init__(self, model_config, device=None):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostedDiT)
         self.config: MiVEConfig = model_config.unet_config["config"]
 
     def process_timestep(self, timestep: Tensor, **kwargs) -> Tensor:
-        """ComfyUI's timestep -> t = sigma in 0..1, whatever multiplier a sampling patch has set; Flux's has none."""
+        """ComfyUI's timestep -> t = sigma in 0..1, for any multiplier set by a sampling patch; Flux's patch has none."""
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)
 
     def extra_conds_shapes(self, **cond) -> dict[str, list[int]]:
-        """Called before any weight is loaded, so what is missing or does not fit is refused here."""
+        """Returns the shape of the condition tokens. ComfyUI calls this before it loads weights, so bad conditioning raises UserError here."""
         states = states_of(cond, self.config)
         return {"condition": [states.shape[0], states.shape[2], self.config.width]}
 
     def extra_conds(self, **cond) -> dict[str, comfy.conds.CONDRegular]:
-        """Once per sampling: the guides as the VAE's normalised latents, the raw states as condition tokens."""
+        """Called once per sampling: normalises the latents of source and reference, projects the raw states to condition tokens."""
         noise, device = cond["noise"], cond["device"]
         guides = {name: self.process_latent_in(cond[key].to(device, torch.float32)) for name, key in GUIDES.items()}
         check_shapes(noise, guides["source"], guides["reference"])
@@ -84,13 +86,13 @@ class MiVEModel(comfy.model_base.BaseModel):
         return {name: comfy.conds.CONDRegular(value) for name, value in {**guides, "condition": condition}.items()}
 
     def process_latent_out(self, latent: Tensor) -> Tensor:
-        """Where every sampler ends. Raises UserError where the latents are not finite: decoded, they would be a black video."""
+        """Called at the end of every sampler. Raises UserError if the latents are not finite, which would decode to a black video."""
         if not latent.isfinite().all():
             raise UserError("the latents are no longer finite", where="sampling", fix="lower cfg, or load the DiT in bf16 or fp32")
         return super().process_latent_out(latent)
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
-        """The source is cut with the window; the reference and the condition belong to every window."""
+        """Cuts the source latents to the window; reference and condition tokens are the same for every window."""
         if cond_key == "source":
             return cond_value._copy_with(window.get_tensor(cond_value.cond, device, dim=window.dim, retain_index_list=retain_index_list))
         if cond_key in ("reference", "condition"):
@@ -98,16 +100,16 @@ class MiVEModel(comfy.model_base.BaseModel):
         return super().resize_cond_for_context_window(cond_key, cond_value, window, x_in, device, retain_index_list)
 
     def memory_required(self, input_shape, cond_shapes={}) -> float:
-        """Bytes for target, reference and condition tokens, the whole of the sequence, and what the library's count leaves out."""
+        """Estimates the bytes of a forward over the whole sequence (condition, reference and target tokens), times SLACK."""
         num_condition = max((shape[1] for shape in cond_shapes.get("condition", [])), default=0)
         num_tokens = Layout(num_condition, self.config.patch_grid(*input_shape[2:])).num_tokens
         return SLACK * activation_bytes(self.config, num_tokens, self.get_dtype_inference().itemsize, input_shape[0])
 
 
 class MiVESupport(comfy.supported_models_base.BASE):
-    """What ComfyUI asks of a kind of model before it is built."""
+    """The model config that ComfyUI reads before it builds the model."""
 
-    unet_extra_config = {}
+    unet_extra_config: dict = {}
     latent_format = comfy.latent_formats.Wan21
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -119,27 +121,29 @@ class MiVESupport(comfy.supported_models_base.BASE):
         return MiVEModel(self, device=device)
 
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What ComfyUI's save nodes write: keys as in every MiVE file, and the config among them."""
+        """Returns what ComfyUI's save nodes write: the keys of every MiVE file, and the config as a tensor."""
         return with_config(state_dict, self.unet_config["config"])
 
 
 def check_shapes(noise: Tensor, source: Tensor, reference: Tensor) -> None:
-    """Raises UserError unless source and reference lie over the latent that is to be sampled."""
+    """Raises UserError unless the latents of source and reference match the size of the latent to sample."""
     _frames, height, width = noise.shape[2:]
     if source.shape[2:] != noise.shape[2:]:
         raise UserError(
             "the source and the latent differ",
-            got=f"source latents of {_grid(source)}, a latent of {_grid(noise)}",
+            got=f"source latents of {_format_grid(source)}, a latent of {_format_grid(noise)}",
             expected="the same",
             fix="take the LATENT of the MiVE Reference Latents node that made the conditioning",
         )
     if reference.shape[2:] != (1, height, width):
         raise UserError(
-            "the reference and the latent differ", got=f"reference latents of {_grid(reference)}", expected=f"1 x {height} x {width} (frames x rows x columns)"
+            "the reference and the latent differ",
+            got=f"reference latents of {_format_grid(reference)}",
+            expected=f"1 x {height} x {width} (frames x rows x columns)",
         )
     if height % 2 or width % 2:
-        raise UserError("the latent's sides are odd", got=_grid(noise), fix="choose sides in pixels that are multiples of 16")
+        raise UserError("the latent's sides are odd", got=_format_grid(noise), fix="choose sides in pixels that are multiples of 16")
 
 
-def _grid(latents: Tensor) -> str:
+def _format_grid(latents: Tensor) -> str:
     return " x ".join(str(side) for side in latents.shape[2:]) + " (frames x rows x columns)"

@@ -1,6 +1,6 @@
-"""Where models are found: ComfyUI's folders and the embedded ones.
+"""Finds models in ComfyUI's folders and among the embedded ones.
 
-An entry of a dropdown is a path relative to one of its roots, so that a workflow holds no machine's paths.
+A dropdown entry is a path relative to one of these folders, so that workflows contain no absolute paths.
 """
 
 import logging
@@ -16,31 +16,28 @@ from ...mive_core.errors import UserError
 from ...mive_core.formats.safetensors_file import VAE_FAMILY, VLM_FAMILY, read_header
 from ...mive_core.pipeline import EMBEDDED
 
-ASSETS = EMBEDDED["tiny"].parent  # embedded entries read `tiny/...`
-SAMPLES = {
-    "bigbuckbunny_33f.mp4": "mive_sample.mp4",
-    "neon.png": "mive_sample_neon.png",
-    "pairs": "mive_sample_pairs",
-}  # what the workflows read: its name among the inputs
+ASSETS = EMBEDDED["tiny"].parent  # entries of embedded models start with tiny/
+# samples that the workflows use -> their names in ComfyUI's input folder
+SAMPLES = {"bigbuckbunny_33f.mp4": "mive_sample.mp4", "neon.png": "mive_sample_neon.png", "pairs": "mive_sample_pairs"}
 LLM = "LLM"
 SUFFIX = ".safetensors"
 
 
 def register() -> None:
-    """Adds the embedded VAE to the stock VAE loader's list, models/LLM to the known folders, the samples to the inputs."""
+    """Adds the embedded VAE to the stock VAE loader's list and models/LLM to the known folders, and copies the samples to the input folder."""
     folder_paths.add_model_folder_path("vae", str(ASSETS))
     folder_paths.add_model_folder_path(LLM, os.path.join(folder_paths.models_dir, LLM))
-    for name, shown in SAMPLES.items():
-        source, sample = ASSETS / "samples" / name, Path(folder_paths.get_input_directory()) / shown
+    for name, input_name in SAMPLES.items():
+        source, sample = ASSETS / "samples" / name, Path(folder_paths.get_input_directory()) / input_name
         try:
             if not sample.exists():
                 (shutil.copytree if source.is_dir() else shutil.copyfile)(source, sample)
         except OSError as error:
-            logging.warning("MiVE: the sample %s could not be put into the input folder: %s", shown, error)
+            logging.warning("MiVE: the sample %s could not be put into the input folder: %s", input_name, error)
 
 
 def list_dits() -> dict[str, Path]:
-    """Entry -> file, of .safetensors in models/diffusion_models and the embedded DiT, which comes last."""
+    """Returns dropdown entry -> path for the .safetensors files in models/diffusion_models and, last, the embedded DiT."""
     names = [name for name in folder_paths.get_filename_list("diffusion_models") if name.endswith(SUFFIX)]
     found = {name: folder_paths.get_full_path("diffusion_models", name) for name in names}
     embedded = {f"{path.parent.name}/{path.name}": path for path in ASSETS.glob("*/dit.safetensors")}
@@ -48,33 +45,33 @@ def list_dits() -> dict[str, Path]:
 
 
 def list_vlms() -> dict[str, Path]:
-    """Entry -> a folder with a config.json, or one file that holds a Qwen3-VL.
+    """Returns dropdown entry -> path of a folder with a config.json, or of a single file with a Qwen3-VL.
 
-    They are looked for in models/text_encoders, models/LLM and among the embedded models, which come last.
+    Searches models/text_encoders, models/LLM and, last, the embedded models.
     """
     roots = [Path(root) for root in (*folder_paths.get_folder_paths("text_encoders"), *folder_paths.get_folder_paths(LLM), ASSETS)]
-    found = {}
+    found: dict[str, Path] = {}
     for root in roots:
         folders = [path.parent for path in sorted({*root.glob("*/config.json"), *root.glob("*/*/config.json")})]
         files = [
             path
             for path in sorted({*root.glob("*.safetensors"), *root.glob("*/*.safetensors")})
-            if path.parent not in folders and path.is_file() and _is(path, VLM_FAMILY, path.stat().st_mtime)
+            if path.parent not in folders and path.is_file() and _is_family(path, VLM_FAMILY, path.stat().st_mtime)
         ]
         found |= {path.relative_to(root).as_posix(): path for path in (*folders, *files)}
     return found
 
 
 def list_vaes() -> dict[str, Path]:
-    """Entry -> file, of those in models/vae and the embedded ones that hold a VAE of Wan."""
+    """Returns dropdown entry -> path for the Wan VAEs in models/vae and among the embedded models."""
     names = [name for name in folder_paths.get_filename_list("vae") if name.endswith(SUFFIX)]
     found = {name: Path(path) for name in names if (path := folder_paths.get_full_path("vae", name)) is not None}
-    return {name: path for name, path in found.items() if _is(path, VAE_FAMILY, path.stat().st_mtime)}
+    return {name: path for name, path in found.items() if _is_family(path, VAE_FAMILY, path.stat().st_mtime)}
 
 
 @cache
-def _is(path: Path, family: str, modified: float) -> bool:
-    """Whether a file holds a model of that family; only its header is read, once for each time it was `modified`."""
+def _is_family(path: Path, family: str, modified: float) -> bool:
+    """Whether a file holds a model of the family. Reads only the header; `modified` makes the cached result expire when the file changes."""
     try:
         return read_header(path).family == family
     except (UserError, OSError):
@@ -82,23 +79,23 @@ def _is(path: Path, family: str, modified: float) -> bool:
 
 
 def list_pairs() -> dict[str, Path]:
-    """Entry -> a folder with source/ and target/, or a manifest, in ComfyUI's input folder or one below."""
+    """Returns dropdown entry -> path of a folder with source/ and target/, or of a manifest, in ComfyUI's input folder or its subfolders."""
     root = Path(folder_paths.get_input_directory())
     folders = [path.parent for path in sorted({*root.glob("*/source"), *root.glob("*/*/source")}) if (path.parent / "target").is_dir()]
     manifests = sorted({*root.glob("*.jsonl"), *root.glob("*/*.jsonl"), *root.glob("*/*/*.jsonl")})
     return {path.relative_to(root).as_posix(): path for path in (*folders, *manifests)}
 
 
-def place(folder: str, name: str, where: str) -> Path:
-    """A plain name of a .safetensors file -> where it lies in ComfyUI's models of that kind. Raises UserError for any other name."""
+def output_path(folder: str, name: str, where: str) -> Path:
+    """Returns the path of a new file in ComfyUI's model folder, such as "loras". Raises UserError unless name is a plain .safetensors name."""
     if not name.endswith(SUFFIX) or name == SUFFIX or PurePath(name).name != name or "\\" in name or not name.isprintable():
         raise UserError("this is no plain name of a file", where=where, got=repr(name), expected=f"a name that ends in {SUFFIX}, without folders")
-    folders = [Path(path) for path in folder_paths.get_folder_paths(folder)]  # models/unet, the former diffusion_models, comes first
+    folders = [Path(path) for path in folder_paths.get_folder_paths(folder)]  # models/unet, the old name of diffusion_models, comes first
     return next((path for path in folders if path.name == folder), folders[0]) / name
 
 
 def find(entries: Callable[[], dict[str, Path]], name: str, expected: str) -> Path:
-    """The entry's path. Raises UserError that says where such models are expected, where there is none."""
+    """Returns the path of a dropdown entry. Raises UserError, naming the `expected` folder, if there is no such entry."""
     found = entries()
     if name not in found:
         raise UserError("no such model", got=repr(name), expected=expected, fix=f"found there: {', '.join(list(found)[:8]) or 'nothing'}")

@@ -1,15 +1,13 @@
-"""A training of one name, from pairs to the file in models/loras: what it reads, where it writes, how it goes on."""
+"""A LoRA training run, from pairs to the file in models/loras. A run is identified by the LoRA's name and can be resumed."""
 
 import hashlib
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management
-import comfy.utils
 import torch
 
 from ...mive_core.data.folder import read_pairs
@@ -17,16 +15,17 @@ from ...mive_core.data.manifest import ManifestEntry
 from ...mive_core.errors import UserError
 from ...mive_core.evaluation.loss_curve import read_losses
 from ...mive_core.media.remote import is_url
-from ...mive_core.train.cache import CacheSettings, cache, contract_of
+from ...mive_core.train.cache import CacheSettings, cache, cache_contract
 from ...mive_core.train.checkpoints import PATTERN, RecipeMismatch
 from ...mive_core.train.edit_task import EditRecipe, EditTask
 from ...mive_core.train.loop import run
 from ...mive_core.train.lora import check_peft
-from .messages import logged, logger, show
-from .training import HostedEncoders, OutOfMemory, alone, make_room
+from .messages import log_warnings, logger
+from .progress import Progress
+from .training import HostedEncoders, OutOfMemory, exclusive_training, free_device_memory
 
 LOG = "log.jsonl"
-INPUTS = {
+INPUT_NAMES = {  # recipe keys that are named differently on the node
     "lora_rank": "rank",
     "lora_alpha": "alpha",
     "start_from": "model",
@@ -34,48 +33,30 @@ INPUTS = {
     "bf16": "dtype",
     "weight_dtype": "dtype",
     "float8": "dtype",
-}  # where a recipe's field has another name on the node
-SAID_EVERY = 0.5  # seconds
-
-
-class Progress:
-    """A phase on the node's bar and face; the place where Cancel is heard."""
-
-    def __init__(self, node, what: str, total: int, done: int = 0):
-        self.node, self.what, self.total, self.done, self.said_at = node, what, total, done, 0.0
-        self.bar = comfy.utils.ProgressBar(total)
-
-    def advance(self, remark: str = "") -> None:
-        """To the next item. Raises ComfyUI's interruption where Cancel was pressed."""
-        self.done = min(self.done + 1, self.total)
-        self.bar.update_absolute(self.done)
-        if time.monotonic() - self.said_at > SAID_EVERY or self.done == self.total:
-            show(self.node, f"{self.what} {self.done} of {self.total}{remark}")
-            self.said_at = time.monotonic()
-        comfy.model_management.throw_exception_if_processing_interrupted()
+}
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides what is trained; `recipe` holds fields of EditRecipe."""
+    """All settings of a training run; `recipe` holds keys of EditRecipe."""
 
     pairs: Path
     model: Path
     vlm: Path
     vae: Path
-    lora: Path  # the file to be
-    folder: Path  # checkpoints, log, cache
-    size: tuple[int, int]  # width, height of a wide clip, in pixels
+    lora: Path  # the file to write
+    folder: Path  # for checkpoints, log and cache
+    size: tuple[int, int]  # width and height in pixels; swapped for portrait clips
     num_frames: int
     recipe: dict
 
     def check(self) -> list[ManifestEntry]:
-        """What can be known before anything is loaded -> the pairs. Raises UserError."""
+        """Checks what can be checked before models are loaded -> the pairs. Raises UserError."""
         check_peft()
         if self.lora.exists() and not (self.folder / LOG).exists():
             raise UserError("the file is there already", where="lora_name", got=self.lora.name, fix="choose another name, or delete the file")
         entries = read_pairs(self.pairs)
-        if any(is_url(place) for entry in entries for place in (entry.source, entry.target, entry.reference, entry.mask)):
+        if any(path and is_url(path) for entry in entries for path in (entry.source, entry.target, entry.reference, entry.mask)):
             raise UserError(
                 "the manifest names a URL",
                 where=self.pairs,
@@ -84,41 +65,41 @@ class Job:
             )
         return entries
 
-    def forget(self) -> None:
-        """Takes away what an earlier run has learnt, not the cache."""
+    def discard_progress(self) -> None:
+        """Deletes the checkpoints and the log of an earlier run, but not its cache."""
         for path in (*self.folder.glob(PATTERN), self.folder / LOG):
             path.unlink(missing_ok=True)
 
     def run(self, node, entries: Sequence[ManifestEntry]) -> list[dict]:
-        """Trains to the end -> the pairs that could not be used, and why. Raises UserError, and ComfyUI's interruption after a checkpoint."""
+        """Trains to the end -> the skipped pairs and the reasons. Raises UserError; on Cancel saves a checkpoint and raises ComfyUI's interruption."""
         device = comfy.model_management.get_torch_device()
-        with alone(device):
-            folder, skipped = self._cached(node, entries)
-            make_room()
-            self._trained(node, str(folder), str(device))
+        with exclusive_training(device):
+            folder, skipped = self._cache(node, entries)
+            free_device_memory()
+            self._train(node, str(folder), str(device))
         return skipped
 
-    def _cached(self, node, entries: Sequence[ManifestEntry]) -> tuple[Path, list[dict]]:
-        """Latents and states of the pairs, those that are not there yet; an upright clip lies in the bucket turned by 90 degrees."""
+    def _cache(self, node, entries: Sequence[ManifestEntry]) -> tuple[Path, list[dict]]:
+        """Encodes the pairs that are not cached yet -> the cache's folder and the skipped pairs. Portrait clips use the size with sides swapped."""
         progress = Progress(node, "reading pair", len(entries))
         encoders = HostedEncoders.of(self.model, self.vlm, self.vae, progress.advance)
         settings = CacheSettings(tuple({(*side, self.num_frames): None for side in (self.size, self.size[::-1])}))
-        mark = hashlib.sha256(json.dumps([contract_of(encoders, settings), str(self.pairs)]).encode()).hexdigest()[:12]
-        folder = self.folder / "cache" / mark
-        with logged():
+        cache_key = hashlib.sha256(json.dumps([cache_contract(encoders, settings), str(self.pairs)]).encode()).hexdigest()[:12]
+        folder = self.folder / "cache" / cache_key
+        with log_warnings():
             try:
                 skipped = cache(entries, encoders, folder, settings, logger.info)["skipped"]
             except OutOfMemory as error:
-                raise error.__cause__ from None
+                raise error.original from None
         for item in skipped:
             logger.warning("MiVE: the pair %s is left out: %s", item["name"], item["why"])
         return folder, skipped
 
-    def _trained(self, node, cached: str, device: str) -> None:
+    def _train(self, node, cache_folder: str, device: str) -> None:
         recipe = EditRecipe(
             task="edit",
             start_from=str(self.model),
-            caches=(cached,),
+            caches=(cache_folder,),
             output_dir=str(self.folder),
             export=str(self.lora),
             device=device,
@@ -141,9 +122,9 @@ class Job:
 
         self.lora.parent.mkdir(parents=True, exist_ok=True)
         try:
-            run(EditTask(recipe), watch=watch)
+            run(EditTask(recipe), on_step_end=watch)
         except RecipeMismatch as error:
-            differ = ", ".join(dict.fromkeys(INPUTS.get(field, field) for field in error.differ))
+            differ = ", ".join(dict.fromkeys(INPUT_NAMES.get(field, field) for field in error.differ))
             raise UserError(
                 "the training of that name was begun with other settings",
                 where="lora_name",

@@ -1,4 +1,4 @@
-"""A stock VAE of Wan 2.1, under ComfyUI's memory management: in tiles where memory is short.
+"""A stock Wan 2.1 VAE under ComfyUI's memory management, which encodes in tiles if memory is short.
 
 F frames of H x W pixels; C latent channels, T x Y x X latent grid.
 """
@@ -17,7 +17,7 @@ from ...mive_core.vae import LATENT_CHANNELS
 
 
 def encode(vae, frames: Tensor) -> Tensor:
-    """(F, H, W, 3) in 0..1 -> (1, C, T, Y, X) as the VAE gives them. Raises UserError where they are not finite."""
+    """(F, H, W, 3) in 0..1 -> raw latents (1, C, T, Y, X). Raises UserError if they are not finite."""
     latents = vae.encode(frames)
     if not latents.isfinite().all():
         raise UserError("the VAE gives NaN or infinity", where="vae", fix="start ComfyUI with --fp32-vae or --bf16-vae, or download the VAE again")
@@ -26,7 +26,7 @@ def encode(vae, frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HostedVAE:
-    """A file that is loaded when the first clip is to be encoded."""
+    """A VAE file that is loaded when the first clip is encoded."""
 
     path: Path
 
@@ -35,7 +35,7 @@ class HostedVAE:
         return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(self.path), safe_load=True))
 
     def encode(self, frames: Tensor) -> Tensor:
-        """(F, H, W, 3) in 0..1 -> (1, C, T, Y, X), normalised, as the library's VAE gives them."""
+        """(F, H, W, 3) in 0..1 -> normalised latents (1, C, T, Y, X), like the library's VAE. Raises UserError if it is no Wan 2.1 VAE."""
         latents = encode(self.vae, frames)
         if latents.shape[1] != LATENT_CHANNELS:
             raise UserError("this is not a Wan 2.1 VAE", where=self.path, got=f"{latents.shape[1]} latent channels", expected=LATENT_CHANNELS)

@@ -1,4 +1,4 @@
-"""The VLM under ComfyUI's memory management: loaded when needed, in part where memory is short, offloaded after."""
+"""The VLM under ComfyUI's memory management: loaded when needed, partially if memory is short, and offloaded afterwards."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from ...mive_core.prompt import build_inputs
 from ...mive_core.types import Condition, EditRequest
 from ...mive_core.vlm import VLM
 
-ACTIVATIONS_PER_TOKEN = 32  # numbers held at once, in widths of the VLM: an upper bound
+ACTIVATIONS_PER_TOKEN = 32  # values held at once per token, in multiples of the VLM's width: an upper bound
 QWEN_TOKENIZER = Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
 CASTING = {nn.Linear: comfy.ops.manual_cast.Linear, nn.Embedding: comfy.ops.manual_cast.Embedding}
 
 
-class Body(nn.Module):
-    """Holds transformers' module, whose own `device` cannot be set, where ComfyUI wants to set one."""
+class VLMWrapper(nn.Module):
+    """Wraps transformers' module: ComfyUI sets `device` on a model, which that module does not allow."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -31,14 +31,14 @@ class Body(nn.Module):
 
 @dataclass(frozen=True)
 class HostedVLM:
-    """What a MIVE_VLM wire carries."""
+    """The value of a MIVE_VLM wire."""
 
     vlm: VLM
     patcher: comfy.model_patcher.ModelPatcher
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "HostedVLM":
-        """A Hugging Face folder, or one file, which is read with ComfyUI's copy of Qwen's tokenizer -> the VLM, on the CPU until used.
+        """Loads a Hugging Face folder, or a single file with ComfyUI's copy of Qwen's tokenizer; the VLM stays on the CPU until it is used.
 
         Raises UserError.
         """
@@ -47,18 +47,20 @@ class HostedVLM:
             dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
         vlm = VLM.load(folder, dtype=dtype, tokenizer=QWEN_TOKENIZER)
         cast_at_use(vlm.model)
-        for layer in (*vlm.model.language_model.layers, *vlm.model.visual.blocks):  # on a CPU one reading takes minutes
+        for layer in (*vlm.model.language_model.layers, *vlm.model.visual.blocks):  # checked at every layer, because on a CPU one forward takes minutes
             layer.register_forward_pre_hook(lambda *_: comfy.model_management.throw_exception_if_processing_interrupted())
-        patcher = comfy.model_patcher.ModelPatcher(Body(vlm.model), load_device=device, offload_device=comfy.model_management.text_encoder_offload_device())
+        patcher = comfy.model_patcher.ModelPatcher(
+            VLMWrapper(vlm.model), load_device=device, offload_device=comfy.model_management.text_encoder_offload_device()
+        )
         return cls(vlm, patcher)
 
     @property
-    def taught(self) -> MiVEConfig:
-        """The contract of the DiTs that read this VLM, as far as it is known by its size: budgets of tokens above all."""
+    def default_config(self) -> MiVEConfig:
+        """The config of the preset DiT that reads this size of VLM, used above all for its token budgets."""
         return next((config for config in PRESETS.values() if config.vlm == self.vlm.name), MiVEConfig())
 
     def condition(self, request: EditRequest, config: MiVEConfig, layers: tuple[int, ...]) -> Condition:
-        """EditRequest -> states of `layers`, resolved to 0..L, (1, K, S, D_vlm)."""
+        """EditRequest -> hidden states (1, K, S, D_vlm) of `layers`, indices in 0..L."""
         inputs = build_inputs(request, self.vlm.processor, config)
         itemsize = self.vlm.model.dtype.itemsize
         needed = inputs.input_ids.shape[1] * self.vlm.width * itemsize * ACTIVATIONS_PER_TOKEN
@@ -67,8 +69,8 @@ class HostedVLM:
 
 
 def cast_at_use(model: nn.Module) -> None:
-    """Lets ComfyUI leave the matrices behind and bring each over when it is used; transformers calls them, never reads them."""
+    """Lets ComfyUI keep the matrices off the device and move each one when it is used; transformers calls them, never reads them."""
     for module in model.modules():
         if type(module) in CASTING:
             module.__class__ = CASTING[type(module)]
-            module.bias = getattr(module, "bias", None)  # ComfyUI's Embedding has one, which is None
+            module.bias = getattr(module, "bias", None)  # ComfyUI's Embedding expects the attribute, set to None

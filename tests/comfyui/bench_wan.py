@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mive_core.bench.against_diffusers import bench_dit, forward_of
+from mive_core.bench.against_diffusers import bench_dit, make_forward
 from mive_core.config import MiVEConfig
 from mive_core.cost.flops import NUM_TEXT_TOKENS, Layout
 from mive_core.dit import MiVEDiT
@@ -20,7 +20,7 @@ def make_ours(config: MiVEConfig, layout: Layout):
     import comfy.ops
     from comfy.ldm.modules.attention import optimized_attention
 
-    return forward_of(filled(MiVEDiT(config, operations=comfy.ops.disable_weight_init, attention=optimized_attention)), layout)
+    return make_forward(filled(MiVEDiT(config, operations=comfy.ops.disable_weight_init, attention=optimized_attention)), layout)
 
 
 def make_wan(config: MiVEConfig, num_tokens: int):
@@ -77,8 +77,8 @@ def main() -> None:
         repeats=options.repeats,
         threads=options.threads,
         make_ours=make_ours,
-        make_rival=make_wan,
-        rival="comfyui",
+        make_baseline=make_wan,
+        baseline="comfyui",
     )
     command = (
         f"python tests/comfyui/bench_wan.py --preset {options.preset}"

@@ -286,7 +286,7 @@ def test_the_bar_and_the_face_follow(pack, train, monkeypatch):
 
     shown, said = [], []
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, total=None, preview=None: shown.append((value, self.total)))
-    monkeypatch.setattr(pack.submodule("nodes.bridge.training_job"), "show", lambda node, text: said.append(text))
+    monkeypatch.setattr(pack.submodule("nodes.bridge.progress"), "show", lambda node, text: said.append(text))
     train()
     assert shown == [(1, 2), (2, 2), *((step, STEPS) for step in range(1, STEPS + 1))]
     assert said[0].startswith("reading pair 1 of 2") and said[-1].startswith(f"step {STEPS} of {STEPS}: loss ")

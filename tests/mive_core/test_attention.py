@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mive_core import attention
-from mive_core.attention import BACKENDS, KERNEL_ORDER, CheckedAttention, attention_of, best_kernels, matmul_attention, torch_attention
+from mive_core.attention import BACKENDS, KERNEL_ORDER, CheckedAttention, best_kernels, get_attention, matmul_attention, torch_attention
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
@@ -111,12 +111,12 @@ def test_a_whole_dit_goes_through_one_check():
 
 
 def test_back_ends_by_name(monkeypatch):
-    assert [attention_of(name) for name in BACKENDS if name != "sage"] == [torch_attention, torch_attention, matmul_attention]
+    assert [get_attention(name) for name in BACKENDS if name != "sage"] == [torch_attention, torch_attention, matmul_attention]
     with pytest.raises(UserError, match="unknown attention; got 'flush'; expected auto, sdpa, sage, matmul"):
-        attention_of("flush")
+        get_attention("flush")
     monkeypatch.setitem(sys.modules, "sageattention", None)  # as where it is not installed
     with pytest.raises(UserError, match="needs the package sageattention.*or take sdpa"):
-        attention_of("sage")
+        get_attention("sage")
 
 
 def test_sage_gets_its_own_layout_and_no_mask(monkeypatch):
@@ -128,7 +128,7 @@ def test_sage_gets_its_own_layout_and_no_mask(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "sageattention", types.SimpleNamespace(sageattn=sageattn))
     q, k, v = torch.randn(3, 2, 11, 12).unbind()
-    chosen = attention_of("sage")
+    chosen = get_attention("sage")
     assert isinstance(chosen, CheckedAttention) and chosen.function is attention.sage_attention
     torch.testing.assert_close(chosen(q, k, v, 3), torch_attention(q, k, v, 3))
     mask = torch.randn(2, 1, 11, 11)

@@ -1,5 +1,6 @@
-"""The command line on good and bad input: exit codes, one line on stderr, nothing left behind."""
+"""The command line with good and bad input: exit codes, one line on stderr, no partial files."""
 
+import argparse
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 import mive_core
-from mive_core.cli import main
+from mive_core.cli import build_parser, main
 from mive_core.config import PRESETS
 from mive_core.media.video import read_clip, write_frames, write_video
 from mive_core.types import Clip
@@ -18,7 +19,7 @@ from mive_core.types import Clip
 
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
-    """A folder with a video, a folder of frames and a reference, and the process inside it."""
+    """The working directory of the test: a folder with a video, a folder of frames and a reference image."""
     frames = torch.rand(6, 32, 48, 3, generator=torch.Generator().manual_seed(0))
     write_video(tmp_path / "clip.mp4", Clip(frames, 8.0))
     write_frames(tmp_path / "frames", frames)
@@ -35,14 +36,14 @@ EDIT = ["edit", "--source", "clip.mp4", "--reference", "reference.png", "--instr
 
 
 def edit(**changes: str | None) -> list[str]:
-    """EDIT with options replaced, added or (None) taken away."""
+    """Returns EDIT with options replaced, added or (None) removed."""
     options = dict(zip(EDIT[1::2], EDIT[2::2]))
     options |= {f"--{name}": value for name, value in changes.items()}
     return ["edit", *(text for name, value in options.items() if value is not None for text in (name, value))]
 
 
 def refused(capsys, arguments: list[str], folder: Path) -> str:
-    """Runs what must fail -> its one line on stderr."""
+    """Runs a command that must fail and returns its one line on stderr."""
     before = listing(folder)
     assert main(arguments) == 2
     out, err = capsys.readouterr()
@@ -275,7 +276,7 @@ def test_a_very_long_instruction_is_truncated_with_a_warning(work, random_models
 
 
 def swapped(folder: Path) -> None:
-    """The VAE where the DiT belongs, and the other way round."""
+    """Swaps the files of the DiT and the VAE."""
     (folder / "dit.safetensors").rename(folder / "x")
     (folder / "vae.safetensors").rename(folder / "dit.safetensors")
     (folder / "x").rename(folder / "vae.safetensors")
@@ -349,9 +350,29 @@ def test_benchmarks_that_cannot_be_are_refused(options, says, work, capsys):
     assert says in refused(capsys, ["bench", *options], work)
 
 
-def test_words_said_twice_are_said_alike():
-    """The command line repeats two lists so that its help needs no torch."""
+def test_repeated_constants_are_equal():
+    """The command line repeats these lists, so that --help does not import torch."""
     from mive_core import cli, config
     from mive_core.formats import float8
+    from mive_core.train import budget
 
-    assert cli.FLOAT8_MODES == float8.MODES and set(cli.PRESET_NAMES) == config.PRESETS.keys()
+    assert cli.FLOAT8_MODES == float8.MODES and set(cli.PRESET_NAMES) == config.PRESETS.keys() and set(cli.CARD_NAMES) == budget.CARDS.keys()
+
+
+def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Returns the parser and those of all its commands."""
+    commands = [command for action in parser._actions if isinstance(action, argparse._SubParsersAction) for command in action.choices.values()]
+    return [parser, *(found for command in commands for found in parsers(command))]
+
+
+@pytest.mark.parametrize("parser", parsers(build_parser()), ids=lambda parser: parser.prog)
+def test_every_command_and_option_is_explained(parser):
+    assert parser.description and parser.format_help()
+    assert all(action.help for action in parser._actions if not isinstance(action, argparse._SubParsersAction))
+
+
+def test_score_has_two_names_for_its_limits():
+    required = ["data", "score", "--manifest", "pairs.jsonl", "--model", "judge", "--output", "kept.jsonl"]
+    for names in (("--min-score", "--max-per-kind"), ("--least", "--most")):
+        arguments = build_parser().parse_args([*required, names[0], "8.5", names[1], "7"])
+        assert (arguments.min_score, arguments.max_per_kind) == (8.5, 7)

@@ -8,11 +8,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from mive_core.attention import CheckedAttention, matmul_attention, torch_attention
-from mive_core.bench.against_diffusers import forward_of
+from mive_core.bench.against_diffusers import make_forward
 from mive_core.config import PRESETS
 from mive_core.cost.flops import Layout
 from mive_core.dit import MiVEDiT
-from mive_core.dit.rope import rotary_table, rotate, rotate_real
+from mive_core.dit.rope import apply_rotary, apply_rotary_real, rotary_table
 from mive_core.errors import UserError
 from mive_core.pipeline import COMPILERS, check_compiler, check_device
 
@@ -30,7 +30,7 @@ def both(attention, plain=torch_attention):
     calls = []
     for function in (plain, attention):
         torch.manual_seed(0)
-        calls.append(forward_of(MiVEDiT(PRESETS["tiny"], operations=torch.nn, attention=function).eval(), LAYOUT))
+        calls.append(make_forward(MiVEDiT(PRESETS["tiny"], operations=torch.nn, attention=function).eval(), LAYOUT))
     return calls
 
 
@@ -66,7 +66,7 @@ def test_a_checked_attention_stays_outside_and_is_still_checked(monkeypatch):
 
 def test_the_compilers_form_of_the_rotation_is_the_same():
     x, rotary = torch.randn(2, 5 + 3 * 6, 3, 64), rotary_table(5, (2, 2, 3), 64, 1e4)
-    torch.testing.assert_close(rotate_real(x, rotary), rotate(x.clone(), rotary), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(apply_rotary_real(x, rotary), apply_rotary(x.clone(), rotary), atol=1e-6, rtol=1e-6)
 
 
 def test_nothing_to_compile_with_is_said(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mive_core.errors import UserError
-from mive_core.flow import euler, flow_path, guide, schedule, shift_time
+from mive_core.flow import classifier_free_guidance, euler, flow_path, schedule, shift_time
 
 
 def test_ends_of_the_path():
@@ -48,4 +48,8 @@ def test_latents_that_leave_the_finite_numbers_are_an_error_not_a_black_video():
 
 def test_guidance():
     positive, negative = torch.tensor([2.0]), torch.tensor([1.0])
-    assert guide(positive, cfg=1.0) == 2 and guide(positive, negative, cfg=1.0) == 2 and guide(positive, negative, cfg=3.0) == 4
+    assert (
+        classifier_free_guidance(positive, cfg=1.0) == 2
+        and classifier_free_guidance(positive, negative, cfg=1.0) == 2
+        and classifier_free_guidance(positive, negative, cfg=3.0) == 4
+    )

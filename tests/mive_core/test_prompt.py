@@ -6,7 +6,7 @@ import torch
 
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
-from mive_core.prompt import build_inputs, sample_frames, to_bytes
+from mive_core.prompt import build_inputs, sample_frames, to_uint8
 from mive_core.types import Clip, EditRequest
 
 CONFIG = PRESETS["tiny"]
@@ -38,9 +38,9 @@ def test_the_prompt_is_instruction_then_reference_then_timed_frames(vlm):
 def test_pixels_reach_the_processor_unscaled_at_sizes_that_fit(vlm):
     edit = request()
     inputs = build_inputs(edit, vlm.processor, CONFIG)
-    first_patch = to_bytes(edit.reference)[:, :8, :8].float() / 127.5 - 1
+    first_patch = to_uint8(edit.reference)[:, :8, :8].float() / 127.5 - 1
     torch.testing.assert_close(inputs.pixel_values[0].view(3, 2, 8, 8)[:, 0], first_patch, atol=1e-6, rtol=0)
-    frames = to_bytes(edit.source.frames[[0, 5]])[:, :, :8, :8].float() / 127.5 - 1
+    frames = to_uint8(edit.source.frames[[0, 5]])[:, :, :8, :8].float() / 127.5 - 1
     torch.testing.assert_close(inputs.pixel_values_videos[0].view(3, 2, 8, 8), frames.transpose(0, 1), atol=1e-6, rtol=0)
 
 

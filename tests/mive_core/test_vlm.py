@@ -9,7 +9,7 @@ from mive_core.config import PRESETS
 from mive_core.errors import UserError
 from mive_core.prompt import build_inputs
 from mive_core.types import Clip, EditRequest
-from mive_core.vlm import VLM, model_arguments, tap
+from mive_core.vlm import VLM, collect_hidden_states, model_arguments
 
 CONFIG = PRESETS["tiny"]
 
@@ -93,7 +93,7 @@ def test_a_failed_pass_removes_its_hooks(vlm):
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in vlm.model.modules()]
     broken = type(inputs)(**{**vars(inputs), "pixel_values": inputs.pixel_values[:4]})
     with pytest.raises(Exception):
-        tap(vlm.model, broken, (1,))
+        collect_hidden_states(vlm.model, broken, (1,))
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in vlm.model.modules()]
 
 

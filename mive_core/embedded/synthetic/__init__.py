@@ -1,4 +1,4 @@
-"""Drawn clips and paired edits whose outcome is known exactly, for training and for measuring."""
+"""Synthetic clips and paired edits with exact ground truth, for training and evaluation."""
 
 from .labels import BACKGROUNDS, COLOURS, EDITS, KINDS, LOOKS, PICKS, PLACES, SHAPES, VOCABULARIES, EditLabels, is_held_out
 from .looks import LOOKS_FN, apply_look

@@ -1,4 +1,4 @@
-"""What lies behind the shapes: flat colours, gradients, patterns and filmed pictures."""
+"""Backgrounds behind the shapes: flat colours, gradients, patterns and filmed pictures."""
 
 from dataclasses import dataclass
 
@@ -16,17 +16,17 @@ class Backdrop:
     """One background. `style` is flat, gradient, stripes, checkers or the name of a picture."""
 
     style: str
-    first: Colour  # the only colour of a flat one; the dark end of a gray picture
+    first: Colour  # the only colour of a flat background; the dark end of a gray picture
     second: Colour
     direction: tuple[float, float] = (0.0, 1.0)  # of gradients and stripes, unit length
-    slide: float = 0.0  # periods (gradients: half-heights) a time unit
-    period: float = 0.25  # of stripes and checkers, in frame heights
+    slide: float = 0.0  # speed: periods (gradients: half-heights) per time unit
+    period: float = 0.25  # period of stripes and checkers, in frame heights
     camera: Camera | None = None
     flip: bool = False
-    grade: Look | None = None  # of a picture
+    grade: Look | None = None  # colour grade, pictures only
 
     def render(self, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Times (F,) -> (F, H, W, 3) float32 in 0..1."""
+        """Renders the background: times (F,) -> (F, H, W, 3) float32 in 0..1."""
         first, second = np.array(self.first, np.float32), np.array(self.second, np.float32)
         if self.camera is not None:
             frames = film(self.style, self.camera, times, size, self.flip)
@@ -38,7 +38,7 @@ class Backdrop:
         return first + self._weight(times, width, height)[..., None] * (second - first)
 
     def _weight(self, times: np.ndarray, width: int, height: int) -> np.ndarray:
-        """How much of the second colour: (F, H, W) in 0..1."""
+        """Returns the blend weight of the second colour, (F, H, W) in 0..1."""
         x = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5)[None, None, :]
         y = ((np.arange(height, dtype=np.float32) + 0.5) / height - 0.5)[None, :, None]
         dx, dy = (np.float32(v) for v in self.direction)
@@ -52,7 +52,7 @@ class Backdrop:
         return np.float32(0.5) + np.float32(0.5) * along
 
     def tones(self) -> list[np.ndarray]:
-        """The colours that fill most of it, each (3,), for choosing colours that stand out."""
+        """Returns the dominant colours, each (3,), for choosing object colours that stand out."""
         first, second = np.array(self.first), np.array(self.second)
         if self.camera is None:
             return [first] if self.style == "flat" else [first, (first + second) / 2, second]
@@ -62,7 +62,7 @@ class Backdrop:
 
 
 def draw_camera(rng: np.random.Generator, covers: tuple[float, float] = (0.18, 0.6)) -> Camera:
-    """A slow pan and zoom; `covers` is the range of the view's size, as a fraction of the largest that fits."""
+    """Draws a slow pan and zoom; `covers` is the range of the view's size, as a fraction of the largest that fits."""
     angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.35)
     return Camera(
         (float(rng.uniform()), float(rng.uniform())),

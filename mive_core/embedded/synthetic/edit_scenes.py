@@ -1,10 +1,11 @@
-"""From a plan to two scenes that differ by the edit alone."""
+"""Draws the source and target scenes of a plan, which differ by the edit alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .background import Backdrop, Camera
+from .background import Backdrop, Camera, Colour
 from .edit_plan import Plan
 from .labels import COLOURS, NONE, PLACES, RGB, SHAPES, EditLabels
 from .looks import LOOKS_FN, Look, draw_look
@@ -12,67 +13,68 @@ from .random_scenes import draw_backdrop, draw_motion, draw_places, tint
 from .scene import Body, Motion
 from .shapes import REACH, ROUND, Texture, draw_texture
 
-ENTRY_TIME = 1.1  # of what comes in late, in clips of up to one time unit
-CONTRAST = 0.4  # least distance of a colour from its background, in RGB
+ENTRY_TIME = 1.1  # entry time of late objects, in clips of at most one time unit
+CONTRAST = 0.4  # sufficient RGB distance of a colour from its background
 PICTURE_TINTS = {"grass": ((0.02, 0.12, 0.02), (0.45, 0.85, 0.25)), "bricks": ((0.18, 0.03, 0.02), (0.95, 0.50, 0.38))}
 PLAIN = Texture("plain", (0.0, 1.0), 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class EditScenes:
-    """Source: backdrop, others and `before`. Target: new_backdrop, others and `after`, then the look."""
+    """The source scene is backdrop, others and `before`; the target scene is new_backdrop, others and `after`, then the look."""
 
     backdrop: Backdrop
     others: tuple[Body, ...]  # from the back to the front
-    depth: int  # how many of the others lie behind the edited body
+    depth: int  # number of others behind the edited body
     before: Body | None
     after: Body | None
     new_backdrop: Backdrop
     look: Look | None = None
-    where: str = NONE  # the place that the instruction names for an added body
+    named_place: str = NONE  # the place that the instruction names for an added body
 
 
 def draw_edit_scenes(rng: np.random.Generator, plan: Plan, size: tuple[int, int], duration: float) -> EditScenes:
-    """One attempt at the plan's scenes, in time units; whether the edit can be seen is checked once rendered."""
+    """Draws one candidate for the plan's scenes; duration is in time units. Visibility of the edit is checked after rendering."""
     labels = plan.labels
     if labels.edit == "look":
-        return _cast_look(rng, plan, size)
+        return _look_scenes(rng, plan, size)
     if labels.edit == "background":
-        others = _extras(rng, plan, size, draw_places(rng, size, int(rng.integers(2, 5))))
+        others = _unedited_bodies(rng, plan, size, draw_places(rng, size, int(rng.integers(2, 5))))
         new = _new_backdrop(rng, plan)
         old = _backdrop_for(rng, [b.rgb for b in others])
         return EditScenes(old, others, len(others), None, None, new)
-    body, twin, where = _edited(rng, plan, size, ENTRY_TIME * min(duration, 1.0))
-    num_extras = int(rng.integers(0, 2)) if twin else int(rng.integers(1, 4))
-    taken = [b.motion.start for b in (body, twin) if b is not None and not plan.late]
-    extras = _extras(rng, plan, size, draw_places(rng, size, num_extras, taken))
-    others = (*extras, twin) if twin else extras
+    body, distractor, place = _edited_body(rng, plan, size, ENTRY_TIME * min(duration, 1.0))
+    num_extras = int(rng.integers(0, 2)) if distractor else int(rng.integers(1, 4))
+    taken = [b.motion.start for b in (body, distractor) if b is not None and not plan.late]
+    extras = _unedited_bodies(rng, plan, size, draw_places(rng, size, num_extras, taken))
+    others = (*extras, distractor) if distractor else extras
     others = tuple(others[int(i)] for i in rng.permutation(len(others)))
     depth = len(others) if rng.uniform() < 0.6 else int(rng.integers(len(others) + 1))
-    after = None if labels.edit == "remove" else _outcome(rng, plan, body)
+    after = None if labels.edit == "remove" else _edited_result(rng, plan, body)
     before = None if labels.edit == "add" else body
     backdrop = _backdrop_for(rng, [b.rgb for b in (before, after) if b is not None], [b.rgb for b in extras])
-    return EditScenes(backdrop, others, depth, before, after, backdrop, where=where)
+    return EditScenes(backdrop, others, depth, before, after, backdrop, named_place=place)
 
 
-def _cast_look(rng: np.random.Generator, plan: Plan, size: tuple[int, int]) -> EditScenes:
+def _look_scenes(rng: np.random.Generator, plan: Plan, size: tuple[int, int]) -> EditScenes:
+    """Draws the scenes of a global look."""
     backdrop = draw_backdrop(rng, "picture" if rng.uniform() < 0.75 else None)
-    smallest = 0 if backdrop.camera else 2
-    others = _extras(rng, plan, size, draw_places(rng, size, int(rng.integers(smallest, 4))))
+    min_extras = 0 if backdrop.camera else 2
+    others = _unedited_bodies(rng, plan, size, draw_places(rng, size, int(rng.integers(min_extras, 4))))
     look = draw_look(rng) if plan.labels.look == "match" else LOOKS_FN[plan.labels.look]
     return EditScenes(backdrop, others, len(others), None, None, backdrop, look)
 
 
-def _extras(rng: np.random.Generator, plan: Plan, size: tuple[int, int], places: list[tuple[float, float]]) -> tuple[Body, ...]:
-    """Bodies that stay as they are; none is taken for the edited one, nor hidden by a new background."""
+def _unedited_bodies(rng: np.random.Generator, plan: Plan, size: tuple[int, int], places: list[tuple[float, float]]) -> tuple[Body, ...]:
+    """Draws bodies that the edit leaves unchanged; none can be mistaken for the edited one or blends into a new background."""
     labels, bodies, used = plan.labels, [], {(plan.labels.shape, plan.labels.colour), (plan.labels.new_shape, plan.labels.new_colour)}
-    barred = {labels.new_colour, plan.second_colour} if labels.edit == "background" else set()
+    excluded = {labels.new_colour, plan.second_colour} if labels.edit == "background" else set()
     if rng.uniform() < 0.7:
-        barred = barred | {labels.colour, labels.new_colour}
+        excluded = excluded | {labels.colour, labels.new_colour}
     for place in places:
         while True:
             shape, colour = str(rng.choice(SHAPES[1:])), str(rng.choice(COLOURS[1:]))
-            if (shape, colour) not in used and colour not in barred:
+            if (shape, colour) not in used and colour not in excluded:
                 break
         used.add((shape, colour))
         motion = draw_motion(rng, size, place, rng.uniform(0.25, 0.46) * min(size))
@@ -80,17 +82,17 @@ def _extras(rng: np.random.Generator, plan: Plan, size: tuple[int, int], places:
     return tuple(bodies)
 
 
-def _edited(rng: np.random.Generator, plan: Plan, size: tuple[int, int], entry_time: float) -> tuple[Body, Body | None, str]:
-    """The body that the edit is about, its twin where there are two alike, and where an added one is put."""
+def _edited_body(rng: np.random.Generator, plan: Plan, size: tuple[int, int], entry_time: float) -> tuple[Body, Body | None, str]:
+    """Draws the edited body, its identical distractor (kind 'two alike' only), and the named place of an added body."""
     labels, side = plan.labels, min(size)
     shape, colour = (labels.new_shape, labels.new_colour) if labels.edit == "add" else (labels.shape, labels.colour)
     motion = draw_motion(rng, size, (0.0, 0.0), rng.uniform(0.32, 0.55) * side)
-    body = Body(shape, colour, tint(rng, colour), draw_texture(rng), _told(motion, labels))
-    if labels.edit == "add" and not plan.reference_tells:
+    body = Body(shape, colour, tint(rng, colour), draw_texture(rng), _observable_motion(motion, labels))
+    if labels.edit == "add" and not plan.reference_shows_edit:
         still = Motion((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 0.0, 1.0, 0.0, 0.0, 0.21 * side, 0.0)
-        body = Body(shape, colour, RGB[colour], PLAIN, still)  # nothing about it is left to chance
+        body = Body(shape, colour, RGB[colour], PLAIN, still)  # nothing random: the instruction determines it completely
     if labels.kind == "two alike":
-        return *_twins(rng, plan, size, body, entry_time), NONE
+        return *_identical_pair(rng, plan, size, body, entry_time), NONE
     if plan.late:
         return _enter(rng, body, plan.side, size, entry_time, exact=labels.edit == "add"), None, NONE
     if labels.edit != "add":
@@ -100,8 +102,8 @@ def _edited(rng: np.random.Generator, plan: Plan, size: tuple[int, int], entry_t
     return _at(body, ((0.22 + 0.28 * column) * size[0], (0.22 + 0.28 * row) * size[1])), None, PLACES[index]
 
 
-def _told(motion: Motion, labels: EditLabels) -> Motion:
-    """The motion without what the source does not show and the target would: of an added body any, of a round one its turn."""
+def _observable_motion(motion: Motion, labels: EditLabels) -> Motion:
+    """Removes motion that no input shows: all motion of an added body, and the rotation of a round body that gets a new shape."""
     if labels.edit == "add":
         return replace(motion, velocity=(0.0, 0.0), wobble=(0.0, 0.0), spin=0.0, pulse=0.0)
     if labels.edit == "replace" and labels.shape in ROUND:
@@ -109,8 +111,8 @@ def _told(motion: Motion, labels: EditLabels) -> Motion:
     return motion
 
 
-def _twins(rng: np.random.Generator, plan: Plan, size: tuple[int, int], body: Body, entry_time: float) -> tuple[Body, Body]:
-    """Two alike, apart along an axis or different in size; they drift together, so that neither loses its name."""
+def _identical_pair(rng: np.random.Generator, plan: Plan, size: tuple[int, int], body: Body, entry_time: float) -> tuple[Body, Body]:
+    """Draws two identical bodies, the edited one first, that differ in position or size; they move in parallel, so that `pick` stays valid throughout."""
     pick, side = plan.labels.pick, min(size)
     axis = 0 if pick in ("left", "right") else 1 if pick in ("upper", "lower") else int(rng.integers(2))
     first, second = np.empty(2), np.empty(2)
@@ -119,58 +121,61 @@ def _twins(rng: np.random.Generator, plan: Plan, size: tuple[int, int], body: Bo
     if pick in ("right", "lower") or (pick in ("larger", "smaller") and rng.uniform() < 0.5):
         first, second = second, first
     radii = {"larger": (0.26, 0.14), "smaller": (0.14, 0.26)}.get(pick, (0.2, 0.2))
-    velocity = tuple(float(v) for v in rng.uniform(-0.08, 0.08, 2) * side)
+    vx, vy = (float(v) for v in rng.uniform(-0.08, 0.08, 2) * side)
     pair = []
     for place, radius in zip((first, second), radii):
-        motion = replace(body.motion, velocity=velocity, wobble=(0.02 * side, 0.03 * side), radius=radius * side, pulse=0.0)
-        twin = _at(replace(body, motion=motion), (float(place[0]), float(place[1])))
-        pair.append(_push_out(twin, _nearest_side(place, size), size, entry_time) if plan.late else twin)
+        motion = replace(body.motion, velocity=(vx, vy), wobble=(0.02 * side, 0.03 * side), radius=radius * side, pulse=0.0)
+        one = _at(replace(body, motion=motion), (float(place[0]), float(place[1])))
+        pair.append(_start_outside(one, _nearest_side(place, size), size, entry_time) if plan.late else one)
     return pair[0], pair[1]
 
 
 def _at(body: Body, place: tuple[float, float]) -> Body:
+    """The body with another starting point."""
     return replace(body, motion=replace(body.motion, start=place))
 
 
 def _enter(rng: np.random.Generator, body: Body, side: str, size: tuple[int, int], entry_time: float, exact: bool) -> Body:
-    """Let the body come in from a side, to rest (or drift on) well inside."""
+    """Makes the body enter from a side and come to rest, or drift on slowly, well inside; `exact` leaves nothing random."""
     axis, length = (0, size[0]) if side in ("left", "right") else (1, size[1])
     inside = body.motion.radius + (0.12 if exact else rng.uniform(0.04, 0.2)) * min(size)
     place = [0.5 * n if exact else float(rng.uniform(0.25, 0.75)) * n for n in size]
     place[axis] = float(inside if side in ("left", "top") else length - inside)
-    slow = tuple(0.4 * v for v in body.motion.velocity)
-    return _push_out(_at(replace(body, motion=replace(body.motion, velocity=slow)), tuple(place)), side, size, entry_time)
+    vx, vy = body.motion.velocity
+    slow = replace(body, motion=replace(body.motion, velocity=(0.4 * vx, 0.4 * vy)))
+    return _start_outside(_at(slow, (place[0], place[1])), side, size, entry_time)
 
 
-def _push_out(body: Body, side: str, size: tuple[int, int], entry_time: float) -> Body:
-    """Start the body just outside of the frame on that side."""
+def _start_outside(body: Body, side: str, size: tuple[int, int], entry_time: float) -> Body:
+    """Makes the body start just outside the frame on that side."""
     axis, length = (0, size[0]) if side in ("left", "right") else (1, size[1])
     beyond = REACH * body.motion.radius + 2.0
     at = body.motion.start[axis]
     offset = [0.0, 0.0]
     offset[axis] = float(-at - beyond if side in ("left", "top") else length - at + beyond)
-    return replace(body, motion=replace(body.motion, entry=tuple(offset), entry_time=entry_time))
+    return replace(body, motion=replace(body.motion, entry=(offset[0], offset[1]), entry_time=entry_time))
 
 
 def _nearest_side(place: np.ndarray, size: tuple[int, int]) -> str:
+    """Returns the side of the frame that is nearest to a place."""
     gaps = {"left": place[0], "right": size[0] - place[0], "top": place[1], "bottom": size[1] - place[1]}
-    return min(gaps, key=gaps.get)
+    return min(gaps, key=lambda side: gaps[side])
 
 
-def _outcome(rng: np.random.Generator, plan: Plan, body: Body) -> Body:
-    """The body after the edit; what the instruction does not say stays as it was. A new shape that only words tell is upright and plain."""
+def _edited_result(rng: np.random.Generator, plan: Plan, body: Body) -> Body:
+    """Returns the body after the edit, with all unmentioned properties kept. A new shape that only the instruction describes is upright and untextured."""
     labels = plan.labels
     if labels.edit == "add":
         return body
-    kept = labels.new_colour == labels.colour
-    rgb = body.rgb if kept else tint(rng, labels.new_colour) if plan.reference_tells else RGB[labels.new_colour]
-    if labels.edit == "replace" and not plan.reference_tells:
+    same_colour = labels.new_colour == labels.colour
+    rgb = body.rgb if same_colour else tint(rng, labels.new_colour) if plan.reference_shows_edit else RGB[labels.new_colour]
+    if labels.edit == "replace" and not plan.reference_shows_edit:
         body = replace(body, texture=PLAIN, motion=replace(body.motion, angle=0.0, spin=0.0))
     return replace(body, shape=labels.new_shape, colour=labels.new_colour, rgb=rgb)
 
 
 def _new_backdrop(rng: np.random.Generator, plan: Plan) -> Backdrop:
-    """It stands still: the source moves by another one, and the reference is a single frame."""
+    """Draws the new background. It is static, because no input shows its motion: the source has another one and the reference is a single frame."""
     style = plan.labels.background
     if style in ("bricks", "grass", "gravel", "stars"):
         first, second = PICTURE_TINTS.get(style, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
@@ -180,12 +185,12 @@ def _new_backdrop(rng: np.random.Generator, plan: Plan) -> Backdrop:
     return Backdrop(style, first, second, (1.0, 0.0) if sideways else (0.0, 1.0), period=0.5)
 
 
-def _backdrop_for(rng: np.random.Generator, main: list[tuple[float, float, float]], rest: list[tuple[float, float, float]] = ()) -> Backdrop:
-    """A background from which the colours stand out, the main ones above all: the best of several draws."""
-    best, best_score = None, -1.0
+def _backdrop_for(rng: np.random.Generator, main: Sequence[Colour], rest: Sequence[Colour] = ()) -> Backdrop:
+    """Draws a background that contrasts with the colours, the main ones above all: the best of several draws."""
+    best_score = -1.0
     for _ in range(12):
         backdrop = draw_backdrop(rng)
-        score = min(_standing_out(backdrop, main), 0.1 + _standing_out(backdrop, rest))
+        score = min(_contrast(backdrop, main), 0.1 + _contrast(backdrop, rest))
         if score > best_score:
             best, best_score = backdrop, score
         if score >= CONTRAST:
@@ -193,5 +198,6 @@ def _backdrop_for(rng: np.random.Generator, main: list[tuple[float, float, float
     return best
 
 
-def _standing_out(backdrop: Backdrop, colours: list[tuple[float, float, float]]) -> float:
+def _contrast(backdrop: Backdrop, colours: Sequence[Colour]) -> float:
+    """Returns the smallest RGB distance between the colours and the background; 1 without colours."""
     return min((float(np.linalg.norm(np.array(c) - tone)) for c in colours for tone in backdrop.tones()), default=1.0)

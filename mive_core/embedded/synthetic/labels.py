@@ -1,6 +1,6 @@
-"""The words that describe an edit, as closed vocabularies; index 0 is always 'none'.
+"""Closed vocabularies that describe an edit; index 0 is always 'none'.
 
-The tiny VLM is taught to name them, one classifier for each field of EditLabels.
+The tiny VLM learns to predict them with one classifier per field of EditLabels.
 """
 
 from dataclasses import astuple, dataclass
@@ -32,29 +32,29 @@ BACKGROUNDS = (NONE, "flat", "gradient", "stripes", "checkers", "bricks", "grass
 
 @dataclass(frozen=True)
 class EditLabels:
-    """What an edit does, in the words of the vocabularies."""
+    """A description of an edit in words of the vocabularies."""
 
     kind: str
     edit: str
-    shape: str = NONE  # the named object as it is in the source; none for add, background, look
+    shape: str = NONE  # the edited object in the source; none for add, background, look
     colour: str = NONE
-    place: str = NONE  # where the edit acts, averaged over the clip
-    pick: str = NONE  # which of two alike
-    new_shape: str = NONE  # what is there afterwards; none where it was removed
-    new_colour: str = NONE  # also a new background's (first) colour
+    place: str = NONE  # location of the edit, averaged over the clip
+    pick: str = NONE  # which of two identical objects
+    new_shape: str = NONE  # the object after the edit; none if removed
+    new_colour: str = NONE  # also the (first) colour of a new background
     look: str = NONE
     background: str = NONE
 
     def indices(self) -> tuple[int, ...]:
-        """Each field as its index into VOCABULARIES, in the order of the fields."""
+        """Returns each field's index in its vocabulary, in the order of the fields."""
         return tuple(words.index(word) for words, word in zip(VOCABULARIES.values(), astuple(self)))
 
     def combinations(self) -> frozenset[tuple[str, str, str]]:
-        """(edit, shape or background, colour), of what the edit acts on and of what it leaves."""
+        """Returns (edit, shape or background, colour) of the edit's input and of its result."""
         if self.edit == "look":
             return frozenset()
         pairs = ((self.shape, self.colour), (self.background if self.edit == "background" else self.new_shape, self.new_colour))
-        return frozenset((self.edit, thing, colour) for thing, colour in pairs if thing != NONE)
+        return frozenset((self.edit, shape, colour) for shape, colour in pairs if shape != NONE)
 
 
 VOCABULARIES = {
@@ -72,7 +72,7 @@ VOCABULARIES = {
 
 
 def is_held_out(combination: tuple[str, str, str]) -> bool:
-    """One combination in eight, spread evenly over edits, things and colours, by a rule that no seed changes."""
-    edit, thing, colour = combination
-    things = BACKGROUNDS if edit == "background" else SHAPES
-    return (2 * EDITS.index(edit) + 3 * things.index(thing) + COLOURS.index(colour)) % 8 == 0
+    """Whether the combination (see EditLabels.combinations) is held out: one in eight, evenly over edits, shapes and colours, independent of seeds."""
+    edit, shape, colour = combination
+    shapes = BACKGROUNDS if edit == "background" else SHAPES
+    return (2 * EDITS.index(edit) + 3 * shapes.index(shape) + COLOURS.index(colour)) % 8 == 0

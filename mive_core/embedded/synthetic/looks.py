@@ -1,5 +1,6 @@
-"""Global looks: pure functions of each pixel's colour, so they run on drawn clips and on footage alike."""
+"""Global looks: pure functions of each pixel's colour, so they apply to synthetic clips and to footage."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from ...errors import UserError
 
+Matrix = tuple[tuple[float, ...], ...]  # 3 x 3
+
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -15,13 +18,13 @@ LUMA = (0.299, 0.587, 0.114)
 class Look:
     """bend -> mix -> lift -> contrast -> clip, each on values in 0..1."""
 
-    mix: tuple[tuple[float, float, float], ...]  # rows: red, green, blue out of red, green, blue in
-    lift: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    bend: float = 0.0  # 1 squares the values (darker), -1 mirrors that (lighter)
+    mix: Matrix  # rows: red, green, blue out of red, green, blue in
+    lift: tuple[float, ...] = (0.0, 0.0, 0.0)
+    bend: float = 0.0  # tone curve: 1 squares the values (darker), -1 is its mirror image (lighter)
     contrast: float = 1.0  # slope about one half
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """(..., 3) in 0..1 -> (..., 3) float32 in 0..1."""
+        """Applies the look: (..., 3) in 0..1 -> (..., 3) float32 in 0..1."""
         frames = frames - np.float32(self.bend) * frames * (1 - frames) if self.bend else frames
         red, green, blue = frames[..., 0], frames[..., 1], frames[..., 2]
         out = np.empty(frames.shape, np.float32)
@@ -31,8 +34,8 @@ class Look:
         return np.clip(out, 0, 1, out=out)
 
 
-def _tinted(tint: tuple[float, float, float], saturation: float) -> tuple[tuple[float, float, float], ...]:
-    """Mix that keeps `saturation` of the colour and multiplies each channel by its tint."""
+def _tinted(tint: Iterable[float], saturation: float) -> Matrix:
+    """Returns the mix that keeps a fraction `saturation` of the colour and multiplies each channel by its tint."""
     return tuple(tuple(t * ((1 - saturation) * weight + saturation * (i == j)) for j, weight in enumerate(LUMA)) for i, t in enumerate(tint))
 
 
@@ -54,14 +57,14 @@ LOOKS_FN = {
 
 
 def apply_look(name: str, frames: Tensor) -> Tensor:
-    """A named look on footage: (..., 3) float32 in 0..1 -> the same. Raises UserError for an unknown name."""
+    """Applies a named look to footage: (..., 3) float32 in 0..1 -> the same. Raises UserError for an unknown name."""
     if name not in LOOKS_FN:
         raise UserError("unknown look", got=repr(name), expected=" or ".join(LOOKS_FN))
     return torch.from_numpy(LOOKS_FN[name](frames.numpy()))
 
 
 def draw_look(rng: np.random.Generator) -> Look:
-    """A random strong colour transform: part mix, part tint, some curve."""
+    """Draws a strong colour transform: a channel mix with a tint and a tone curve."""
     tint = rng.uniform(0.3, 1.2, 3)
     mix = np.array(_tinted(tuple(tint), rng.uniform(0, 1.1))) + rng.normal(0, 0.12, (3, 3))
     if rng.uniform() < 0.2:
@@ -73,5 +76,5 @@ def draw_look(rng: np.random.Generator) -> Look:
 
 
 def draw_grade(rng: np.random.Generator) -> Look:
-    """A mild one, as if another camera had taken the picture."""
+    """Draws a mild colour transform, such as the difference between two cameras."""
     return Look(_tinted(tuple(rng.uniform(0.75, 1.1, 3)), rng.uniform(0.6, 1.3)), bend=float(rng.uniform(-0.4, 0.4)), contrast=float(rng.uniform(0.8, 1.2)))

@@ -1,4 +1,4 @@
-"""Natural images that scikit-image ships in its wheel, seen through a slowly moving camera.
+"""Natural images from the scikit-image wheel, filmed by a slowly moving camera.
 
 Nothing is downloaded: the files are read from the installed package.
 """
@@ -33,7 +33,7 @@ PICTURES = tuple(FILES)
 
 @cache
 def pyramid(name: str) -> tuple[np.ndarray, ...]:
-    """The picture and its successive halvings, each (h, w, 3) uint8, down to about 64 pixels."""
+    """Returns the picture and its successive halvings, each (h, w, 3) uint8, down to about 64 pixels."""
     image = imread(Path(skimage.__file__).parent / "data" / FILES[name])
     image = np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image[:, :, :3]
     levels = [np.ascontiguousarray(image)]
@@ -46,13 +46,14 @@ def pyramid(name: str) -> tuple[np.ndarray, ...]:
 
 @cache
 def is_gray(name: str) -> bool:
+    """Whether the picture has no colour."""
     smallest = pyramid(name)[-1]
     return bool((smallest == smallest[:, :, :1]).all())
 
 
 @cache
 def tones_of(name: str) -> np.ndarray:
-    """Mean colours of the picture's dark, middle and light thirds: (3, 3) in 0..1."""
+    """Returns the mean colours of the picture's dark, middle and light thirds, (3, 3) in 0..1."""
     pixels = pyramid(name)[-1].reshape(-1, 3) / 255
     thirds = np.array_split(pixels[np.argsort(pixels.sum(axis=1), kind="stable")], 3)
     return np.stack([third.mean(axis=0) for third in thirds])
@@ -60,29 +61,29 @@ def tones_of(name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Camera:
-    """A straight pan with a steady zoom over a picture, in fractions of what the picture allows."""
+    """A straight pan with a steady zoom over a picture, in fractions of the largest possible ones."""
 
     start: tuple[float, float]  # 0..1 between the leftmost and rightmost, topmost and lowest view
-    drift: tuple[float, float]  # picture widths a time unit, in views
+    drift: tuple[float, float]  # view sizes per time unit, along x and y
     cover: float  # the view's size at time 0, as a fraction of the largest that fits
-    zoom: float  # relative change of the view's size in one time unit
+    zoom: float  # relative change of the view's size per time unit
 
     def views(self, times: np.ndarray, size: tuple[int, int], picture: tuple[int, int]) -> np.ndarray:
-        """Times (F,) -> (F, 3): centre x, centre y and picture pixels per frame pixel."""
+        """Returns the view at times (F,): (F, 3) of centre x, centre y and picture pixels per frame pixel."""
         (width, height), (pw, ph) = size, picture
         largest = min((pw - 2) / width, (ph - 2) / height)
         scale = np.clip(self.cover * (1 + self.zoom * times), 0.12, 1.0) * largest
         centres = []
         for start, drift, n, m in ((self.start[0], self.drift[0], width, pw), (self.start[1], self.drift[1], height, ph)):
-            room = m - 1 - n * scale  # >= 0: how far the view can travel
+            room = m - 1 - n * scale  # >= 0: the distance that the view can travel
             travelled = start * room[0] + drift * times * n * scale[0]
-            folded = room - np.abs((travelled % np.maximum(2 * room, 1e-6)) - room)  # turns round at the picture's edge
+            folded = room - np.abs((travelled % np.maximum(2 * room, 1e-6)) - room)  # reverses at the picture's edge
             centres.append(folded + n * scale / 2)
         return np.stack([*centres, scale], axis=1)
 
 
 def film(name: str, camera: Camera, times: np.ndarray, size: tuple[int, int], flip: bool = False) -> np.ndarray:
-    """Bilinear views of the picture: times (F,) -> (F, H, W, 3) float32 in 0..1."""
+    """Samples the picture bilinearly through the camera: times (F,) -> (F, H, W, 3) float32 in 0..1."""
     levels = pyramid(name)
     views = camera.views(times, size, levels[0].shape[1::-1])
     depth = int(np.clip(np.floor(np.log2(max(views[:, 2].mean(), 1.0)) + 0.35), 0, len(levels) - 1))
@@ -103,7 +104,7 @@ def film(name: str, camera: Camera, times: np.ndarray, size: tuple[int, int], fl
 
 
 def _taps(centre: float, scale: float, count: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each pixel of a row reads: the left tap's index and the weight of the right one."""
+    """Returns the interpolation taps of each pixel of a row: the left tap's index and the right tap's weight."""
     at = np.clip(centre + (np.arange(count) - (count - 1) / 2) * scale, 0, limit - 1.001)
     first = at.astype(np.int64)
     return first, (at - first).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Paired edits: source, target, reference, instruction and mask, rendered from one plan."""
+"""Synthetic paired edits: source, target, reference, instruction and mask, rendered from one plan."""
 
 from dataclasses import dataclass, replace
 from zlib import crc32
@@ -13,44 +13,46 @@ from .edit_scenes import EditScenes, draw_edit_scenes
 from .labels import NONE, PLACES, EditLabels
 from .phrasing import instruct
 from .random_scenes import clip_times
-from .scene import TIME_UNIT, compose, render_body, visible
+from .scene import TIME_UNIT, Layer, compose, render_body, visible
 
 SPLITS = ("train", "heldout")
 MAX_ATTEMPTS = 12
-MIN_AREA = 0.025  # of a square of the shorter side, that a local edit must change
-SETTLED = 0.7  # seconds after which what comes in late must be seen
+MIN_AREA = 0.025  # smallest area of a local edit, relative to the square of the frame's shorter side
+ENTERED_BY_S = 0.7  # seconds after which a late object must be visible
 
 
 @dataclass(frozen=True)
 class EditedObject:
-    """The single body that an edit is about."""
+    """The object that a local edit changes."""
 
-    track: torch.Tensor  # (F, 3) its centre's x and y and its radius, in pixels
-    shape: str  # after the edit, NONE where it was removed
-    cover: torch.Tensor  # (F, H, W) in 0..1, how much of it shows in the target
+    track: torch.Tensor  # (F, 3) x and y of the centre and radius, in pixels
+    shape: str  # after the edit; NONE if removed
+    cover: torch.Tensor  # (F, H, W) in 0..1, visible coverage in the target
 
 
 @dataclass(frozen=True)
 class SyntheticEdit:
-    """A paired edit and what it is about."""
+    """A paired edit with its labels and its edited object."""
 
     pair: PairedEdit
     labels: EditLabels
-    thing: EditedObject | None = None  # of a look or a background there is none
+    edited_object: EditedObject | None = None  # None for looks and backgrounds
 
 
 @dataclass(frozen=True)
 class Rendered:
+    """Both clips of an edit and the pixels that it changes."""
+
     source: np.ndarray  # (F, H, W, 3)
     target: np.ndarray  # (F, H, W, 3)
-    footprint: np.ndarray  # (F, H, W) 0..1, how much of each pixel the edit touches
-    cover: np.ndarray | None = None  # (F, H, W) 0..1, how much of each pixel the edited body covers in the target
+    footprint: np.ndarray  # (F, H, W) in 0..1, fraction of each pixel that the edit affects
+    cover: np.ndarray | None = None  # (F, H, W) in 0..1, fraction of each pixel that the edited body covers in the target
 
 
 class PairedEdits:
-    """An endless set of paired edits; an index always gives the same one, in every process.
+    """An endless set of paired edits; an index always gives the same edit, in every process.
 
-    size is (width, height), multiples of 16; num_frames is 4n+1 and lasts half a second or more. kinds and edits restrict what is drawn.
+    size is (width, height), multiples of 16; num_frames is 4n+1 and lasts half a second or more. kinds and edits restrict the edits drawn.
     Raises UserError for a split, size, length, kind or edit that does not exist.
     """
 
@@ -74,92 +76,92 @@ class PairedEdits:
         self.odds = plan_odds(split, kinds, edits)
 
     def sample(self, index: int) -> SyntheticEdit:
-        """The edit of that index, any integer >= 0."""
+        """Returns the edit with that index, any integer >= 0."""
         held_out = self.split == "heldout"
         rng = np.random.default_rng((self.seed, crc32(self.split.encode()), index))
         times = clip_times(self.num_frames, self.fps)
-        visible_cast = None
-        while visible_cast is None:
+        drawn = None
+        while drawn is None:
             plan = draw_plan(rng, self.odds, held_out)
-            visible_cast = draw_visible(rng, plan, times, self.size)
-        cast, rendered = visible_cast
-        instruction = instruct(rng, plan, cast, _tracks(cast, times, self.size), held_out)
+            drawn = draw_visible(rng, plan, times, self.size)
+        scenes, rendered = drawn
+        instruction = instruct(rng, plan, scenes, _tracks(scenes, times, self.size), held_out)
         source, target = torch.from_numpy(rendered.source), torch.from_numpy(rendered.target)
-        seen = target if plan.reference_tells or plan.late else source
+        reference_clip = target if plan.reference_shows_edit or plan.late else source
         mask = torch.from_numpy(dilate(rendered.footprint > 0))
-        request = EditRequest(Clip(source, self.fps), seen[0].clone(), instruction)
+        request = EditRequest(Clip(source, self.fps), reference_clip[0].clone(), instruction)
         labels = replace(plan.labels, place=place_of(plan, rendered.footprint))
-        body = cast.after or cast.before
-        pair = PairedEdit(request, target, mask, f"{self.split}-{self.seed}-{index}", body and body.rgb)
+        body = scenes.after or scenes.before
+        pair = PairedEdit(request, target, mask, f"{self.split}-{self.seed}-{index}", body.rgb if body else None)
         if body is None:
             return SyntheticEdit(pair, labels)
         track = torch.from_numpy(body.motion.track(times, self.size)[:, :3].astype(np.float32))
         return SyntheticEdit(pair, labels, EditedObject(track, labels.new_shape, torch.from_numpy(rendered.cover)))
 
-    def say(self, index: int) -> tuple[str, EditLabels]:
-        """An instruction and what it asks for, with nothing rendered; `place` is there only where the instruction names it."""
+    def sample_instruction(self, index: int) -> tuple[str, EditLabels]:
+        """Returns an instruction and its labels without rendering the clips; `place` is given only if the instruction names it."""
         held_out = self.split == "heldout"
         rng = np.random.default_rng((self.seed, crc32(self.split.encode()), index, 1))
         plan = draw_plan(rng, self.odds, held_out)
         times = clip_times(self.num_frames, self.fps)
-        cast = draw_edit_scenes(rng, plan, self.size, float(times[-1]))
-        return instruct(rng, plan, cast, _tracks(cast, times, self.size), held_out), replace(plan.labels, place=cast.where)
+        scenes = draw_edit_scenes(rng, plan, self.size, float(times[-1]))
+        return instruct(rng, plan, scenes, _tracks(scenes, times, self.size), held_out), replace(plan.labels, place=scenes.named_place)
 
 
 def draw_visible(rng: np.random.Generator, plan: Plan, times: np.ndarray, size: tuple[int, int]) -> tuple[EditScenes, Rendered] | None:
-    """Draw until the edit can be seen; None where a plan does not fit the frame, as a few do not."""
+    """Draws scenes until the edit is visible; returns None after MAX_ATTEMPTS, as a few plans do not fit the frame."""
     for _ in range(MAX_ATTEMPTS):
-        cast = draw_edit_scenes(rng, plan, size, float(times[-1]))
-        rendered = render_edit_scenes(cast, times, size)
-        if shows(plan, rendered.footprint, times):
-            return cast, rendered
+        scenes = draw_edit_scenes(rng, plan, size, float(times[-1]))
+        rendered = render_edit_scenes(scenes, times, size)
+        if is_visible(plan, rendered.footprint, times):
+            return scenes, rendered
     return None
 
 
-def render_edit_scenes(cast: EditScenes, times: np.ndarray, size: tuple[int, int]) -> Rendered:
-    """Both clips of a cast from the same layers, so that what is not edited is equal bit for bit."""
-    others = [render_body(body, times, size) for body in cast.others]
+def render_edit_scenes(scenes: EditScenes, times: np.ndarray, size: tuple[int, int]) -> Rendered:
+    """Renders both clips from the same layers, so that unedited pixels are equal bit for bit."""
+    others = [render_body(body, times, size) for body in scenes.others]
     shape = (len(times), size[1], size[0])
     stacks, footprint = [], np.zeros(shape, np.float32)
-    for body in (cast.before, cast.after):
+    for body in (scenes.before, scenes.after):
         layers, cover = list(others), np.zeros(shape, np.float32)
         if body is not None:
-            layers.insert(cast.depth, render_body(body, times, size))
-            cover = visible(layers, cast.depth, shape)
+            layers.insert(scenes.depth, render_body(body, times, size))
+            cover = visible(layers, scenes.depth, shape)
             footprint = np.maximum(footprint, cover)
         stacks.append(layers)
-    backdrop = cast.backdrop.render(times, size)
+    backdrop = scenes.backdrop.render(times, size)
     new_backdrop = backdrop
-    if cast.new_backdrop is not cast.backdrop:
-        new_backdrop = cast.new_backdrop.render(times, size)
+    if scenes.new_backdrop is not scenes.backdrop:
+        new_backdrop = scenes.new_backdrop.render(times, size)
         footprint = uncovered(others, shape)
     source = compose(backdrop, stacks[0])
-    if cast.look is not None:
-        return Rendered(source, cast.look(source), np.ones(shape, np.float32))
+    if scenes.look is not None:
+        return Rendered(source, scenes.look(source), np.ones(shape, np.float32))
     return Rendered(source, compose(new_backdrop, stacks[1]), footprint, cover)
 
 
-def uncovered(layers: list, shape: tuple[int, int, int]) -> np.ndarray:
-    """What all layers leave of the background: (F, H, W) in 0..1."""
-    left = np.ones(shape, np.float32)
+def uncovered(layers: list[Layer], shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns the visible fraction of the background, (F, H, W) in 0..1."""
+    remaining = np.ones(shape, np.float32)
     for layer in layers:
         rows, columns = layer.box
-        left[:, rows, columns] *= 1 - layer.cover
-    return left
+        remaining[:, rows, columns] *= 1 - layer.cover
+    return remaining
 
 
-def shows(plan: Plan, footprint: np.ndarray, times: np.ndarray) -> bool:
-    """Whether enough of the edit can be seen, and, of what comes late, nothing in frame 0."""
-    # of a square of the frame's shorter side, which is what bodies are measured by
+def is_visible(plan: Plan, footprint: np.ndarray, times: np.ndarray) -> bool:
+    """Whether enough of the edit is visible and, for late objects, nothing of it in frame 0."""
+    # relative to the square of the shorter side, since bodies are sized by that side
     areas = (footprint > 0.5).sum(axis=(1, 2)) / min(footprint.shape[1:]) ** 2
     if plan.late:
-        settled = areas[times * TIME_UNIT >= min(SETTLED, times[-1] * TIME_UNIT)]
-        return not (footprint[0] > 0).any() and bool(settled.min() >= 0.6 * MIN_AREA and settled.mean() >= MIN_AREA)
+        entered = areas[times * TIME_UNIT >= min(ENTERED_BY_S, times[-1] * TIME_UNIT)]
+        return not (footprint[0] > 0).any() and bool(entered.min() >= 0.6 * MIN_AREA and entered.mean() >= MIN_AREA)
     return bool(areas[0] >= MIN_AREA and areas.min() >= 0.4 * MIN_AREA and areas.mean() >= MIN_AREA)
 
 
 def place_of(plan: Plan, footprint: np.ndarray) -> str:
-    """The cell of a 3 x 3 grid in which the edit's centre lies, over all frames."""
+    """Returns the cell of a 3 x 3 grid that contains the edit's centre, averaged over all frames."""
     if plan.labels.edit in ("look", "background"):
         return NONE
     weight = footprint.sum(axis=0)
@@ -170,7 +172,7 @@ def place_of(plan: Plan, footprint: np.ndarray) -> str:
 
 
 def dilate(mask: np.ndarray) -> np.ndarray:
-    """One pixel in each direction: (F, H, W) bool -> (F, H, W) bool."""
+    """Dilates a mask by one pixel in each direction: (F, H, W) bool -> (F, H, W) bool."""
     rows = mask.copy()
     rows[:, 1:] |= mask[:, :-1]
     rows[:, :-1] |= mask[:, 1:]
@@ -180,6 +182,7 @@ def dilate(mask: np.ndarray) -> np.ndarray:
     return out
 
 
-def _tracks(cast: EditScenes, times: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
-    edited = cast.before or cast.after
-    return [] if edited is None else [body.motion.track(times, size) for body in (edited, *cast.others)]
+def _tracks(scenes: EditScenes, times: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
+    """Returns the trajectories, the edited body's first, then the others'; empty for edits of no body."""
+    edited = scenes.before or scenes.after
+    return [] if edited is None else [body.motion.track(times, size) for body in (edited, *scenes.others)]

@@ -1,4 +1,6 @@
-"""Instructions: how people ask for each edit. The last phrasings of every list are never used in training."""
+"""Instruction templates for each edit. The last phrasings of every list are never used in training."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -6,7 +8,7 @@ from .edit_plan import Plan
 from .edit_scenes import EditScenes
 from .labels import NONE
 
-NUM_HELD_OUT = 2  # at the end of each list below
+NUM_HELD_OUT = 2  # phrasings at the end of each list of PHRASINGS
 
 PHRASINGS = {
     "recolour": (
@@ -269,7 +271,7 @@ BACKGROUND_NOUNS = {
     "gravel": "gray gravel",
     "stars": "a sky full of stars",
 }
-WHERE = {
+PLACE_PHRASES = {
     "upper left": "in the upper left",
     "top": "at the top",
     "upper right": "in the upper right",
@@ -280,8 +282,8 @@ WHERE = {
     "bottom": "at the bottom",
     "lower right": "in the lower right",
 }
-SIDES = {"left": "the left", "right": "the right", "top": "above", "bottom": "below"}
-TWINS = {
+SIDE_PHRASES = {"left": "the left", "right": "the right", "top": "above", "bottom": "below"}
+PICK_PHRASES = {
     "left": ("the left {thing}", "the {thing} on the left"),
     "right": ("the right {thing}", "the {thing} on the right"),
     "upper": ("the upper {thing}", "the {thing} at the top"),
@@ -291,8 +293,8 @@ TWINS = {
 }
 
 
-def instruct(rng: np.random.Generator, plan: Plan, cast: EditScenes, tracks: list[np.ndarray], held_out: bool) -> str:
-    """The sentence for a plan; empty where the kind is 'no instruction'.
+def instruct(rng: np.random.Generator, plan: Plan, scenes: EditScenes, tracks: list[np.ndarray], held_out: bool) -> str:
+    """Draws the instruction for a plan; empty for the kind 'no instruction'.
 
     tracks: (F, 4) each, the edited body's first, then the others'; empty for edits of no body.
     """
@@ -303,50 +305,50 @@ def instruct(rng: np.random.Generator, plan: Plan, cast: EditScenes, tracks: lis
     topic = labels.edit
     if topic == "look":
         topic = "match" if labels.look == "match" else "look"
-        words["what"] = "" if topic == "match" else _one(rng, LOOK_NOUNS[labels.look])
+        words["what"] = "" if topic == "match" else _choice(rng, LOOK_NOUNS[labels.look])
     elif topic == "background":
         topic = "flat" if labels.background == "flat" and rng.uniform() < 0.7 else "background"
         words["what"] = BACKGROUND_NOUNS[labels.background].format(new=labels.new_colour, second=plan.second_colour)
     elif topic == "add":
         topic = "enter" if plan.late else "add"
-        words |= {"where": WHERE.get(cast.where, ""), "side": SIDES[plan.side], "what": f"a {labels.new_colour} {labels.new_shape}"}
+        words |= {"where": PLACE_PHRASES.get(scenes.named_place, ""), "side": SIDE_PHRASES[plan.side], "what": f"a {labels.new_colour} {labels.new_shape}"}
     else:
-        kept = labels.new_colour == labels.colour and rng.uniform() < 0.6
-        words["what"] = f"a {labels.new_shape}" if kept else f"a {labels.new_colour} {labels.new_shape}"
-        words["it"] = _refer(rng, plan, cast, tracks)
+        same_colour = labels.new_colour == labels.colour and rng.uniform() < 0.6
+        words["what"] = f"a {labels.new_shape}" if same_colour else f"a {labels.new_colour} {labels.new_shape}"
+        words["it"] = _referring_expression(rng, plan, scenes, tracks)
     phrasings = PHRASINGS[topic]
-    sentence = _one(rng, phrasings[-NUM_HELD_OUT:]) if held_out else _dress(rng, _one(rng, phrasings[:-NUM_HELD_OUT]))
+    sentence = _choice(rng, phrasings[-NUM_HELD_OUT:]) if held_out else _add_filler_words(rng, _choice(rng, phrasings[:-NUM_HELD_OUT]))
     return sentence.format(**words).replace("a orange", "an orange")
 
 
-def _dress(rng: np.random.Generator, phrasing: str) -> str:
-    """Words around a phrasing that change nothing, now and then, so that it is not known by its length or its ends."""
-    opening = f"{_one(rng, OPENINGS)} " if rng.uniform() < 0.2 else ""
-    closing = f" {_one(rng, CLOSINGS)}" if rng.uniform() < 0.2 else ""
+def _add_filler_words(rng: np.random.Generator, phrasing: str) -> str:
+    """Sometimes adds words without meaning before and after a phrasing, so that its length or its ends do not identify it."""
+    opening = f"{_choice(rng, OPENINGS)} " if rng.uniform() < 0.2 else ""
+    closing = f" {_choice(rng, CLOSINGS)}" if rng.uniform() < 0.2 else ""
     return opening + phrasing + closing
 
 
-def _refer(rng: np.random.Generator, plan: Plan, cast: EditScenes, tracks: list[np.ndarray]) -> str:
-    """A name that fits the edited body and no other."""
+def _referring_expression(rng: np.random.Generator, plan: Plan, scenes: EditScenes, tracks: list[np.ndarray]) -> str:
+    """Draws a referring expression: a description that fits the edited body and no other."""
     labels = plan.labels
-    twins = labels.pick != NONE
-    others = [b for b in cast.others if not twins or (b.shape, b.colour) != (labels.shape, labels.colour)]
-    things = [f"{labels.colour} {labels.shape}"] * 3
+    has_distractor = labels.pick != NONE
+    others = [b for b in scenes.others if not has_distractor or (b.shape, b.colour) != (labels.shape, labels.colour)]
+    nouns = [f"{labels.colour} {labels.shape}"] * 3
     if all(b.shape != labels.shape for b in others):
-        things.append(labels.shape)
+        nouns.append(labels.shape)
     if all(b.colour != labels.colour for b in others):
-        things.append(f"{labels.colour} shape")
-    thing = _one(rng, things)
-    if twins:
-        return _one(rng, TWINS[labels.pick]).format(thing=thing)
-    names = [f"the {thing}"] * 3
+        nouns.append(f"{labels.colour} shape")
+    noun = _choice(rng, nouns)
+    if has_distractor:
+        return _choice(rng, PICK_PHRASES[labels.pick]).format(thing=noun)
+    names = [f"the {noun}"] * 3
     if not plan.late:
-        names += [f"the shape {WHERE[place]}" for place in _extreme(tracks)]
-    return _one(rng, names)
+        names += [f"the shape {PLACE_PHRASES[place]}" for place in _outermost_sides(tracks)]
+    return _choice(rng, names)
 
 
-def _extreme(tracks: list[np.ndarray]) -> list[str]:
-    """Sides on which the first body is, in every frame, clearly further out than all the others."""
+def _outermost_sides(tracks: list[np.ndarray]) -> list[str]:
+    """Returns the sides towards which the first body is, in every frame, clearly further out than all others."""
     if len(tracks) < 2:
         return []
     rest = np.stack(tracks[1:])
@@ -360,5 +362,6 @@ def _extreme(tracks: list[np.ndarray]) -> list[str]:
     return found
 
 
-def _one(rng: np.random.Generator, words) -> str:
+def _choice(rng: np.random.Generator, words: Sequence[str]) -> str:
+    """Draws an element uniformly."""
     return words[int(rng.integers(len(words)))]

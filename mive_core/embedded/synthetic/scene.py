@@ -1,4 +1,4 @@
-"""Bodies that move over a backdrop, and how they are rendered.
+"""Scenes of bodies that move over a backdrop, and their rendering.
 
 F frames, H x W pixels; times are in units of two seconds, so a 17-frame clip at 8 fps runs from 0 to 1.
 """
@@ -15,31 +15,31 @@ TIME_UNIT = 2.0  # seconds
 
 @dataclass(frozen=True)
 class Motion:
-    """A drift that turns back at the walls, a wobble, a slow turn; optionally an entry from outside. In pixels."""
+    """A drift that bounces off the frame's walls, a wobble and a slow rotation; optionally an entry from outside. In pixels."""
 
     start: tuple[float, float]
     velocity: tuple[float, float]
     wobble: tuple[float, float]  # amplitude
     phase: float
-    rate: float  # wobbles a time unit
-    angle: float
-    spin: float
+    rate: float  # wobbles per time unit
+    angle: float  # radians, at time 0
+    spin: float  # radians per time unit
     radius: float
-    pulse: float  # relative change of the radius in one time unit
-    entry: tuple[float, float] = (0.0, 0.0)  # where it starts, relative to where it would be
-    entry_time: float = 1.0
+    pulse: float  # relative change of the radius per time unit
+    entry: tuple[float, float] = (0.0, 0.0)  # initial offset from the path, which decays to zero
+    entry_time: float = 1.0  # time at which the offset reaches zero
 
     def track(self, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Times (F,) -> (F, 4): x, y, radius, angle."""
+        """Returns the trajectory: times (F,) -> (F, 4) of x, y, radius, angle."""
         wave = np.sin(2 * np.pi * (self.rate * times + self.phase)) - np.sin(2 * np.pi * self.phase)
         radius = self.radius * (1 + self.pulse * np.clip(times, 0, 1.5))
-        left = (1 - np.minimum(times / self.entry_time, 1)) ** 2
+        remaining = (1 - np.minimum(times / self.entry_time, 1)) ** 2
         columns = []
         for start, velocity, wobble, entry, length in zip(self.start, self.velocity, self.wobble, self.entry, size):
             wall = min(0.8 * self.radius, length / 2 - 1)
             room = length - 2 * wall
             folded = room - np.abs((start - wall + velocity * times + wobble * wave) % (2 * room) - room)
-            columns.append(wall + folded + entry * left)
+            columns.append(wall + folded + entry * remaining)
         return np.stack([*columns, radius, self.angle + self.spin * times], axis=1)
 
 
@@ -48,7 +48,7 @@ class Body:
     """A moving shape."""
 
     shape: str
-    colour: str  # its name
+    colour: str  # name
     rgb: Colour
     texture: Texture
     motion: Motion
@@ -56,21 +56,23 @@ class Body:
 
 @dataclass(frozen=True)
 class Layer:
-    """A rendered body, cropped to the box it stays in."""
+    """A rendered body, cropped to its bounding box over all frames."""
 
     box: tuple[slice, slice]  # rows, columns
-    cover: np.ndarray  # (F, h, w) in 0..1
-    paint: np.ndarray  # (F, h, w, 3)
+    cover: np.ndarray  # (F, h, w) opacity in 0..1
+    paint: np.ndarray  # (F, h, w, 3) colour
 
 
 @dataclass(frozen=True)
 class Scene:
+    """A background and the bodies in front of it."""
+
     backdrop: Backdrop
     bodies: tuple[Body, ...]  # from the back to the front
 
 
 def render_body(body: Body, times: np.ndarray, size: tuple[int, int]) -> Layer:
-    """Times (F,) -> the body's coverage and colours."""
+    """Renders a body at times (F,)."""
     track = body.motion.track(times, size).astype(np.float32)
     reach = track[:, 2] * np.float32(REACH) + 1
     columns, rows = (_span(track[:, axis], reach, length) for axis, length in enumerate(size))
@@ -83,13 +85,13 @@ def render_body(body: Body, times: np.ndarray, size: tuple[int, int]) -> Layer:
 
 
 def _span(centres: np.ndarray, reach: np.ndarray, length: int) -> slice:
-    """Pixels that the body touches in any frame; at least one, so that arrays are never empty."""
+    """Returns the pixels that the body touches in any frame; at least one, so that arrays are never empty."""
     low = int(np.clip(np.floor((centres - reach).min()), 0, length - 1))
     return slice(low, int(np.clip(np.ceil((centres + reach).max()), low + 1, length)))
 
 
 def compose(background: np.ndarray, layers: list[Layer]) -> np.ndarray:
-    """Layers from back to front over (F, H, W, 3) -> a new (F, H, W, 3). Exact where a cover is 0 or 1."""
+    """Composites layers from back to front over (F, H, W, 3) -> a new (F, H, W, 3). Exact where the opacity is 0 or 1."""
     frames = background.copy()
     for layer in layers:
         rows, columns = layer.box
@@ -99,7 +101,7 @@ def compose(background: np.ndarray, layers: list[Layer]) -> np.ndarray:
 
 
 def visible(layers: list[Layer], index: int, frame_shape: tuple[int, int, int]) -> np.ndarray:
-    """What the layers in front leave of one layer: (F, H, W) in 0..1."""
+    """Returns the visible part of one layer behind those in front of it, (F, H, W) in 0..1."""
     seen = np.zeros(frame_shape, np.float32)
     rows, columns = layers[index].box
     seen[:, rows, columns] = layers[index].cover
@@ -110,5 +112,5 @@ def visible(layers: list[Layer], index: int, frame_shape: tuple[int, int, int]) 
 
 
 def render(scene: Scene, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The whole scene: times (F,) -> (F, H, W, 3) float32 in 0..1."""
+    """Renders the whole scene: times (F,) -> (F, H, W, 3) float32 in 0..1."""
     return compose(scene.backdrop.render(times, size), [render_body(body, times, size) for body in scene.bodies])

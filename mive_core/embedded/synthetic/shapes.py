@@ -1,14 +1,14 @@
-"""Flat shapes as signed distances, hence antialiased masks, and the textures painted on them.
+"""Flat shapes as signed distance functions, which give antialiased masks, and the textures painted on them.
 
-Local coordinates: x to the right, y down, the shape within about one unit of the origin.
-Only operations that IEEE rounds exactly touch whole frames, so that pixels repeat bit for bit.
+Local coordinates: x to the right, y down; a shape extends about one unit from the origin.
+Whole frames are computed only with operations that IEEE 754 rounds exactly, so pixels are reproducible bit for bit.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-REACH = 1.3  # no shape reaches further than this from its centre
+REACH = 1.3  # upper bound of every shape's extent from its centre
 PATTERNS = ("plain", "stripes", "dots", "gradient", "mottled")
 
 
@@ -21,14 +21,14 @@ def _square(x, y):
 
 
 def _triangle(x, y):
-    """Equilateral, one corner up, its inscribed circle of radius 0.62 a little below the origin."""
+    """Equilateral, one corner up; the inscribed circle has radius 0.62 and lies a little below the origin."""
     y = y - np.float32(0.2)
     slanted = np.float32(0.8660254) * np.abs(x) - np.float32(0.5) * y
     return np.maximum(slanted, y) - np.float32(0.62)
 
 
 def _star(x, y):
-    """Five points, one up: folded twice about the mirror at 36 degrees, only half of that tip is left."""
+    """Five points, one up. Folding twice about the mirror axis at 36 degrees leaves only half of the upper tip to evaluate."""
     tip, notch, angle = 1.25, 0.5, np.pi / 5
     normal_x, normal_y = np.float32(np.cos(angle)), np.float32(-np.sin(angle))
     x, y = np.abs(x), -y
@@ -50,30 +50,30 @@ def _cross(x, y):
 
 
 DISTANCES = {"circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "ring": _ring, "cross": _cross}
-ROUND = ("circle", "ring")  # look the same however they are turned
+ROUND = ("circle", "ring")  # rotationally symmetric
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Share of each pixel inside: local x, y (F, h, w) and radius in pixels (F, 1, 1) -> (F, h, w) in 0..1."""
+    """Returns the covered fraction of each pixel: local x, y (F, h, w) and radius in pixels (F, 1, 1) -> (F, h, w) in 0..1."""
     return np.clip(np.float32(0.5) - DISTANCES[shape](x, y) * radius, 0, 1)
 
 
 def triangle_wave(x: np.ndarray) -> np.ndarray:
-    """Period 1, from -1 at 0 to 1 at 1/2."""
+    """A triangle wave of period 1, from -1 at 0 to 1 at 1/2."""
     return 1 - 4 * np.abs(x - np.floor(x) - np.float32(0.5))
 
 
 @dataclass(frozen=True)
 class Texture:
-    """A pattern in -1..1 that lightens and darkens a colour; it sticks to the shape it is painted on."""
+    """A pattern in -1..1 that lightens and darkens a colour; it moves with the shape it is painted on."""
 
     pattern: str
-    direction: tuple[float, float]  # periods a unit along local x and y
+    direction: tuple[float, float]  # periods per unit along local x and y
     shift: float
-    depth: float  # how far the colour moves, 0..1
+    depth: float  # strength, 0..1
 
     def shade(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Local x, y (F, h, w) -> (F, h, w) in -depth..depth."""
+        """Evaluates the pattern: local x, y (F, h, w) -> (F, h, w) in -depth..depth."""
         a, b = (np.float32(v) for v in self.direction)
         along, across = x * a + y * b + np.float32(self.shift), x * b - y * a
         if self.pattern == "plain":
@@ -91,13 +91,13 @@ class Texture:
         return value * np.float32(self.depth)
 
     def paint(self, colour: tuple[float, float, float], x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """A colour under this texture: local x, y (F, h, w) -> (F, h, w, 3) in 0..1."""
+        """Applies the texture to a colour: local x, y (F, h, w) -> (F, h, w, 3) in 0..1."""
         shade = self.shade(x, y)[..., None]
         base = np.array(colour, np.float32)
         return base * (1 - np.abs(shade)) + np.maximum(shade, 0)
 
 
 def draw_texture(rng: np.random.Generator, period: float = 1.0) -> Texture:
-    """A subtle texture, its stripes or dots about `period` units apart."""
+    """Draws a subtle texture with stripes or dots about `period` units apart."""
     angle, rate = rng.uniform(0, np.pi), rng.uniform(0.8, 1.3) / period
     return Texture(str(rng.choice(PATTERNS)), (float(rate * np.cos(angle)), float(rate * np.sin(angle))), float(rng.uniform()), float(rng.uniform(0.08, 0.2)))

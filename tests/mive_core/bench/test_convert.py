@@ -9,7 +9,7 @@ import torch
 from mive_core.bench.convert import bench_convert, wan_layout
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
-from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
+from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename_keys
 
 DROPPED = {
     "condition_embedder.text_embedder.linear_1.": "text_embedding.0.",
@@ -33,7 +33,7 @@ def test_the_shapes_are_those_of_diffusers_wan(preset):
         theirs = WanTransformer3DModel(
             num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, ffn_dim=config.ffn_width, num_layers=config.num_blocks
         )
-    theirs = rename(rename(theirs.state_dict(), DROPPED), WAN_TO_DIFFUSERS, backwards=True)
+    theirs = rename_keys(rename_keys(theirs.state_dict(), DROPPED), WAN_TO_DIFFUSERS, backwards=True)
     assert {key: shape for key, (_, shape) in wan_layout(config).items()} == {key: tuple(value.shape) for key, value in theirs.items()}
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mive_core.bench.growth import CLEAR, Point, bench_growth, draw_growth, exponent, forward, measure_point, windows
+from mive_core.bench.growth import CLEAR_REFS, Point, bench_growth, context_windows, draw_growth, growth_exponent, make_windowed_forward, measure_point
 from mive_core.bench.models import random_dit, workload
 from mive_core.errors import UserError
 
@@ -20,26 +20,26 @@ from mive_core.errors import UserError
     ],
 )
 def test_windows_cover_the_clip(num_frames, spans):
-    assert windows(num_frames, 9, 3) == spans
+    assert context_windows(num_frames, 9, 3) == spans
 
 
 def test_where_windows_overlap_the_result_is_their_mean():
     work = workload("tiny", size=(32, 32), num_frames=17, blocks=1)
     model = random_dit(work)
     torch.manual_seed(0)
-    count, joined = forward(model, work, Point("tiny", (32, 32), 17, 1, 3, 1, 1))
+    count, joined = make_windowed_forward(model, work, Point("tiny", (32, 32), 17, 1, 3, 1, 1))
     with torch.inference_mode():
         result = joined()
     assert count == 2 and result.shape == (1, 16, 5, 4, 4) and result.isfinite().all() and result.std() > 0.01
     torch.manual_seed(0)
-    count, whole = forward(model, work, Point("tiny", (32, 32), 17, 1, 5, 1, 1))
+    count, whole = make_windowed_forward(model, work, Point("tiny", (32, 32), 17, 1, 5, 1, 1))
     torch.manual_seed(0)
-    _, plain = forward(model, work, Point("tiny", (32, 32), 17, 1, None, 0, 1))
+    _, plain = make_windowed_forward(model, work, Point("tiny", (32, 32), 17, 1, None, 0, 1))
     with torch.inference_mode():
         assert count == 1 and whole().shape == plain().shape
 
 
-@pytest.mark.skipif(not CLEAR.exists(), reason="NO /proc: peak memory cannot be told here")
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="NO /proc: peak memory cannot be told here")
 def test_a_process_that_did_not_grow_tells_nothing(monkeypatch):
     monkeypatch.setattr("mive_core.bench.growth.resident", lambda name: 1 << 20)
     row = measure_point(Point("tiny", (32, 32), 5, 1, None, 0, 1))
@@ -47,12 +47,12 @@ def test_a_process_that_did_not_grow_tells_nothing(monkeypatch):
 
 
 def test_exponents():
-    assert exponent([{"frames": n, "processor_seconds": 3 * n**2} for n in (1, 2, 4, 8)]) == pytest.approx(2)
-    assert exponent([{"frames": n, "processor_seconds": 0.1 * n} for n in (1, 2, 4, 8)]) == pytest.approx(1)
+    assert growth_exponent([{"frames": n, "processor_seconds": 3 * n**2} for n in (1, 2, 4, 8)]) == pytest.approx(2)
+    assert growth_exponent([{"frames": n, "processor_seconds": 0.1 * n} for n in (1, 2, 4, 8)]) == pytest.approx(1)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CLEAR.exists(), reason="NO /proc: peak memory cannot be told here")
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="NO /proc: peak memory cannot be told here")
 def test_the_report_and_its_picture():
     report = bench_growth("tiny", size=(64, 64), frames=(5, 17, 33), sizes=((64, 64),), blocks=1, window_frames=9, overlap_frames=5)
     assert [row["windows"] for row in report["by_frames_in_windows"]] == [1, 3, 7]

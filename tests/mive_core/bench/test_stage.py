@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mive_core.bench.models import inputs_of, random_pipeline, random_vae, random_vlm, request_of, vlm_flops, workload
+from mive_core.bench.models import make_request, make_vlm_inputs, random_pipeline, random_vae, random_vlm, vlm_flops, workload
 from mive_core.bench.stage import STAGES, bench_stage, shares_of_time, vae_flops
 from mive_core.errors import UserError
 
@@ -35,19 +35,19 @@ def test_an_edit_is_the_sum_of_its_stages():
 
 def test_the_random_pipeline_edits():
     work = workload("tiny", **SMALL, blocks=1)
-    assert random_pipeline(work).edit(request_of(work), steps=1).frames.shape == (5, 48, 64, 3)
+    assert random_pipeline(work).edit(make_request(work), steps=1).frames.shape == (5, 48, 64, 3)
 
 
 def test_the_vlms_operations_are_those_that_are_counted():
     """Torch counts the whole of causal attention, the formula its half."""
     work = workload("tiny", **SMALL)
     vlm = random_vlm(work)
-    inputs = inputs_of(work, vlm.processor)
+    inputs = make_vlm_inputs(work, vlm.processor)
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         vlm.encode(inputs, (1, vlm.num_layers))
-    text = work.vlm_values["text_config"]
+    text = work.vlm_config["text_config"]
     half = text["num_hidden_layers"] * 2 * inputs.input_ids.shape[1] ** 2 * text["num_attention_heads"] * text["head_dim"]
-    assert vlm_flops(work.vlm_values, inputs) + half == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert vlm_flops(work.vlm_config, inputs) + half == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_the_vaes_operations_are_those_of_the_real_one():
@@ -88,5 +88,5 @@ def test_bad_settings_are_refused(changed, said):
 
 def test_real_presets_read_the_real_vlm():
     work = workload("1.3b", **SMALL)
-    assert work.vlm_values["text_config"]["hidden_size"] == work.config.vlm_width == 4096
-    assert replace(work, config=replace(work.config, num_blocks=3)).describes["blocks"] == 3
+    assert work.vlm_config["text_config"]["hidden_size"] == work.config.vlm_width == 4096
+    assert replace(work, config=replace(work.config, num_blocks=3)).description["blocks"] == 3

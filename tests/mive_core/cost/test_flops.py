@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mive_core.bench import against_diffusers
 from mive_core.config import PRESETS
-from mive_core.cost.flops import block_flops, cross_attention_flops, dit_flops, edge_flops, layout_for
+from mive_core.cost.flops import block_flops, cross_attention_flops, dit_flops, layout_for, non_block_flops
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=2)
 
@@ -23,7 +23,7 @@ def test_formula_equals_the_counted_operations(name):
         formula = dit_flops(CONFIG, layout)
     else:
         call = against_diffusers.make_diffusers(CONFIG, n)
-        formula = CONFIG.num_blocks * (block_flops(CONFIG, n) + cross_attention_flops(CONFIG, n)) + edge_flops(CONFIG, layout, ours=False)
+        formula = CONFIG.num_blocks * (block_flops(CONFIG, n) + cross_attention_flops(CONFIG, n)) + non_block_flops(CONFIG, layout, ours=False)
     # the fused attention kernel of the CPU is not among the operations that torch counts, its matrix products are
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()

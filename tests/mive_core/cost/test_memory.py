@@ -6,24 +6,24 @@ import pytest
 import torch
 
 from mive_core.attention import matmul_attention, torch_attention
-from mive_core.bench.against_diffusers import forward_of
-from mive_core.bench.memory_counter import Counted
-from mive_core.bench.models import filled, inputs_of, random_vae, reader, request_of, workload
+from mive_core.bench.against_diffusers import make_forward
+from mive_core.bench.memory_counter import MemoryCounter
+from mive_core.bench.models import fill_random, make_processor, make_request, make_vlm_inputs, random_vae, workload
 from mive_core.config import PRESETS
 from mive_core.cost.flops import Layout
 from mive_core.cost.memory import activation_bytes, vae_decode_bytes, vae_encode_bytes, vlm_bytes, weight_bytes
 from mive_core.dit import MiVEDiT
-from mive_core.vlm import VLM, model_of
+from mive_core.vlm import VLM, model_from_config
 
 
 def test_the_counter_counts():
-    with Counted() as counted:
+    with MemoryCounter() as counted:
         a = torch.empty(1000, dtype=torch.uint8)
         b = torch.empty(500, dtype=torch.uint8)
         del a
         c = b.view(50, 10)
         d = torch.empty(200, dtype=torch.uint8)
-    assert (counted.now, counted.peak) == (700, 1500) and len(c) == 50 and len(d) == 200
+    assert (counted.current, counted.peak) == (700, 1500) and len(c) == 50 and len(d) == 200
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,8 @@ def test_the_counter_counts():
 def test_formula_equals_what_a_forward_holds(preset, layout, dtype):
     config = replace(PRESETS[preset], num_blocks=2)
     with torch.device("meta"), torch.inference_mode():
-        call = forward_of(MiVEDiT(config, operations=torch.nn, attention=torch_attention, dtype=dtype), layout)
-        with Counted() as counted:
+        call = make_forward(MiVEDiT(config, operations=torch.nn, attention=torch_attention, dtype=dtype), layout)
+        with MemoryCounter() as counted:
             call()
     assert activation_bytes(config, layout.num_tokens, dtype.itemsize) == pytest.approx(counted.peak, rel=0.1)
 
@@ -50,8 +50,8 @@ def test_scores_are_counted_where_attention_holds_them():
     config = replace(PRESETS["tiny"], num_blocks=2)
     layout = Layout(40, (5, 12, 12))
     with torch.device("meta"), torch.inference_mode():
-        call = forward_of(MiVEDiT(config, operations=torch.nn, attention=matmul_attention), layout)
-        with Counted() as counted:
+        call = make_forward(MiVEDiT(config, operations=torch.nn, attention=matmul_attention), layout)
+        with MemoryCounter() as counted:
             call()
     assert activation_bytes(config, layout.num_tokens, 4, scores=True) == pytest.approx(counted.peak, rel=0.1)
 
@@ -69,7 +69,7 @@ def test_decoding_holds_what_the_formula_says(frames, rows, columns, dtype, tile
         if tiled:
             network.enable_tiling()
         latents = torch.empty(1, 16, (frames - 1) // 4 + 1, rows, columns, dtype=dtype)
-        with Counted() as counted:
+        with MemoryCounter() as counted:
             network.decode(latents)
     assert vae_decode_bytes(frames, 8 * rows, 8 * columns, dtype.itemsize, tiled=tiled) == pytest.approx(counted.peak, rel=0.1)
 
@@ -92,15 +92,15 @@ def test_tiles_at_720p_x_81_by_the_formula():
 def test_a_cpu_holds_what_the_formula_says(size, frames):
     """The library's own VAE, in planes, run for real at the embedded model's width."""
     work = workload("tiny", size=size, num_frames=frames)
-    vae, request = random_vae(work), request_of(work)
+    vae, request = random_vae(work), make_request(work)
     with torch.inference_mode():
-        with Counted() as encoding:
+        with MemoryCounter() as encoding:
             latents = vae.encode(request.source.frames)
-        with Counted() as decoding:
+        with MemoryCounter() as decoding:
             vae.decode(latents)
     width, height = size
-    assert vae_decode_bytes(frames, height, width, 4, channels=16, planes=True) == pytest.approx(decoding.peak, rel=0.15)
-    assert vae_encode_bytes(frames, height, width, 4, channels=16, planes=True) == pytest.approx(encoding.peak, rel=0.15)
+    assert vae_decode_bytes(frames, height, width, 4, channels=16, conv2d=True) == pytest.approx(decoding.peak, rel=0.15)
+    assert vae_encode_bytes(frames, height, width, 4, channels=16, conv2d=True) == pytest.approx(encoding.peak, rel=0.15)
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_a_cpu_holds_what_the_formula_says(size, frames):
 def test_the_vlm_holds_what_the_formula_says(text, vision, dtype):
     """The published widths, two layers and a small vocabulary; run for real. The 4B, 8B and 32B, counted once by hand, are as near."""
     work = workload("1.3b", size=(256, 192), num_frames=33, dtype=dtype)
-    values = {key: dict(value) if isinstance(value, dict) else value for key, value in work.vlm_values.items()}
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in work.vlm_config.items()}
     values["text_config"] |= {"vocab_size": 1000, "num_hidden_layers": 2, "hidden_size": text[0], "intermediate_size": text[1], "num_attention_heads": text[2]}
     values["vision_config"] |= {
         "depth": 4,
@@ -119,10 +119,10 @@ def test_the_vlm_holds_what_the_formula_says(text, vision, dtype):
         "intermediate_size": vision[1],
     }
     with torch.device("meta"):
-        model = model_of(values)
-    vlm = VLM(filled(model, work), reader(work), "")
-    inputs = inputs_of(work, vlm.processor)
-    with torch.inference_mode(), Counted() as counted:
+        model = model_from_config(values)
+    vlm = VLM(fill_random(model, work), make_processor(work), "")
+    inputs = make_vlm_inputs(work, vlm.processor)
+    with torch.inference_mode(), MemoryCounter() as counted:
         vlm.encode(inputs, (1, 2))
     num_visual, num_video = (int((inputs.mm_token_type_ids > kind).sum()) for kind in (0, 1))
     predicted = vlm_bytes(text[0], text[1], inputs.input_ids.shape[1], num_visual, dtype.itemsize, num_video=num_video, vision=vision)

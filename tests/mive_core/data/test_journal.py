@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mive_core.data.executor import Executor, ahead
-from mive_core.data.journal import Journal, Task, mark_of, worked_through
+from mive_core.data.executor import Executor, prefetch
+from mive_core.data.journal import Journal, Task, fingerprint, run_resumable
 from mive_core.data.manifest import ManifestEntry
 from mive_core.errors import UserError
 
@@ -46,11 +46,11 @@ def tasks(*numbers: int) -> list[Task]:
 def test_what_is_done_is_not_done_again_and_the_bad_is_named(tmp_path):
     path = tmp_path / "journal"
     with pytest.raises(KeyboardInterrupt):
-        worked_through(tasks(1, 13, 2, 3), lambda: Squares(tmp_path, stop_at=3), path)
+        run_resumable(tasks(1, 13, 2, 3), lambda: Squares(tmp_path, stop_at=3), path)
     with open(path, "a") as file:
         file.write('{"mark": "mark 3", "resu')  # as a kill would leave it
-    assert worked_through(tasks(1, 1000), lambda: Squares(tmp_path), path)[1].why == "no room for a thousand"
-    outcomes = worked_through(tasks(1, 13, 2, 3, 4), lambda: Squares(tmp_path), path)
+    assert run_resumable(tasks(1, 1000), lambda: Squares(tmp_path), path)[1].why == "no room for a thousand"
+    outcomes = run_resumable(tasks(1, 13, 2, 3, 4), lambda: Squares(tmp_path), path)
     assert [outcome.result and outcome.result["square"] for outcome in outcomes] == [1, None, 4, 9, 16]
     assert (outcomes[1].title, outcomes[1].why) == ("number 13", "thirteen cannot be squared")
     assert [(tmp_path / str(number)).read_text() for number in (1, 2, 3, 4)] == ["x"] * 4
@@ -59,14 +59,14 @@ def test_what_is_done_is_not_done_again_and_the_bad_is_named(tmp_path):
 
 def test_where_nothing_can_be_used_it_is_said(tmp_path):
     with pytest.raises(UserError, match="none of the pairs can be used; got 2, the first of which says: thirteen"):
-        worked_through([Task("a", "a", 13), Task("b", "b", 13)], lambda: Squares(tmp_path), tmp_path / "journal", what="pairs")
+        run_resumable([Task("a", "a", 13), Task("b", "b", 13)], lambda: Squares(tmp_path), tmp_path / "journal", what="pairs")
 
 
 def test_a_file_that_is_no_journal_stays(tmp_path):
     path = tmp_path / "journal"
     path.write_text("my notes\n")
     with pytest.raises(UserError, match="no journal of earlier work"):
-        worked_through(tasks(1), lambda: Squares(tmp_path), path)
+        run_resumable(tasks(1), lambda: Squares(tmp_path), path)
     assert path.read_text() == "my notes\n"
 
 
@@ -74,11 +74,11 @@ def test_a_changed_file_is_another_task(tmp_path):
     video = tmp_path / "a.mp4"
     video.write_bytes(b"one")
     entry = ManifestEntry(video, None, "make it red", video)
-    first = mark_of("contract", entry)
-    assert first == mark_of("contract", entry) != mark_of("another", entry)
+    first = fingerprint("contract", entry)
+    assert first == fingerprint("contract", entry) != fingerprint("another", entry)
     video.write_bytes(b"other")
-    assert mark_of("contract", entry) != first
-    assert mark_of("contract", ManifestEntry("s3://a/b.mp4", None, "x", "s3://a/c.mp4"))  # of a URL only the name is known
+    assert fingerprint("contract", entry) != first
+    assert fingerprint("contract", ManifestEntry("s3://a/b.mp4", None, "x", "s3://a/c.mp4"))  # of a URL only the name is known
 
 
 def test_the_next_is_read_while_one_is_worked_on():
@@ -88,7 +88,7 @@ def test_the_next_is_read_while_one_is_worked_on():
         started[number].set()
         return number
 
-    for number, value in ahead(range(4), read):
+    for number, value in prefetch(range(4), read):
         assert value() == number
         assert number == 3 or started[number + 1].wait(10)
 
@@ -99,7 +99,7 @@ def test_an_error_of_reading_comes_with_its_own_item():
             raise UserError("bad")
         return number
 
-    values = [value for _, value in ahead(range(3), read)]
+    values = [value for _, value in prefetch(range(3), read)]
     assert (values[0](), values[2]()) == (0, 2)
     with pytest.raises(UserError, match="bad"):
         values[1]()
@@ -132,27 +132,27 @@ def killed_squares(folder: Path):
 @pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(ray, tmp_path):
     numbers = (*range(8), 13)
-    outcomes = worked_through(tasks(*numbers), killed_squares(tmp_path), tmp_path / "journal", Executor("local", 2))
+    outcomes = run_resumable(tasks(*numbers), killed_squares(tmp_path), tmp_path / "journal", Executor("local", 2))
     assert (tmp_path / "killed").exists()
     assert [outcome.result and outcome.result["square"] for outcome in outcomes] == [n * n for n in range(8)] + [None]
     assert outcomes[-1].why == "thirteen cannot be squared"
     marks = [json.loads(line)["mark"] for line in (tmp_path / "journal").read_text().splitlines()]
-    assert sorted(marks) == sorted(task.mark for task in tasks(*numbers))
+    assert sorted(marks) == sorted(task.fingerprint for task in tasks(*numbers))
     assert [int((tmp_path / f"{n}.out").read_text()) for n in range(8)] == [n * n for n in range(8)]
-    assert worked_through(tasks(*numbers[:-1]), partial(pytest.fail, "nothing is left to do"), tmp_path / "journal") == outcomes[:-1]
+    assert run_resumable(tasks(*numbers[:-1]), partial(pytest.fail, "nothing is left to do"), tmp_path / "journal") == outcomes[:-1]
 
 
 def test_a_cluster_that_is_not_there(ray, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a running cluster would have left its address
     with pytest.raises(UserError, match="ray 'auto': there is no Ray cluster to be reached"):
-        worked_through(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", Executor("auto"))
+        run_resumable(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", Executor("auto"))
 
 
 def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r'--ray needs the package ray.*pip install "mive\[ray\]"'):
-        worked_through(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", Executor("local"))
+        run_resumable(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", Executor("local"))
 
 
 def test_a_journal_is_read_line_by_line(tmp_path):

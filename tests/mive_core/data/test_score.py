@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mive_core.cli import main
-from mive_core.data.judge import Judge, Spelling
+from mive_core.data.judge import Judge, RatingGrammar
 from mive_core.data.manifest import export_pairs, load_entry, read_manifest
-from mive_core.data.score import chosen
+from mive_core.data.score import select_best
 from mive_core.embedded.heldout import drawn_pairs
 from mive_core.embedded.synthetic import PairedEdits
 
@@ -28,31 +28,31 @@ def judge(vlm_folder):
 def test_a_rating_is_the_best_continuation_at_each_step_by_whole_forwards(judge, manifest):
     """Without a cache of keys and values, and with the whole vocabulary's scores: the same numbers."""
     pair = load_entry(read_manifest(manifest)[0])
-    inputs, spelling = judge.inputs(pair), Spelling.of(judge.processor.tokenizer)
+    inputs, grammar = judge.inputs(pair), RatingGrammar.from_tokenizer(judge.processor.tokenizer)
     assert (inputs["input_ids"] == judge.processor.video_token_id).sum() == 2 * inputs["video_grid_thw"][0].prod() / 4
     answer: list[int] = []
-    for _ in range(spelling.longest):
+    for _ in range(grammar.max_tokens):
         ids = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], dim=1)
         kinds = {"mm_token_type_ids": 2 * (ids == judge.processor.video_token_id).long()} if "mm_token_type_ids" in inputs else {}
         with torch.inference_mode():
             scores = judge.model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | kinds, use_cache=False).logits[0, -1]
-        allowed = spelling.next(answer)
+        allowed = grammar.allowed_tokens(answer)
         answer.append(max(allowed, key=lambda token: scores[token].item()))
-        if answer[-1] == spelling.end:
+        if answer[-1] == grammar.eos_token_id:
             break
-    assert judge.rate(pair) == spelling.numbers(answer)
+    assert judge.rate(pair) == grammar.parse(answer)
     assert all(0 <= number <= 10 for number in judge.rate(pair))
 
 
 def test_what_can_be_spelt(judge):
-    spelling = Spelling.of(judge.processor.tokenizer)
-    ids = {character: token for token, character in spelling.characters.items()}
-    written = lambda text: [token for part in text.split("|") for token in (spelling.separator if part == "," else [ids[c] for c in part])]
-    after = lambda text: "".join(sorted(spelling.characters.get(token, "#") for token in spelling.next(written(text))))
+    grammar = RatingGrammar.from_tokenizer(judge.processor.tokenizer)
+    ids = {character: token for token, character in grammar.characters.items()}
+    written = lambda text: [token for part in text.split("|") for token in (grammar.separator if part == "," else [ids[c] for c in part])]
+    after = lambda text: "".join(sorted(grammar.characters.get(token, "#") for token in grammar.allowed_tokens(written(text))))
     assert after("") == after("3.5|,") == "0123456789"
     assert (after("1"), after("7"), after("10"), after("7."), after("10.")) == (".0", ".", ".", "0123456789", "0")
-    assert spelling.next(written("10.0")) == [spelling.separator[0]] and spelling.next(written("1.5|,|9.9")) == [spelling.end]
-    assert spelling.numbers(written("10.0|,|9.3")) == (10.0, 9.3) and len(written("10.0|,|10.0")) + 1 == spelling.longest
+    assert grammar.allowed_tokens(written("10.0")) == [grammar.separator[0]] and grammar.allowed_tokens(written("1.5|,|9.9")) == [grammar.eos_token_id]
+    assert grammar.parse(written("10.0|,|9.3")) == (10.0, 9.3) and len(written("10.0|,|10.0")) + 1 == grammar.max_tokens
 
 
 def test_instruction_and_videos_matter(judge, manifest):
@@ -66,10 +66,10 @@ def test_instruction_and_videos_matter(judge, manifest):
 def test_the_lower_number_counts_and_each_kind_has_its_share():
     rated = lambda *numbers: {"instruction": numbers[0], "faithfulness": numbers[1], "edit": numbers[2]}
     results = [rated(9.3, 9.3, "add"), rated(10.0, 9.2, "add"), rated(9.5, 9.6, "add"), None, rated(9.5, 9.5, "add"), rated(9.3, 10.0, "remove")]
-    assert chosen(results, 9.3, 4000) == [0, 2, 4, 5]
-    assert chosen(results, 9.3, 2) == [2, 4, 5]
-    assert chosen(results, 9.3, 1) == [2, 5]
-    assert chosen(results, 9.9, 1) == []
+    assert select_best(results, 9.3, 4000) == [0, 2, 4, 5]
+    assert select_best(results, 9.3, 2) == [2, 4, 5]
+    assert select_best(results, 9.3, 1) == [2, 5]
+    assert select_best(results, 9.9, 1) == []
 
 
 def test_the_command(manifest, vlm_folder, capsys):

@@ -8,7 +8,7 @@ from torch import nn
 from mive_core.attention import torch_attention
 from mive_core.dit.blocks import Block, Modulation, gated_add, modulate
 from mive_core.dit.rope import rotary_table
-from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename
+from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename_keys
 
 WIDTH, HEADS, FFN = 96, 2, 160
 
@@ -29,7 +29,7 @@ def make_block():
 @pytest.mark.parametrize("grid", [(3, 4, 6), (5, 2, 2)])
 def test_block_equals_diffusers_with_its_cross_attention_silenced(grid):
     ours, theirs = make_block(), randomise(WanTransformerBlock(WIDTH, FFN, HEADS))
-    state = rename({f"blocks.0.{k}": v for k, v in ours.state_dict().items()}, WAN_TO_DIFFUSERS)
+    state = rename_keys({f"blocks.0.{k}": v for k, v in ours.state_dict().items()}, WAN_TO_DIFFUSERS)
     report = theirs.load_state_dict({k.removeprefix("blocks.0."): v for k, v in state.items()}, strict=False)
     assert not report.unexpected_keys and all(k.startswith("attn2.") for k in report.missing_keys)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from mive_core.attention import torch_attention
 from mive_core.config import PRESETS
 from mive_core.dit import MiVEDiT
 from mive_core.dit.context import split_width
-from mive_core.dit.model import sinusoid
+from mive_core.dit.model import sinusoidal_embedding
 from mive_core.flow import flow_path
 
 CONFIG = replace(PRESETS["tiny"], width=192, num_heads=3, patch_size=(1, 2, 2))
@@ -120,7 +120,7 @@ def test_sinusoid_is_wans():
     from diffusers.models.embeddings import Timesteps
 
     t = torch.tensor([0.0, 1.0, 437.0, 1000.0])
-    assert torch.allclose(sinusoid(t, 64), Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)(t), atol=1e-4)
+    assert torch.allclose(sinusoidal_embedding(t, 64), Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)(t), atol=1e-4)
 
 
 def test_a_tiny_overfit_reaches_a_tenth_of_the_loss():

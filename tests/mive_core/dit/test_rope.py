@@ -2,7 +2,7 @@
 
 import torch
 
-from mive_core.dit.rope import axis_dims, rotary_table, rotate
+from mive_core.dit.rope import apply_rotary, axis_dims, rotary_table
 
 
 def test_condition_tokens_are_not_turned():
@@ -23,7 +23,7 @@ def test_reference_sits_one_frame_before_the_target():
 def test_turning_keeps_lengths_and_depends_on_distance_alone():
     table = rotary_table(0, (4, 1, 1), 16, 100.0)
     q = torch.randn(1, 1, 1, 16).expand(1, 5, 1, 16)
-    turned = rotate(q, table)
+    turned = apply_rotary(q, table)
     assert torch.allclose(turned.norm(dim=-1), q.norm(dim=-1), atol=1e-5)
     scores = torch.einsum("blhd,bmhd->lm", turned, turned)
     assert torch.allclose(scores.diagonal(1), scores[0, 1].expand(4), atol=1e-4)

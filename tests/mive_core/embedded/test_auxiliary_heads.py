@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mive_core.embedded.auxiliary_heads import fine_cover, place_in_patches
+from mive_core.embedded.auxiliary_heads import patchify_cover, place_in_patches
 from mive_core.embedded.dit_task import FeatureBatches, check_auxiliary
 from mive_core.embedded.features import Bucket, compute, object_of, shards_of
 from mive_core.embedded.synthetic import SHAPES, PairedEdits
 from mive_core.errors import UserError
 from mive_core.formats.checkpoint import load_dit
 from mive_core.train.loop import run
-from mive_core.train.objective import mean_where
+from mive_core.train.objective import masked_mean
 
 from ..embedded.test_dit_task import CONFIG, features, make_task
 
@@ -40,7 +40,7 @@ def supervised(folder, entries, **changes):
 def test_a_thing_is_where_the_target_differs_and_as_large(edit):
     for index in range(4):
         sample = clip(index, kinds=("seen in reference",), edits=(edit,))
-        thing = sample.thing
+        thing = sample.edited_object
         assert thing.shape == sample.labels.new_shape
         changed = sample.pair.mask
         for frame in range(0, 9, 4):
@@ -60,7 +60,7 @@ def test_looks_and_backgrounds_have_no_thing():
 
 def test_what_is_told_is_the_mean_over_a_latent_frame():
     sample = clip(1, kinds=("seen in reference",), edits=("replace",))
-    found, thing = object_of(sample), sample.thing
+    found, thing = object_of(sample), sample.edited_object
     torch.testing.assert_close(found["track"][0], thing.track[0] / 8)
     torch.testing.assert_close(found["track"][2], thing.track[5:9].mean(dim=0) / 8)
     torch.testing.assert_close(found["cover"][1, 3, 5].float(), thing.cover[1:5, 12:16, 20:24].mean(), atol=1e-3, rtol=1e-3)
@@ -76,20 +76,20 @@ def test_offsets_point_from_each_patch_to_the_thing():
 
 def test_fine_cover_keeps_rows_and_columns():
     cover = torch.arange(64.0).view(1, 1, 8, 8)
-    fine = fine_cover(cover, 4)
+    fine = patchify_cover(cover, 4)
     assert fine.shape == (1, 1, 2, 2, 16)
     assert torch.equal(fine[0, 0, 1, 0].view(4, 4), cover[0, 0, 4:, :4])
 
 
 def test_a_mean_over_nothing_is_nothing():
-    assert mean_where(torch.zeros(3), torch.ones(3)) == 0
-    assert mean_where(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([2.0, 9.0, 4.0])) == 3
+    assert masked_mean(torch.zeros(3), torch.ones(3)) == 0
+    assert masked_mean(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([2.0, 9.0, 4.0])) == 3
 
 
 @pytest.mark.slow
 def test_the_model_learns_what_it_is_told(tmp_path):
     task, seen = supervised(tmp_path, [told(seed) for seed in range(2)], num_steps=200), []
-    run(task, watch=lambda step, losses: seen.append({name: float(value) for name, value in losses.items() if name.startswith("aux")}))
+    run(task, on_step_end=lambda step, losses: seen.append({name: float(value) for name, value in losses.items() if name.startswith("aux")}))
     assert set(seen[0]) == {"aux_near", "aux_offset", "aux_radius", "aux_shape", "aux_outline"}
     for name in ("aux_offset", "aux_radius", "aux_shape"):
         assert seen[-1][name] < 0.5 * seen[0][name], name
@@ -115,9 +115,9 @@ def test_without_a_thing_nothing_is_told_but_every_head_has_a_gradient(tmp_path)
 
 def test_things_are_a_part_of_the_features_that_needs_no_model(tmp_path):
     bucket = Bucket((32, 32), 5, 2, 1.0, ("seen in reference",), ("add", "replace"))
-    shards = [s for s in shards_of(bucket, vae="none", vlm="none", config=CONFIG, seed=4, folder=str(tmp_path), things=True) if s.part == "things"]
+    shards = [s for s in shards_of(bucket, vae="none", vlm="none", config=CONFIG, seed=4, folder=str(tmp_path), objects=True) if s.part == "objects"]
     (clips,) = compute([shards], 1)
-    clips.computed[0].result()
+    clips.futures[0].result()
     assert all(shard.is_written() for shard in shards) and "seen-in-reference_add_replace" in shards[0].path.name
     edits = PairedEdits(4, "train", (32, 32), 5, kinds=bucket.kinds, edits=bucket.edits)
     stored = load_file(shards[0].path)

@@ -19,9 +19,9 @@ from mive_core.errors import UserError
 from mive_core.flow import euler, flow_path, schedule
 from mive_core.formats.checkpoint import inspect, load_dit
 from mive_core.pipeline import EMBEDDED
-from mive_core.train.flow_matching import check
+from mive_core.train.flow_matching import check_recipe
 from mive_core.train.loop import run, step_seed
-from mive_core.train.objective import EditFeatures, by_time, cauchy_loss, flow_matching_losses, latent_mask, one_step_prediction
+from mive_core.train.objective import EditFeatures, cauchy_loss, flow_matching_losses, latent_mask, loss_by_time, one_step_prediction
 from mive_core.train.recipe import parse_recipe
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=1)
@@ -114,7 +114,7 @@ def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(tmp_path):
 def test_a_steps_operations_count_the_forward_pass_of_its_drafts(tmp_path):
     plain, drafting = make_task(tmp_path, batch_size=4), make_task(tmp_path, batch_size=4, scheduled_sampling_ratio=0.5)
     batch = plain.dataset[0]
-    once, more = plain.work(batch), drafting.work(batch)
+    once, more = plain.workload(batch), drafting.workload(batch)
     assert (more.num_samples, more.num_tokens) == (once.num_samples, once.num_tokens)
     assert more.flops == pytest.approx(once.flops * (1 + 2 / (4 * 3)))  # two of four; a learned clip is three forward passes
 
@@ -183,11 +183,11 @@ def test_a_recipe_with_a_floor_trains_by_it(tmp_path):
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in ("edited", "kept"))
     assert 0 < losses[1]["loss"] < losses[0]["loss"]
     with pytest.raises(UserError, match="cauchy_scale"):
-        check(parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "cauchy_scale": -0.1}))
+        check_recipe(parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "cauchy_scale": -0.1}))
 
 
 def test_errors_are_told_apart_by_time():
-    pairs = by_time(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.05, 0.9, 1.0, 0.19]))
+    pairs = loss_by_time(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.05, 0.9, 1.0, 0.19]))
     assert {name: pair.tolist() for name, pair in pairs.items() if pair[1]} == {"loss_t0.0-0.2": [9.0, 2.0], "loss_t0.8-1.0": [6.0, 2.0]}
 
 
@@ -199,7 +199,7 @@ def test_a_drafted_entry_is_held_by_the_target_that_its_velocity_leads_to(tmp_pa
     x_t = (1 - t.view(2, 1, 1, 1, 1)) * torch.cat([draft, batch.target[1:]]) + t.view(2, 1, 1, 1, 1) * noise
     velocity = task.model(x_t, batch.source, batch.reference, task.model.embed_condition(batch.states), t)
     errors = torch.cat([(x_t - 0.4 * velocity - batch.target)[:1], (velocity - (noise - batch.target))[1:]]).square().mean(dim=1)
-    losses = flow_matching_losses(task.model, batch, batch.states, noise, t, 1.0, drafts=draft)
+    losses = flow_matching_losses(task.model, batch, batch.states, noise, t, 1.0, predictions=draft)
     assert torch.allclose(losses["loss"], errors.mean(), rtol=1e-4)
     assert torch.allclose(losses["edited"], (batch.mask * errors).sum() / batch.mask.sum(), rtol=1e-4)
 
@@ -232,7 +232,7 @@ def test_drafts_leave_every_weight_its_gradient(tmp_path):
 @pytest.mark.parametrize("share", [0.2, 1.3, -0.5])
 def test_a_share_of_drafts_is_a_part_of_the_batch(share):
     with pytest.raises(UserError, match="scheduled_sampling_ratio"):
-        check(parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "scheduled_sampling_ratio": share}))
+        check_recipe(parse_recipe(DiTRecipe, VALUES | {"output_dir": "o", "export": "e", "scheduled_sampling_ratio": share}))
 
 
 def test_the_steps_by_hand(tmp_path):
@@ -334,7 +334,7 @@ def test_clips_that_are_drawn_from_grow_to_all_and_a_step_is_the_same_whatever_w
     entries = [features(5, seed) for seed in range(200)]
     new = lambda: FeatureBatches([(Bucket((32, 32), 5, 200, 1.0), entries)], batch_size=16, seed=3, num_growing=10)
     dataset = new()
-    assert [dataset.num_there(step, 200) for step in (0, 3, 4, 9, 10, 99)] == [64, 128, 128, 200, 200, 200]
+    assert [dataset.num_available(step, 200) for step in (0, 3, 4, 9, 10, 99)] == [64, 128, 128, 200, 200, 200]
     of = lambda batch: {next(i for i, entry in enumerate(entries) if torch.equal(entry.target, target)) for target in batch.target}
     assert max(of(dataset[0])) < 64 < max(of(dataset[12]))
     late = new()

@@ -182,8 +182,8 @@ def test_held_out_phrasings_use_no_word_that_training_never_has():
 
 def test_what_is_said_without_pictures_is_labelled_as_in_a_drawn_edit():
     edits = PairedEdits(8)
-    said = [edits.say(i) for i in range(60)]
-    assert said == [edits.say(i) for i in range(60)]
+    said = [edits.sample_instruction(i) for i in range(60)]
+    assert said == [edits.sample_instruction(i) for i in range(60)]
     assert {labels.kind for _, labels in said} >= {"seen in reference", "enters late", "two alike", "instruction only"}
     for text, labels in said:
         if labels.kind == "no instruction":

@@ -4,7 +4,7 @@ import torch
 
 from mive_core.embedded.synthetic import random_clip
 from mive_core.embedded.vae_network import WholeClipVAE, encode_clips, read_whole_clip_vae
-from mive_core.embedded.vae_patch_matrix import BlockCode, encoder_of
+from mive_core.embedded.vae_patch_matrix import PatchMatrix, encoder_of
 from mive_core.pipeline import EMBEDDED
 
 
@@ -12,7 +12,7 @@ from mive_core.pipeline import EMBEDDED
 def test_the_embedded_encoder_as_one_matrix_gives_the_networks_latents():
     vae = read_whole_clip_vae(EMBEDDED["tiny"] / "vae.safetensors")
     clips = torch.stack([torch.from_numpy(random_clip(seed, (64, 48), 9)) for seed in range(4)])
-    code = BlockCode.of(vae)
+    code = PatchMatrix.from_vae(vae)
     for frames in (clips, clips[:, :1]):
         expected = encode_clips(vae, frames)
         assert expected.std() > 0.5 and torch.allclose(code.encode(frames), expected, atol=2e-3)
@@ -22,6 +22,6 @@ def test_the_embedded_encoder_as_one_matrix_gives_the_networks_latents():
 def test_an_encoder_with_live_branches_stays_the_network():
     torch.manual_seed(0)
     vae = WholeClipVAE(8)
-    assert BlockCode.of(vae) is None
+    assert PatchMatrix.from_vae(vae) is None
     frames = torch.rand(1, 5, 16, 16, 3)
     assert torch.equal(encoder_of(vae)(frames), encode_clips(vae, frames))

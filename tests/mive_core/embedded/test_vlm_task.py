@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mive_core.embedded.synthetic import VOCABULARIES, PairedEdits
-from mive_core.embedded.vlm_examples import HEADS, Heads, as_typed, batch_of, example, losses, misheard, per_token, phrases, sentences_of
+from mive_core.embedded.vlm_examples import HEADS, Heads, as_typed, batch_of, example, instruction_batch, instruction_loss, losses, per_token, tokenizer_corpus
 from mive_core.embedded.vlm_folder import FIRST_SPECIAL, SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer
-from mive_core.embedded.vlm_task import VLMBatches, VLMRecipe, VLMTask, build, carry_words, read
+from mive_core.embedded.vlm_task import VLMBatches, VLMRecipe, VLMTask, build, remap_embeddings, run_heads
 from mive_core.types import VLMInputs
 from mive_core.vlm import VLM
 
@@ -27,7 +27,7 @@ def values(tmp_path):
 
 
 def test_the_tokenizer_has_its_special_tokens_last_and_reads_anything():
-    tokenizer = train_tokenizer(phrases())
+    tokenizer = train_tokenizer(tokenizer_corpus())
     assert tokenizer.get_vocab_size() == VOCAB_SIZE
     assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(FIRST_SPECIAL, VOCAB_SIZE))
     for text in ("make the red circle blue", "🎉 把 e", "Déjà vu"):
@@ -61,10 +61,10 @@ def test_a_padded_batch_reads_each_prompt_as_if_alone(vlm):
     edits = PairedEdits(3)
     examples = [example(edits.sample(i), 0, vlm.processor) for i in range(3)]
     pad_token, heads = vlm.processor.tokenizer.pad_token_id, Heads(vlm.width)
-    together = read(vlm.model, heads, batch_of(examples, pad_token).inputs)
+    together = run_heads(vlm.model, heads, batch_of(examples, pad_token).inputs)
     for i, one in enumerate(examples):
-        alone = read(vlm.model, heads, batch_of([one], pad_token).inputs)
-        torch.testing.assert_close(together.words["edit"][i], alone.words["edit"][0], atol=1e-4, rtol=1e-4)
+        alone = run_heads(vlm.model, heads, batch_of([one], pad_token).inputs)
+        torch.testing.assert_close(together.fields["edit"][i], alone.fields["edit"][0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(together.last[i], alone.last[0], atol=1e-4, rtol=1e-4)
 
 
@@ -97,7 +97,7 @@ def test_a_few_steps_reduce_the_loss_on_a_few_clips(values):
 
 def test_every_weight_of_the_model_is_taught(values):
     task = VLMTask(VLMRecipe(**values))
-    losses(read(task.model, task.heads, task.dataset[0].inputs), task.dataset[0], task.recipe.loss_weights)["loss"].backward()
+    losses(run_heads(task.model, task.heads, task.dataset[0].inputs), task.dataset[0], task.recipe.loss_weights)["loss"].backward()
     idle = [name for name, p in task.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert idle == []
 
@@ -122,7 +122,7 @@ def test_words_keep_their_rows_under_another_tokenizer(vlm):
     new = train_tokenizer(["quite another sentence about zebras", " red"])
     rows = torch.randn(VOCAB_SIZE, 4)
     carried = rows.clone()
-    carry_words(carried, old, Wrapped(new))
+    remap_embeddings(carried, old, Wrapped(new))
     known, vocabulary = old.get_vocab(), new.get_vocab()
     shared = known.keys() & vocabulary.keys()
     assert len(shared) > 256 and any(known[token] != vocabulary[token] for token in shared)
@@ -147,22 +147,22 @@ class Wrapped:
 def test_a_sentence_without_pictures_reads_as_the_prompt_begins(vlm):
     """The VLM is causal: up to the marker before the reference both are the same tokens, so the states are equal."""
     edit = PairedEdits(3).sample(0)
-    said = sentences_of([(edit.pair.request.instruction, edit.labels), ("", edit.labels)], vlm.processor)
+    said = instruction_batch([(edit.pair.request.instruction, edit.labels), ("", edit.labels)], vlm.processor)
     heads = Heads(vlm.width)
     with torch.inference_mode():
         alone = vlm.model.language_model(input_ids=said.input_ids, attention_mask=said.attention_mask, use_cache=False).last_hidden_state
-        whole = read(vlm.model, heads, batch_of([example(edit, 0, vlm.processor)], vlm.processor.tokenizer.pad_token_id).inputs)
-    heard = heads.hear(alone, said)
+        whole = run_heads(vlm.model, heads, batch_of([example(edit, 0, vlm.processor)], vlm.processor.tokenizer.pad_token_id).inputs)
+    heard = heads.classify_instructions(alone, said)
     assert set(heard) == set(VOCABULARIES) - {"kind", "place"}
     for field, logits in heard.items():
-        torch.testing.assert_close(logits[:1], whole.heard[field], atol=1e-4, rtol=1e-4)
-    assert misheard(heard, said) > 0
+        torch.testing.assert_close(logits[:1], whole.instruction_fields[field], atol=1e-4, rtol=1e-4)
+    assert instruction_loss(heard, said) > 0
 
 
 def test_sentences_are_part_of_a_lesson_and_of_the_loss(values):
     task = build(values | {"num_sentences": 4})
     lesson = task.dataset[0]
-    assert len(lesson.said.labels) == 4 and torch.equal(lesson.said.input_ids, VLMBatches(task.recipe, task.folder)[0].said.input_ids)
+    assert len(lesson.instructions.labels) == 4 and torch.equal(lesson.instructions.input_ids, VLMBatches(task.recipe, task.folder)[0].instructions.input_ids)
     found = task.loss(0, lesson, torch.Generator())
-    without = losses(read(task.model, task.heads, lesson.inputs), lesson, task.recipe.loss_weights)
+    without = losses(run_heads(task.model, task.heads, lesson.inputs), lesson, task.recipe.loss_weights)
     torch.testing.assert_close(found["loss"], without["loss"] + task.recipe.loss_weights[0] * found["said"])

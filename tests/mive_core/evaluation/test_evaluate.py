@@ -7,7 +7,7 @@ import torch
 
 from mive_core.config import PRESETS, MiVEConfig
 from mive_core.errors import UserError
-from mive_core.evaluation.evaluate import PSNR_CAP, EvaluationSettings, asked, edit_completion, evaluate, psnr
+from mive_core.evaluation.evaluate import PSNR_CAP, EvaluationSettings, apply_modes, edit_completion, evaluate, psnr
 from mive_core.media.video import read_clip
 from mive_core.types import Clip, EditRequest, PairedEdit
 
@@ -144,13 +144,13 @@ def test_the_reference_can_be_taken_away(tmp_path):
 def test_wrong_instructions_are_always_another_and_always_the_same():
     pairs = [pair(instruction=text) for text in ("a", "b", "a", "c", "a")]
     wrong = EvaluationSettings(instruction_mode="wrong")
-    given = [asked(p.request, wrong, pairs, i).instruction for i, p in enumerate(pairs)]
-    assert given == [asked(p.request, wrong, pairs, i).instruction for i, p in enumerate(pairs)]
+    given = [apply_modes(p.request, wrong, pairs, i).instruction for i, p in enumerate(pairs)]
+    assert given == [apply_modes(p.request, wrong, pairs, i).instruction for i, p in enumerate(pairs)]
     assert all(text != p.request.instruction for text, p in zip(given, pairs))
-    assert asked(pairs[0].request, EvaluationSettings(instruction_mode="empty"), pairs, 0).instruction == ""
-    assert asked(pairs[0].request, EvaluationSettings(), pairs, 0) is pairs[0].request
+    assert apply_modes(pairs[0].request, EvaluationSettings(instruction_mode="empty"), pairs, 0).instruction == ""
+    assert apply_modes(pairs[0].request, EvaluationSettings(), pairs, 0) is pairs[0].request
     with pytest.raises(UserError, match="no wrong instruction"):
-        asked(pairs[0].request, wrong, [pairs[0], pairs[2]], 0)
+        apply_modes(pairs[0].request, wrong, [pairs[0], pairs[2]], 0)
 
 
 def test_settings_are_checked():

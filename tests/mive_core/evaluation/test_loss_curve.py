@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from mive_core.evaluation.loss_curve import FAINT, INK, SIZE, draw_losses, ends, read_losses, running_mean
+from mive_core.evaluation.loss_curve import FAINT, INK, SIZE, draw_losses, first_and_last_mean, read_losses, running_mean
 
 
 def test_a_log_is_read_as_it_went_last(tmp_path):
@@ -16,7 +16,7 @@ def test_a_log_is_read_as_it_went_last(tmp_path):
 
 def test_a_mean_runs_over_the_last_values():
     assert running_mean(np.array([4.0, 2.0, 0.0, 2.0]), 2).tolist() == [4.0, 3.0, 1.0, 1.0]
-    assert ends({step: float(step) for step in range(40)}) == (1.5, 37.5)
+    assert first_and_last_mean({step: float(step) for step in range(40)}) == (1.5, 37.5)
 
 
 def test_the_curve_shows_where_the_loss_goes():

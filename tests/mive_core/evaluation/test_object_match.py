@@ -1,11 +1,11 @@
-"""Colour, place and shape of a drawn thing: each fault is seen by the measure that is for it, and a look-object_match passes."""
+"""Colour, place and shape of a drawn thing: each fault is seen by the measure that is for it, and an edit that only looks similar passes too."""
 
 import math
 
 import pytest
 import torch
 
-from mive_core.evaluation.object_match import ObjectMatch, centres, match_object
+from mive_core.evaluation.object_match import ObjectMatch, centroids, match_object
 
 RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.1, 0.9)
 EVERYWHERE = torch.ones(3, 32, 32, dtype=torch.bool)
@@ -81,4 +81,4 @@ def test_what_is_not_finite_is_not_right(colour):
 def test_centres():
     things = torch.zeros(1, 8, 8, dtype=torch.bool)
     things[0, 2:4, 4:7] = True
-    assert centres(things).tolist() == [[2.5, 5.0]]
+    assert centroids(things).tolist() == [[2.5, 5.0]]

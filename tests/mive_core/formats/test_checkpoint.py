@@ -156,9 +156,9 @@ def test_paths_that_are_no_files(tmp_path, name):
 
 def test_names_translate_to_diffusers_and_back(model):
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("context.")}
-    theirs = checkpoint.rename(state, checkpoint.WAN_TO_DIFFUSERS)
+    theirs = checkpoint.rename_keys(state, checkpoint.WAN_TO_DIFFUSERS)
     assert "blocks.0.attn1.to_out.0.weight" in theirs and "scale_shift_table" in theirs
-    assert list(checkpoint.rename(theirs, checkpoint.WAN_TO_DIFFUSERS, backwards=True)) == list(state)
+    assert list(checkpoint.rename_keys(theirs, checkpoint.WAN_TO_DIFFUSERS, backwards=True)) == list(state)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(saved, model, monkeypatch):

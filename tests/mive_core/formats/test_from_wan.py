@@ -14,7 +14,7 @@ from mive_core import cli
 from mive_core.attention import torch_attention
 from mive_core.errors import UserError
 from mive_core.formats import safetensors_file
-from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, load_dit, rename
+from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, load_dit, rename_keys
 from mive_core.formats.from_wan import init_from_wan
 from mive_core.layers import parse_layers
 
@@ -39,7 +39,7 @@ def theirs():
 @pytest.fixture(scope="module")
 def wan(theirs):
     """The same weights by Wan's own keys."""
-    return rename(rename(theirs.state_dict(), DROPPED), WAN_TO_DIFFUSERS, backwards=True)
+    return rename_keys(rename_keys(theirs.state_dict(), DROPPED), WAN_TO_DIFFUSERS, backwards=True)
 
 
 def layouts(theirs, wan, folder: Path) -> dict[str, Path]:

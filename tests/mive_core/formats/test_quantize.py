@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from mive_core import cli
 from mive_core.attention import torch_attention
-from mive_core.bench.against_diffusers import forward_of
+from mive_core.bench.against_diffusers import make_forward
 from mive_core.cost.flops import Layout
 from mive_core.errors import UserError
 from mive_core.formats.checkpoint import load_dit, read_config, save_dit
@@ -66,7 +66,7 @@ def test_kept_in_8_bits_it_computes_what_scaling_back_computes(quantized):
         torch.manual_seed(0)
         with torch.inference_mode():
             try:
-                results.append(forward_of(model, Layout(5, (2, 2, 3)))())
+                results.append(make_forward(model, Layout(5, (2, 2, 3)))())
             except (RuntimeError, NotImplementedError) as error:
                 pytest.skip(f"no float8 products here: {error}")
     assert results[0].std() > 0.05 and torch.equal(results[1], results[0])

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
-from mive_core.formats.vlm_file import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START, config_of, name_of, read_repack
+from mive_core.formats.vlm_file import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START, config_from_shapes, read_single_file, vlm_name
 from mive_core.prompt import build_inputs
 from mive_core.types import Clip, EditRequest
 from mive_core.vlm import VLM
@@ -76,7 +76,7 @@ def test_8_bit_weights_are_scaled_back(body, tmp_path, suffix, rows):
         else:
             packed[key] = value
     save_file(packed, tmp_path / "fp8.safetensors")
-    _, weights = read_repack(tmp_path / "fp8.safetensors", torch.float32)
+    _, weights = read_single_file(tmp_path / "fp8.safetensors", torch.float32)
     assert weights.keys() == {key.removeprefix("model.") for key in state}
     for key, value in state.items():
         error = (weights[key.removeprefix("model.")] - value).norm()
@@ -150,9 +150,9 @@ def test_published_sizes_are_recognised_by_their_shapes(name, text, vision):
     )
     with torch.device("meta"):
         shapes = {key: tuple(value.shape) for key, value in Qwen3VLModel(published).state_dict().items()}
-    values = config_of(Path("x"), shapes)
+    values = config_from_shapes(Path("x"), shapes)
     got = Qwen3VLConfig(**values)
     for part, wanted in (("text_config", published.text_config), ("vision_config", published.vision_config)):
         for key in values[part].keys() - {"rope_theta", "rope_scaling", "max_position_embeddings", "rms_norm_eps"}:
             assert getattr(getattr(got, part), key) == getattr(wanted, key), key
-    assert name_of(width, Path("x")) == f"Qwen3-VL-{name}"
+    assert vlm_name(width, Path("x")) == f"Qwen3-VL-{name}"

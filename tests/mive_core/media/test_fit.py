@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mive_core.errors import UserError
-from mive_core.media.fit import as_rgb, check_frames, check_request_frames, check_request_size, cover, fit_clip, fit_mask, fit_reference
+from mive_core.media.fit import as_rgb, check_frames, check_request_frames, check_request_size, fit_clip, fit_mask, fit_reference, resize_and_crop
 from mive_core.types import Clip
 
 
@@ -52,7 +52,7 @@ def test_cover_keeps_the_aspect_ratio_and_the_centre():
     """A wide picture with a centred square: the square stays square and centred."""
     frames = torch.zeros(1, 64, 128, 3)
     frames[:, 16:48, 48:80] = 1
-    small = cover(frames, (32, 32))[0, ..., 0]
+    small = resize_and_crop(frames, (32, 32))[0, ..., 0]
     rows, columns = (small > 0.5).any(1).nonzero(), (small > 0.5).any(0).nonzero()
     assert rows.min() == 8 and rows.max() == 23 and columns.min() == 8 and columns.max() == 23
 
@@ -60,7 +60,7 @@ def test_cover_keeps_the_aspect_ratio_and_the_centre():
 def test_shrinking_is_antialiased():
     """A one-pixel checkerboard becomes gray, not a pattern."""
     board = ((torch.arange(64)[:, None] + torch.arange(64)) % 2).float()[None, ..., None].repeat(1, 1, 1, 3)
-    small = cover(board, (16, 16))[0, 2:-2, 2:-2]
+    small = resize_and_crop(board, (16, 16))[0, 2:-2, 2:-2]
     assert (small - 0.5).abs().max() < 0.05
 
 

@@ -12,7 +12,7 @@ from mive_core.embedded.heldout import drawn_pairs
 from mive_core.embedded.synthetic import PairedEdits
 from mive_core.errors import UserError
 from mive_core.train import cache as module
-from mive_core.train.cache import CacheSettings, Encoders, cache, fit_bucket, read_index, restored, stored
+from mive_core.train.cache import CacheSettings, Encoders, cache, dequantize_states, fit_bucket, quantize_states, read_index
 from mive_core.vae import VAE
 from mive_core.vlm import VLM
 
@@ -54,13 +54,13 @@ def test_eight_bits_keep_a_massive_channel_and_the_small_ones():
     torch.manual_seed(0)
     states = torch.randn(2, 7, 64)
     states[..., 9] *= 300  # one channel thousands of times the rest, as Qwen3-VL has
-    halves = stored("states", states, "fp8")
+    halves = quantize_states("states", states, "fp8")
     assert halves["states"].dtype == torch.float8_e4m3fn and halves["states"].nbytes == states.numel()
-    back = restored("states", halves)
+    back = dequantize_states("states", halves)
     assert (back - states).norm() / states.norm() < 0.04
     rest = [i for i in range(64) if i != 9]
     assert (back - states)[..., rest].norm() / states[..., rest].norm() < 0.1
-    assert torch.equal(restored("states", stored("states", states.to(torch.bfloat16).float(), "bf16")), states.to(torch.bfloat16).float())
+    assert torch.equal(dequantize_states("states", quantize_states("states", states.to(torch.bfloat16).float(), "bf16")), states.to(torch.bfloat16).float())
 
 
 def test_an_interrupted_cache_goes_on_where_it_stopped(manifest, encoders, tmp_path, monkeypatch):

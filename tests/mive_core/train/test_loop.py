@@ -37,7 +37,7 @@ class LineTask(Task):
         self.recipe, self.modules, self.dataset = recipe, {"model": model}, Points()
         self.optimizers = {"adamw": torch.optim.AdamW(model.parameters(), lr=recipe.lr), "unused": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)}
 
-    def rate(self, step):
+    def lr_factor(self, step):
         return 1 - step / self.recipe.num_steps
 
     def loss(self, step, batch, generator):
@@ -109,10 +109,10 @@ def test_a_host_sees_every_step_and_stops_the_run_where_a_later_one_goes_on(tmp_
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        run(LineTask(recipe(tmp_path / "b", checkpoint_every_s=3600.0)), watch=cancel)
+        run(LineTask(recipe(tmp_path / "b", checkpoint_every_s=3600.0)), on_step_end=cancel)
     assert [step for step, _ in seen] == list(range(12)) and not (tmp_path / "b" / "model.safetensors").exists()
     assert [path.name for path in (tmp_path / "b" / "run").glob("step_*")] == ["step_00000011.safetensors"]
-    run(LineTask(recipe(tmp_path / "b", checkpoint_every_s=3600.0)), watch=lambda step, losses: seen.append((step, float(losses["loss"]))))
+    run(LineTask(recipe(tmp_path / "b", checkpoint_every_s=3600.0)), on_step_end=lambda step, losses: seen.append((step, float(losses["loss"]))))
     assert [step for step, _ in seen] == list(range(30))
     assert same(exported(tmp_path / "a"), load_file(str(tmp_path / "b" / "model.safetensors")))
     logged = [json.loads(line) for line in (tmp_path / "b" / "run" / "log.jsonl").read_text().splitlines()]

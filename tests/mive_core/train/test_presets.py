@@ -9,8 +9,8 @@ import yaml
 from safetensors.torch import load_file
 
 from mive_core.cli import main
-from mive_core.train.edit_task import EditRecipe, check_own
-from mive_core.train.flow_matching import FlowMatchingRecipe, check
+from mive_core.train.edit_task import EditRecipe, check_edit_recipe
+from mive_core.train.flow_matching import FlowMatchingRecipe, check_recipe
 from mive_core.train.tasks import train
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -20,9 +20,9 @@ def test_every_recipe_is_read_and_what_it_sets_can_work_together(recipes):
     assert {"paper_14b_8xh100", "lora_14b_1x24gb", "full_1p3b_1x80gb", "tiny_cpu", "tiny_dit_start", "tiny_dit"} <= recipes.keys()
     for name, recipe in recipes.items():
         if isinstance(recipe, FlowMatchingRecipe):
-            check(replace(recipe, device="cpu"), name)
+            check_recipe(replace(recipe, device="cpu"), name)
         if isinstance(recipe, EditRecipe):
-            check_own(recipe, name)
+            check_edit_recipe(recipe, name)
 
 
 def test_an_unknown_key_is_an_error(tmp_path, capsys):

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from mive_core.train.throughput import ThroughputMeter, Work, peak_flops, peak_of
+from mive_core.train.throughput import ThroughputMeter, Workload, peak_flops, peak_flops_by_name
 
 
 def test_figures_are_of_the_time_between_two_readings():
@@ -11,7 +11,7 @@ def test_figures_are_of_the_time_between_two_readings():
         with meter.waiting():
             time.sleep(0.05)
         time.sleep(0.05)
-        meter.count([Work(3, 100, 2e6), None])
+        meter.count([Workload(3, 100, 2e6), None])
     figures = meter.read()
     assert figures["seconds"] == pytest.approx(0.1, rel=0.3) and figures["loading_share"] == pytest.approx(0.5, abs=0.1)
     seconds = 2 * figures["seconds"]
@@ -38,7 +38,7 @@ def test_figures_are_of_the_time_between_two_readings():
     ],
 )
 def test_a_card_is_known_by_its_name(card, tflops):
-    assert peak_of(card) == (None if tflops is None else tflops * 1e12)
+    assert peak_flops_by_name(card) == (None if tflops is None else tflops * 1e12)
 
 
 def test_a_given_peak_goes_before_and_a_cpu_has_none():

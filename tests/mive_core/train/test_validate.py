@@ -19,7 +19,7 @@ from mive_core.train.distributed import ProcessGroup
 from mive_core.train.edit_task import EditRecipe, EditTask
 from mive_core.train.loop import run
 from mive_core.train.recipe import parse_recipe
-from mive_core.train.validate import Share, Validation
+from mive_core.train.validate import DistributedSubset, Validation
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,9 @@ def test_what_is_edited_is_what_the_pipeline_edits(held_out, random_models, tmp_
 
 def test_processes_share_the_pairs_and_take_as_many_each():
     pairs = list("abcde")
-    shares = [Share(pairs, ProcessGroup(rank, 2)) for rank in (0, 1)]
+    shares = [DistributedSubset(pairs, ProcessGroup(rank, 2)) for rank in (0, 1)]
     assert [[share[i] for i in range(len(share))] for share in shares] == [["a", "c", "e"], ["b", "d", "a"]]
-    assert sorted(number for share in shares for number in share.numbers if number < 5) == [0, 1, 2, 3, 4]
+    assert sorted(number for share in shares for number in share.indices if number < 5) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["validation_manifest", "validation_cache", "validation_vae"])
