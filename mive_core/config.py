@@ -12,6 +12,8 @@ from .errors import UserError
 METADATA_KEY = "mive.config"
 ROPE_SCHEMES = ("wan_reference_before",)  # target (t, y, x) from 0, reference at t = -1, identity rotation for the condition
 LATENT_FORMATS = ("wan2.1",)
+SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4  # pixels per latent cell, pixel frames per latent frame after the first (wan2.1)
+SIZE_MULTIPLE = 16  # of a clip's sides: the VAE's factor of 8 times Wan's patch size of 2
 VLM_SIZES = {"2b": (2048, 28), "4b": (2560, 36), "8b": (4096, 36), "32b": (5120, 64)}  # published Qwen3-VL models: width, layers
 VLM_INTERMEDIATE_SIZES = {2048: 6144, 2560: 9728, 4096: 12_288, 5120: 25_600}  # width of the VLM -> inner width of its feed-forward
 
@@ -104,6 +106,11 @@ class MiVEConfig:
             raise UserError("the config has fields this version does not know", where=where, got=", ".join(unknown), fix="update the pack")
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**arguments)
+
+
+def latent_grid(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """F = 4n+1 pixel frames of H x W, multiples of 8 -> T, Y, X of the latents."""
+    return (num_frames - 1) // TEMPORAL_FACTOR + 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
 
 
 PRESETS = {

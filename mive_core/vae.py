@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .config import SIZE_MULTIPLE, TEMPORAL_FACTOR
 from .conv3d import use_conv2d
 from .errors import UserError
 from .formats.safetensors_file import read_tensors
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 LATENT_CHANNELS = 16
-SPATIAL_FACTOR = 8
-TEMPORAL_FACTOR = 4
-SIZE_MULTIPLE = 16  # the VAE's 8 times the DiT's patch of 2
 
 ORIGINAL_KEY, DIFFUSERS_KEY = "encoder.conv1.weight", "encoder.conv_in.weight"
 OTHER_MODELS = {  # a key that identifies another model -> what the file then is

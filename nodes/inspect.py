@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from ..mive_core.config import SIZE_MULTIPLE
 from ..mive_core.evaluation.drift import describe_drift, draw_drift, measure_drift
-from ..mive_core.media.fit import SIZE_MULTIPLE, check_frames, fit_clip, fit_mask
+from ..mive_core.media.fit import check_frames, fit_clip, fit_mask
 from ..mive_core.types import Clip
 from .bridge.estimate import describe_cost
 from .bridge.messages import log_warnings, show

@@ -5,10 +5,11 @@ import node_helpers
 import torch
 from comfy_api.latest import io
 
+from ..mive_core.config import latent_grid
 from ..mive_core.errors import UserError
 from ..mive_core.media.fit import fit_clip, fit_reference
 from ..mive_core.types import Clip
-from ..mive_core.vae import LATENT_CHANNELS, TEMPORAL_FACTOR
+from ..mive_core.vae import LATENT_CHANNELS
 from .bridge.conditioning import GUIDES, LAYERS
 from .bridge.messages import log_warnings
 from .bridge.vae import encode
@@ -54,7 +55,7 @@ class MiVEReferenceLatents(io.ComfyNode):
             image = fit_reference(reference, (width, height))
         guides = {GUIDES["source"]: encode(vae, clip.frames), GUIDES["reference"]: encode(vae, image[None])}
         shape = guides[GUIDES["source"]].shape
-        expected = (1, LATENT_CHANNELS, (length - 1) // TEMPORAL_FACTOR + 1, height // 8, width // 8)
+        expected = (1, LATENT_CHANNELS, *latent_grid(length, height, width))
         if tuple(shape) != expected:
             raise UserError("this is not a Wan 2.1 VAE", where="vae", got=f"latents of shape {tuple(shape)}", expected=expected)
         latent = torch.zeros(shape, device=comfy.model_management.intermediate_device())

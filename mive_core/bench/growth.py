@@ -18,13 +18,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import PRESETS
+from ..config import PRESETS, TEMPORAL_FACTOR, latent_grid
 from ..cost.flops import dit_flops
 from ..cost.memory import activation_bytes
 from ..dit import MiVEDiT
 from ..errors import UserError
 from ..media.paths import atomic_write
-from ..vae import LATENT_CHANNELS, TEMPORAL_FACTOR
+from ..vae import LATENT_CHANNELS
 from .against_diffusers import timed
 from .load import resident
 from .memory_counter import MemoryCounter
@@ -75,7 +75,7 @@ def bench_growth(
             got=", ".join(wrong) or f"{preset}, windows of {window_frames} with {overlap_frames} shared",
             expected=f"{', '.join(PRESETS)}; 4n+1 frames; an overlap shorter than the window",
         )
-    latent = [(count - 1) // TEMPORAL_FACTOR + 1 for count in (window_frames, overlap_frames)]
+    latent = [latent_grid(count, 0, 0)[0] for count in (window_frames, overlap_frames)]
     common = (preset, blocks, repeats)
     points = {
         "by_frames": [_point(common, size, count) for count in sorted(frames)],

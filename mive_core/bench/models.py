@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
 from ..attention import AttentionFn, get_attention
-from ..config import PRESETS, MiVEConfig
+from ..config import PRESETS, TEMPORAL_FACTOR, MiVEConfig, latent_grid
 from ..conv3d import use_conv2d
 from ..cost.flops import Layout
 from ..dit import MiVEDiT
@@ -24,7 +24,7 @@ from ..formats.vlm_file import DEEPSTACK, MERGE_SIZE, MROPE_SECTION, PREPROCESSI
 from ..pipeline import EMBEDDED, Pipeline, check_compiler, check_device
 from ..prompt import build_inputs
 from ..types import Clip, EditRequest, VLMInputs
-from ..vae import ORIGINAL_KEY, SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE
+from ..vae import ORIGINAL_KEY, VAE
 from ..vlm import VLM, load_processor, model_from_config
 
 FLOAT8, _ = FORMATS["fp8_scaled"]
@@ -80,7 +80,7 @@ class Workload:
     @property
     def latent_grid(self) -> tuple[int, int, int]:
         """Latent frames, rows and columns."""
-        return (self.num_frames - 1) // TEMPORAL_FACTOR + 1, self.size[1] // SPATIAL_FACTOR, self.size[0] // SPATIAL_FACTOR
+        return latent_grid(self.num_frames, *self.size[::-1])
 
     @property
     def layout(self) -> Layout:

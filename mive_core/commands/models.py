@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from ..config import latent_grid
 from ..errors import UserError
 from .arguments import dtype_of, executor_of, machine_options, report_done, settings_of
 
@@ -35,12 +36,11 @@ def run_edit(arguments: argparse.Namespace) -> None:
     request = load_entry(ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS), arguments.size, arguments.frames).request
     from ..evaluation.evaluate import timed_edit
     from ..pipeline import Pipeline
-    from ..vae import SPATIAL_FACTOR, TEMPORAL_FACTOR
 
     pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments))
     num_frames, height, width = request.source.frames.shape[:3]
-    cells = (num_frames - 1) // TEMPORAL_FACTOR + 2, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR  # one latent frame is the reference's
-    num_tokens = math.prod(pipeline.config.patch_grid(*cells))
+    num_latent_frames, *cells = latent_grid(num_frames, height, width)
+    num_tokens = math.prod(pipeline.config.patch_grid(num_latent_frames + 1, *cells))  # one latent frame is the reference's
     if num_tokens > MANY_TOKENS and arguments.size is None:
         warnings.warn(
             f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer", stacklevel=2

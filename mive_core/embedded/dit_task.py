@@ -18,6 +18,7 @@ from ..dit import MiVEDiT
 from ..errors import UserError
 from ..formats.safetensors_file import read_tensors
 from ..layers import parse_layers
+from ..train.distributed import num_batches
 from ..train.flow_matching import FlowMatchingRecipe, FlowMatchingTask, check_recipe, training_attention
 from ..train.loop import step_seed
 from ..train.objective import EditFeatures, collate
@@ -232,6 +233,6 @@ def build(values: dict, where: object = None) -> DiTTask:
         ],
         recipe.num_feature_processes,
     )
-    num_growing = round(recipe.growth_ratio * recipe.num_steps)
+    num_growing = round(recipe.growth_ratio * num_batches(recipe.num_steps, recipe.gradient_accumulation_steps))
     entries = clips if num_growing else wait(clips)
     return DiTTask(recipe, config, FeatureBatches(list(zip(buckets, entries)), recipe.batch_size, recipe.seed, recipe.num_same_size, num_growing))

@@ -18,11 +18,10 @@ from safetensors.torch import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import MiVEConfig
+from ..config import SPATIAL_FACTOR, TEMPORAL_FACTOR, MiVEConfig
 from ..formats.safetensors_file import read_tensors, write_tensors
 from ..train.objective import EditFeatures, latent_mask
 from ..types import PairedEdit
-from ..vae import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..vlm import VLM, WEIGHTS
 from .synthetic import SHAPES, EditedObject, PairedEdits, SyntheticEdit
 from .vae_network import read_whole_clip_vae

@@ -27,18 +27,18 @@ class Phase:
 
 
 class ClipCrops(Dataset):
-    """dataset[step] is (B, F, H, W, 3) uint8; the step's phase determines its shape.
+    """dataset[number] is a batch, (B, F, H, W, 3) uint8; its phase determines its shape.
 
     A fraction `natural_ratio` of the pool are natural pictures, the rest synthetic scenes, evenly interleaved. The pool is stored once, in `folder`.
     """
 
-    def __init__(self, folder: Path, num_clips: int, num_steps: int, phases: tuple[Phase, ...], seed: int, natural_ratio: float = 0.5):
+    def __init__(self, folder: Path, num_clips: int, num_batches: int, phases: tuple[Phase, ...], seed: int, natural_ratio: float = 0.5):
         self.path = folder / f"pool_{num_clips}_{seed}_{natural_ratio}.npy"
-        self.num_clips, self.num_steps, self.phases, self.seed, self.natural_ratio = num_clips, num_steps, phases, seed, natural_ratio
+        self.num_clips, self.num_batches, self.phases, self.seed, self.natural_ratio = num_clips, num_batches, phases, seed, natural_ratio
 
-    def phase(self, step: int) -> Phase:
-        """Returns the phase of a step."""
-        return next(phase for phase in self.phases if step < phase.until * self.num_steps or phase is self.phases[-1])
+    def phase(self, number: int) -> Phase:
+        """Returns the phase of a batch, by its place among all batches of the run: a step takes several of several processes."""
+        return next(phase for phase in self.phases if number < phase.until * self.num_batches or phase is self.phases[-1])
 
     @cached_property
     def pool(self) -> np.ndarray:
@@ -47,9 +47,9 @@ class ClipCrops(Dataset):
             self._draw_pool()
         return np.load(self.path, mmap_mode="r")
 
-    def __getitem__(self, step: int) -> Tensor:
-        rng = np.random.default_rng([self.seed, step])
-        phase = self.phase(step)
+    def __getitem__(self, number: int) -> Tensor:
+        rng = np.random.default_rng([self.seed, number])
+        phase = self.phase(number)
         return torch.from_numpy(np.stack([self._crop(rng, phase) for _ in range(phase.batch_size)]))
 
     def _crop(self, rng: np.random.Generator, phase: Phase) -> np.ndarray:

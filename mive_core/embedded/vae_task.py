@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..formats.safetensors_file import write_tensors
+from ..train.distributed import num_batches
 from ..train.loop import Task
 from ..train.optim import Muon
 from ..train.recipe import Recipe, parse_recipe
@@ -60,9 +61,9 @@ class VAETask(Task):
     def __init__(self, recipe: VAERecipe):
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
-        self.dataset = ClipCrops(
-            Path(recipe.output_dir), recipe.num_clips, recipe.num_steps, tuple(Phase(*phase) for phase in recipe.phases), recipe.seed, recipe.natural_ratio
-        )
+        phases = tuple(Phase(*phase) for phase in recipe.phases)
+        total = num_batches(recipe.num_steps, recipe.gradient_accumulation_steps)
+        self.dataset = ClipCrops(Path(recipe.output_dir), recipe.num_clips, total, phases, recipe.seed, recipe.natural_ratio)
         self.vae = read_whole_clip_vae(recipe.start_from) if recipe.start_from else WholeClipVAE(recipe.dim)
         if recipe.num_basis_clips and not recipe.start_from:
             initialise_from_pca(self.vae, as_video(self.clips(recipe.num_basis_clips)))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..config import SIZE_MULTIPLE, TEMPORAL_FACTOR
 from ..errors import UserError
 from ..types import Clip
 
-SIZE_MULTIPLE = 16
 MIN_SIDE, MAX_SIDE = 16, 16384
 
 
@@ -70,9 +70,9 @@ def check_request_size(size: tuple[int, int]) -> None:
 
 def check_request_frames(num_frames: int) -> None:
     """Raises UserError unless the requested number of frames is 4n+1."""
-    if num_frames < 1 or num_frames % 4 != 1:
-        lower = max(1, (num_frames - 1) // 4 * 4 + 1)
-        raise UserError("the model takes 4n+1 frames", where="frames", got=num_frames, expected=f"{lower} or {lower + 4}, the nearest that fit")
+    if num_frames < 1 or num_frames % TEMPORAL_FACTOR != 1:
+        lower = max(1, valid_num_frames(num_frames))
+        raise UserError("the model takes 4n+1 frames", where="frames", got=num_frames, expected=f"{lower} or {lower + TEMPORAL_FACTOR}, the nearest that fit")
 
 
 def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | None = None, where: str = "source") -> Clip:
@@ -155,7 +155,7 @@ def resize_and_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 def valid_num_frames(num_frames: int) -> int:
     """The largest number of the form 4n+1 up to num_frames."""
-    return (num_frames - 1) // 4 * 4 + 1
+    return (num_frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
 
 
 def _nearest(side: int) -> int:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..config import PRESETS, MiVEConfig
+from ..config import PRESETS, MiVEConfig, latent_grid
 from ..cost.flops import Layout, dit_flops, training_flops
 from ..cost.memory import weight_bytes
 from ..errors import UserError
@@ -75,9 +75,9 @@ def lora_size(config: MiVEConfig, rank: int) -> int:
     return config.num_blocks * rank * (4 * 2 * config.width + 2 * (config.width + config.ffn_width))
 
 
-def clip_layout(size: tuple[int, int], num_frames: int) -> Layout:
+def clip_layout(size: tuple[int, int], num_frames: int, config: MiVEConfig = PRESETS["14b"]) -> Layout:
     """(width, height) and frames -> sequence layout; as in the paper, a twentieth of the tokens are condition tokens."""
-    grid = ((num_frames - 1) // 4 + 1, size[1] // 16, size[0] // 16)
+    grid = config.patch_grid(*latent_grid(num_frames, size[1], size[0]))
     return Layout((grid[0] + 1) * grid[1] * grid[2] // 19, grid)
 
 
@@ -97,7 +97,7 @@ def scaling_report(
     recipe = FlowMatchingRecipe(task="edit", output_dir="", export="", num_steps=1, start_from="", bf16=True, gradient_checkpointing=True, sharded=True)
     peak = PEAK_TFLOPS[card] * 1e12
     for size, num_gpus, offload in product(((832, 480), (1280, 720)), processes, (False, True)):
-        layout, recipe = clip_layout(size, num_frames), replace(recipe, offload=offload)
+        layout, recipe = clip_layout(size, num_frames, config), replace(recipe, offload=offload)
         model_flops, recomputed_flops = training_flops(config, layout), dit_flops(config, layout)
         memory, longest = training_memory(recipe, config, layout.num_tokens, num_gpus), longest_sequence(recipe, config, num_gpus, CARDS[card])
         moved_bytes = (2 + 2 + 4) * weight_bytes(config, 1) * (num_gpus - 1) / num_gpus
@@ -125,7 +125,7 @@ def scaling_report(
                 "mfu": model_flops / peak / step,
                 "clips_an_hour": 3600 * num_gpus / step,
                 "longest_sequence": longest,
-                "frames_of_it": max_frames(size, longest),
+                "frames_of_it": max_frames(size, longest, config),
             }
         )
     return {
@@ -150,9 +150,9 @@ def longest_sequence(recipe: FlowMatchingRecipe, config: MiVEConfig, num_process
     return max(int((card_bytes - RESERVED - empty) / (filled - empty) * 10_000), 0)
 
 
-def max_frames(size: tuple[int, int], num_tokens: int) -> int:
+def max_frames(size: tuple[int, int], num_tokens: int, config: MiVEConfig = PRESETS["14b"]) -> int:
     """Returns the number of pixel frames, 4n+1, of the longest clip of that size within so many tokens; 0 if none fits."""
     frames = 0
-    while clip_layout(size, frames + (4 if frames else 1)).num_tokens <= num_tokens:
+    while clip_layout(size, frames + (4 if frames else 1), config).num_tokens <= num_tokens:
         frames += 4 if frames else 1
     return frames

@@ -70,6 +70,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def num_batches(num_steps: int, gradient_accumulation_steps: int) -> int:
+    """Returns the number of batches that a run reads: every step takes `gradient_accumulation_steps` of each process."""
+    return num_steps * gradient_accumulation_steps * num_processes()
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[ProcessGroup]:
     """Connects the processes that the launcher has started; without a launcher, yields a group of one."""

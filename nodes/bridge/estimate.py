@@ -6,10 +6,10 @@ import time
 import comfy.model_management
 import torch
 
-from ...mive_core.config import VLM_INTERMEDIATE_SIZES, MiVEConfig
+from ...mive_core.config import VLM_INTERMEDIATE_SIZES, MiVEConfig, latent_grid
 from ...mive_core.cost.flops import Layout, block_flops, non_block_flops
 from ...mive_core.cost.memory import vae_decode_bytes, vlm_bytes
-from ...mive_core.vae import LATENT_CHANNELS, SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ...mive_core.vae import LATENT_CHANNELS
 
 VLM_TOKEN_CELLS = 16  # latent cells covered by one VLM token, which is 32 x 32 pixels
 CPU_MATRIX_SIDE, GPU_MATRIX_SIDE = 512, 8192  # of the square matrices that measure a device's speed
@@ -18,7 +18,7 @@ CPU_MATRIX_SIDE, GPU_MATRIX_SIDE = 512, 8192  # of the square matrices that meas
 def describe_cost(num_frames: int, height: int, width: int, steps: int, patcher=None) -> list[str]:
     """Returns the lines of a cost report. Without a MODEL it only counts tokens."""
     config = MiVEConfig() if patcher is None else patcher.model.config
-    cells = ((num_frames - 1) // TEMPORAL_FACTOR + 1, height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+    cells = latent_grid(num_frames, height, width)
     grid, num_reference = config.patch_grid(*cells), cells[1] * cells[2] // VLM_TOKEN_CELLS
     layout = Layout(config.max_video_tokens + config.max_instruction_tokens + num_reference, grid)
     lines = [f"tokens: {math.prod(grid)} target, {grid[1] * grid[2]} reference, at most about {layout.num_condition} condition"]

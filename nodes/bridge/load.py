@@ -8,6 +8,7 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.utils
 import torch
 
@@ -53,11 +54,13 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_dit, (path, dtype, fp8_matmul))
     if config.guided_above:
-        patcher.set_model_sampler_pre_cfg_function(partial(skip_guidance, config.guided_above))
+        patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "mive_guidance", partial(skip_guidance, config.guided_above))
     return patcher
 
 
-def skip_guidance(threshold: float, args: dict) -> list:
-    """At noise levels up to `threshold`, replaces the negative prediction by the positive one, so that guidance has no effect there."""
-    conds = args["conds_out"]
-    return conds if float(args["sigma"].max()) > threshold else [conds[0], conds[0], *conds[2:]]
+def skip_guidance(threshold: float, executor, model, conds: list, x: torch.Tensor, sigma: torch.Tensor, model_options: dict) -> list:
+    """At noise levels up to `threshold`, computes the positive prediction alone and takes it for the negative one, so that guidance has no effect."""
+    if len(conds) < 2 or conds[1] is None or float(sigma.max()) > threshold:
+        return executor(model, conds, x, sigma, model_options)
+    positive, _, *others = executor(model, [conds[0], None, *conds[2:]], x, sigma, model_options)
+    return [positive, positive, *others]

@@ -169,6 +169,13 @@ def test_crops_follow_the_curriculum_and_the_seed(tmp_path):
     assert crops[0].dtype == torch.uint8
 
 
+def test_the_phases_are_shares_of_the_run_whatever_a_step_takes(tmp_path):
+    """They once counted batches as steps: with two batches a step the second phase began after a quarter of the run."""
+    phases = ((0.5, 1, 5, 16), (1.0, 1, 9, 32))
+    task = build(values(tmp_path, phases=phases, num_steps=10, gradient_accumulation_steps=2))
+    assert [task.dataset.phase(number).size for number in (0, 9, 10, 19)] == [16, 16, 32, 32]
+
+
 def test_a_share_of_the_pool_is_natural(tmp_path):
     pool = ClipCrops(tmp_path, 4, 1, (Phase(1.0, 1, 5, 16),), seed=3, natural_ratio=0.25).pool
     as_pixels = [np.round(draw(3 * 4 + index, (96, 96), 17) * 255) for index, draw in enumerate([random_clip] * 3 + [natural_clip])]
