@@ -20,7 +20,16 @@ from .commands.bench import (
     run_bench_stage,
     run_bench_train,
 )
-from .commands.data import run_data_cache, run_data_compose, run_data_import, run_data_looks, run_data_recolour, run_data_score, run_data_synth
+from .commands.data import (
+    run_data_cache,
+    run_data_compose,
+    run_data_import,
+    run_data_looks,
+    run_data_recolour,
+    run_data_samples,
+    run_data_score,
+    run_data_synth,
+)
 from .commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train
 from .config import VLM_SIZES
 from .errors import UserError
@@ -338,6 +347,14 @@ def _add_data(commands) -> None:
     _add_compose(data)
     _add_cache(data)
     _add_synth(data)
+    samples = _command(
+        data,
+        "samples",
+        run_data_samples,
+        "write a few pairs of an edit that the embedded models do not know, for a first training",
+        "Four pairs to train on and two held-out ones: crops of the sample clip before and after a look with raster lines.",
+    )
+    samples.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to: pairs/ and heldout/, both folders of pairs")
     for name, run, summary, details in (
         ("looks", run_data_looks, "make evaluation pairs from a real video with colour looks", "Applies eight looks that the embedded models were trained on."),
         ("recolour", run_data_recolour, "make evaluation pairs from a real video with its green parts recoloured", "Green becomes red, blue and purple."),

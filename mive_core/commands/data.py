@@ -22,6 +22,16 @@ def run_data_synth(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{export_pairs(drawn_pairs(edits, arguments.num), arguments.output)}\n")
 
 
+def run_data_samples(arguments: argparse.Namespace) -> None:
+    from ..embedded.sample_pairs import HELD_OUT_PARTS, PARTS, write_pairs
+    from ..media.paths import check_output_folder
+
+    output = check_output_folder(arguments.output, "output")
+    for name, parts in (("pairs", PARTS), ("heldout", HELD_OUT_PARTS)):
+        write_pairs(output / name, parts, "make it look like an old television")
+        sys.stdout.write(f"{output / name}\n")
+
+
 def run_data_import(arguments: argparse.Namespace) -> None:
     from ..data.datasets import import_dataset
 

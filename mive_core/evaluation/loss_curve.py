@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, RULE, FAINT = (250, 250, 248), (28, 28, 32), (222, 222, 218), (176, 186, 206)
 SIZE, LEFT, RIGHT, TOP, BOTTOM = (960, 420), 92, 36, 56, 48
+LEVEL, DASH = (196, 96, 40), 9
 FONT = 22  # points; a node shows the picture at a third of its width
 NUM_PARTS = 10  # the running mean covers 1/NUM_PARTS of the steps
 
@@ -32,28 +34,39 @@ def first_and_last_mean(losses: dict[int, float]) -> tuple[float, float]:
     return sum(values[:count]) / count, sum(values[-count:]) / count
 
 
-def draw_losses(losses: dict[int, float], label: str = "loss") -> Image.Image:
-    """Draws each value as a dot, and the running mean as a line; `label` names the values. Raises ValueError if there are none."""
+def draw_losses(losses: dict[int, float], label: str = "loss", levels: Mapping[str, float] | None = None) -> Image.Image:
+    """Draws each value as a dot, and the running mean as a line; the axis spans the values.
+
+    `label` names the values; `levels` are named values to compare with, such as a ceiling, drawn as dashed lines. Raises ValueError if
+    there are no losses.
+    """
     if not losses:
         raise ValueError("no losses to draw")
     steps, values = np.array(list(losses)), np.array(list(losses.values()))
-    means = running_mean(values, max(len(values) // NUM_PARTS, 1))
+    width, levels = max(len(values) // NUM_PARTS, 1), levels or {}
+    means = running_mean(values, width)
     picture = Image.new("RGB", SIZE, PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
-    finite = values[np.isfinite(values)]
-    high = max(float(finite.max(initial=0.0)), 1e-9)
+    ticks = axis_ticks([*values[np.isfinite(values)], *levels.values()])
+    low, high = ticks[0], ticks[-1]
     right, bottom = SIZE[0] - RIGHT, SIZE[1] - BOTTOM
 
     def to_pixel(step: float, value: float) -> tuple[float, float]:
-        return LEFT + (step - steps[0]) / max(steps[-1] - steps[0], 1) * (right - LEFT), bottom - value / high * (bottom - TOP)
+        x = LEFT + (step - steps[0]) / max(steps[-1] - steps[0], 1) * (right - LEFT)
+        return x, bottom - (value - low) / (high - low) * (bottom - TOP)
 
-    draw.text((LEFT, TOP - 18), f"{label} by step, and its mean over {max(len(values) // NUM_PARTS, 1)}", INK, font, anchor="ls")
-    for level in (0.0, high / 2, high):
-        y = to_pixel(steps[0], level)[1]
+    draw.text((LEFT, TOP - 18), f"{label} by step" + (f", and its mean over {width}" if width > 1 else ""), INK, font, anchor="ls")
+    for tick in ticks:
+        y = to_pixel(steps[0], tick)[1]
         draw.line((LEFT, y, right, y), RULE)
-        draw.text((LEFT - 8, y), f"{level:.3g}", INK, font, anchor="rm")
+        draw.text((LEFT - 8, y), f"{tick:.4g}", INK, font, anchor="rm")
+    for name, value in levels.items():
+        y = to_pixel(steps[0], value)[1]
+        for x in range(LEFT, right, 2 * DASH):
+            draw.line((x, y, min(x + DASH, right), y), LEVEL, 2)
+        draw.text((right, y - 3), name, LEVEL, font, anchor="rs")
     for step in sorted({steps[0], (steps[0] + steps[-1]) // 2, steps[-1]}):
-        draw.text((to_pixel(step, 0)[0], bottom + 8), str(step + 1), INK, font, anchor="mt")
+        draw.text((to_pixel(step, low)[0], bottom + 8), str(step + 1), INK, font, anchor="mt")
     for step, value in zip(steps, values):
         if math.isfinite(value):
             x, y = to_pixel(step, value)
@@ -62,6 +75,17 @@ def draw_losses(losses: dict[int, float], label: str = "loss") -> Image.Image:
     if len(points) > 1:
         draw.line(points, INK, 3)
     return picture
+
+
+def axis_ticks(values: Sequence[float]) -> list[float]:
+    """Returns two to six round numbers, equally spaced, the first at or below all values and the last at or above them."""
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    span = high - low or abs(high) or 1.0
+    unit = 10.0 ** math.floor(math.log10(span / 4))
+    spacing = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if span / (unit * factor) <= 4)
+    first = math.floor(low / spacing + 1e-9)
+    last = max(math.ceil(high / spacing - 1e-9), first + 1)
+    return [number * spacing for number in range(first, last + 1)]
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:

@@ -34,7 +34,9 @@ PREDICTION_TIMES = (0.1, 1.0)  # uniform range of t for scheduled sampling
 OPTIMIZERS = ("adamw", "adamw_8bit")
 TIME_LAYERS = ("time_embedding", "time_projection", "modulation")  # components of parameter names
 BLOCK_FIELDS = frozenset({"gradient_checkpointing", "offload", "compiled", "sharded"})
-VALIDATION_FIELDS = frozenset({"validate_every", "validation_manifest", "validation_cache", "validation_vae", "validation_pairs", "validation_steps"})
+VALIDATION_FIELDS = frozenset(
+    {"validate_every", "validate_at_start", "validation_manifest", "validation_cache", "validation_vae", "validation_pairs", "validation_steps"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class FlowMatchingRecipe(Recipe):
     sharded: bool = False  # weights sharded over the processes and gathered block by block (FSDP2)
     export_dtype: str = ""  # dtype of the exported weights: fp32, bf16 or fp16; "": the training dtype
     validate_every: int = 0  # steps between validations, which also follow the last step; 0: no validation
+    validate_at_start: bool = False  # also before the first step
     validation_manifest: str = ""  # manifest of held-out pairs
     validation_cache: str = ""  # folder that `mive data cache` made of that manifest
     validation_vae: str = ""  # VAE file, or a folder with vae.safetensors, or tiny

@@ -59,6 +59,9 @@ class Task:
 class Validation(Protocol):
     """Measures the model between steps; called by all processes."""
 
+    @property
+    def at_start(self) -> bool: ...
+
     def due(self, step: int) -> bool:
         """Returns whether to validate after this step."""
 
@@ -96,6 +99,8 @@ def run(
     sums: dict[str, Tensor] = {}
     with ExitStack() as stack:
         log = stack.enter_context(closing(Log(recipe, first))) if processes.is_first else None
+        if validation is not None and validation.at_start and first == 0:
+            _validate(task, averages, validation, -1, processes, log)
         meter = ThroughputMeter(peak_flops(recipe.device, recipe.peak_tflops), processes.size)
         for step in _progress(recipe, first, last, processes):
             with meter.waiting():
@@ -121,15 +126,20 @@ def run(
             if interruption:
                 raise interruption
             if validation is not None and due:
-                with _averaged_weights(task, averages):
-                    metrics, image = validation(step, processes)
-                if log is not None:
-                    log.write(step, metrics, "validation", image)
+                _validate(task, averages, validation, step, processes, log)
                 meter.restart()
     if last == recipe.num_steps:
         _swap_averages(task, averages)
         if processes.is_first or _is_sharded(task):
             task.export(Path(recipe.export))
+
+
+def _validate(task: Task, averages: dict[str, Tensor], validation: Validation, step: int, processes: ProcessGroup, log: Log | None) -> None:
+    """Validates with the averaged weights; the first process logs the metrics."""
+    with _averaged_weights(task, averages):
+        metrics, image = validation(step, processes)
+    if log is not None:
+        log.write(step, metrics, "validation", image)
 
 
 def checkpoint_fields(recipe: Recipe, processes: ProcessGroup) -> dict:

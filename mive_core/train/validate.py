@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from ..config import MiVEConfig
-from ..data.manifest import ManifestEntry, read_manifest
+from ..data.folder import read_pairs
+from ..data.manifest import ManifestEntry
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluationSettings, evaluate, summary
 from ..evaluation.loss_curve import draw_losses, read_losses
 from ..flow import schedule
 from ..formats.safetensors_file import resolve
-from ..media.paths import atomic_write, check_input
+from ..media.paths import atomic_write
 from ..pipeline import EMBEDDED, Pipeline
 from ..types import Clip, Condition, EditLatents, EditRequest, PairedEdit
 from ..vae import VAE
@@ -48,7 +49,7 @@ class HeldOutPairs(Sequence[PairedEdit]):
 
     def __init__(self, manifest: str, cache: str, count: int):
         """Raises UserError if manifest or cache is missing, or if the cache was made of another manifest."""
-        index, self.lines = read_index(cache), read_manifest(check_input(manifest, "validation_manifest"))
+        index, self.lines = read_index(cache), read_pairs(manifest)
         self.folder, self.settings = cache, CacheSettings(tuple(tuple(bucket) for bucket in index["contract"]["buckets"]))
         self.entries: list[CacheEntry] = index["entries"][:count]
         self.reader = CachedBatches((cache,), 1, 0)
@@ -142,6 +143,11 @@ class Validation:
             vae.network.enable_tiling()  # little memory is left beside training
         self.editor = TrainedEditor(Pipeline(None, vae, task.model, task.config), self.recipe)  # type: ignore[arg-type]  # denoise needs no VLM
 
+    @property
+    def at_start(self) -> bool:
+        """Whether to validate before the first step too."""
+        return self.recipe.validate_at_start
+
     def due(self, step: int) -> bool:
         return (step + 1) % self.recipe.validate_every == 0 or step == self.recipe.num_steps - 1
 
@@ -150,7 +156,9 @@ class Validation:
 
         Each process writes report.json, sheet.png and edited/ to its own folder.
         """
-        folder = Path(self.recipe.output_dir) / FOLDER / f"step_{step:08d}" / ("" if processes.is_first else f"process_{processes.rank}")
+        folder = (
+            Path(self.recipe.output_dir) / FOLDER / (f"step_{step:08d}" if step >= 0 else "start") / ("" if processes.is_first else f"process_{processes.rank}")
+        )
         subset = DistributedSubset(self.pairs, processes)
         settings = EvaluationSettings(steps=self.recipe.validation_steps or None)
         report = evaluate(self.editor, subset, folder, settings, command=f"validation of {self.recipe.output_dir} after {step + 1} steps")
@@ -160,6 +168,7 @@ class Validation:
         results = [result for items in gathered for result in items if result[0] < len(self.pairs)]
         metrics = summary([row for _, row, _ in results])
         logged = {name: metrics[name] for name in LOGGED} | {f"{name}_ceiling": metrics["vae_ceiling"][name] for name in LOGGED[:2]}
+        logged |= {f"{name}_copy": metrics["copy_source"][name] for name in LOGGED[:2]}
         logged |= {name: sum(found[name] for *_, found in results) / len(results) for name in losses[0]}
         if processes.is_first:
             self.plot_curves(logged, step)
@@ -183,10 +192,14 @@ class Validation:
         validated = folder / FILES["validation"]
         lines = [json.loads(line) for line in validated.read_text(encoding="utf-8").splitlines()] if validated.is_file() else []
         lines.append({"step": step, **newest})
-        curves = {"training loss": read_losses(folder / FILES["train"])} | {
-            f"validation {name}": {line["step"]: line[name] for line in lines if line.get(name) is not None} for name in ("loss", "psnr_edited", "psnr_kept")
-        }
-        pictures = [draw_losses(values, name) for name, values in curves.items() if values]
+        log = folder / FILES["train"]
+        losses = read_losses(log) if log.is_file() else {}
+        pictures = [draw_losses(losses, "training loss")] if losses else []
+        for name in ("loss", "psnr_edited", "psnr_kept"):
+            values = {line["step"]: line[name] for line in lines if line.get(name) is not None}
+            levels = {"ceiling (VAE round trip)": newest.get(f"{name}_ceiling"), "copy of the source": newest.get(f"{name}_copy")}
+            if values:
+                pictures.append(draw_losses(values, f"validation {name}", {level: value for level, value in levels.items() if value is not None}))
         page = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)))
         for number, picture in enumerate(pictures):
             page.paste(picture, (0, number * picture.height))

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from mive_core.evaluation.loss_curve import FAINT, INK, SIZE, draw_losses, first_and_last_mean, read_losses, running_mean
+from mive_core.evaluation.loss_curve import FAINT, INK, LEVEL, SIZE, axis_ticks, draw_losses, first_and_last_mean, read_losses, running_mean
 
 
 def test_a_log_is_read_as_it_went_last(tmp_path):
@@ -34,3 +34,20 @@ def test_one_step_is_a_curve_and_none_is_not():
     assert draw_losses({7: 0.5}).size == SIZE
     with pytest.raises(ValueError):
         draw_losses({})
+
+
+def test_the_axis_fits_the_values():
+    """Axes once started at 0: a rise from 18.3 to 18.9 dB was a flat line at the top."""
+    for values in ([18.31, 18.9], [0.0, 1.0], [0.193, 0.198], [-3.0, 250.0], [5.0, 5.0], [0.0]):
+        ticks = axis_ticks(values)
+        assert 2 <= len(ticks) <= 7 and ticks[0] <= min(values) + 1e-9 and ticks[-1] >= max(values) - 1e-9
+        span = max(values) - min(values)
+        assert not span or ticks[-1] - ticks[0] <= 2.5 * span
+    picture = np.array(draw_losses({0: 18.31, 50: 18.9}))
+    rows, _ = np.nonzero((picture == FAINT).all(-1))
+    assert rows.max() - rows.min() > 0.4 * SIZE[1]
+
+
+def test_levels_are_lines_and_count_for_the_axis():
+    plain, compared = (np.array(draw_losses({0: 20.0, 9: 22.0}, "psnr", levels)) for levels in (None, {"ceiling": 26.0}))
+    assert not (plain == LEVEL).all(-1).any() and (compared == LEVEL).all(-1).sum() > 200
