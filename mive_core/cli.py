@@ -25,9 +25,11 @@ from .commands.data import (
     run_data_compose,
     run_data_import,
     run_data_looks,
+    run_data_objects,
     run_data_recolour,
     run_data_samples,
     run_data_score,
+    run_data_strengths,
     run_data_synth,
 )
 from .commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train
@@ -140,6 +142,21 @@ def _add_edit(commands) -> None:
     edit.add_argument(
         "--output", required=True, action=StoreOnce, type=text, metavar="OUT.mp4|DIR", help="the video to write: .mp4, .mov or .mkv; with --manifest a folder"
     )
+    edit.add_argument(
+        "--mask", action=StoreOnce, type=text, metavar="IMAGE|VIDEO", help="white where the edit may act; elsewhere the source comes back exactly"
+    )
+    edit.add_argument(
+        "--detail",
+        default="auto",
+        choices=("auto", "off"),
+        help="auto: deliver at the source's size, with its own detail (default); off: the model's own pixels at the size of the edit",
+    )
+    edit.add_argument(
+        "--anchor",
+        default="auto",
+        choices=("auto", "on", "off"),
+        help="correct the colours of every frame by what the reference shows of the first; auto: if it shows an edit (default)",
+    )
     edit.add_argument("--fps", type=positive_float, metavar="R", help="frame rate if --source is a folder of frames; default 24")
     edit.add_argument("--layers", type=text, metavar="SPEC", help=f"{LAYERS_HELP}; default: the layers the model was trained with")
     _add_fit(edit)
@@ -185,6 +202,11 @@ def _add_eval(commands) -> None:
         default="given",
         choices=("given", "wrong", "empty"),
         help="ablation: given uses the clip's instruction (default), wrong another clip's, empty none",
+    )
+    evaluate.add_argument(
+        "--raw-only",
+        action="store_true",
+        help="measure the model's own pixels alone, without delivery at the source's size and the baselines that belong to it",
     )
     _add_fit(evaluate)
     _add_sampling(evaluate)
@@ -357,6 +379,12 @@ def _add_data(commands) -> None:
     samples.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to: pairs/ and heldout/, both folders of pairs")
     for name, run, summary, details in (
         ("looks", run_data_looks, "make evaluation pairs from a real video with colour looks", "Applies eight looks that the embedded models were trained on."),
+        (
+            "strengths",
+            run_data_strengths,
+            "make evaluation pairs from a real video with colour looks of four strengths",
+            "Applies the looks of `mive data looks --unseen` by 25, 50, 75 and 100 per cent; only the reference image shows by how much.",
+        ),
         ("recolour", run_data_recolour, "make evaluation pairs from a real video with its green parts recoloured", "Green becomes red, blue and purple."),
     ):
         footage = _command(data, name, run, summary, details)
@@ -369,6 +397,21 @@ def _add_data(commands) -> None:
                 help="apply eight looks that the models were not trained on; the instruction only refers to the reference image",
             )
         _add_fit(footage)
+    objects = _command(
+        data,
+        "objects",
+        run_data_objects,
+        "make evaluation pairs of drawn objects that move over a real video",
+        "An object is recoloured, removed or replaced, as the reference image shows. No such clip is trained on.",
+    )
+    objects.add_argument("--source", required=True, type=text, metavar="VIDEO|DIR", help="the video: a video file or a folder of frames")
+    objects.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to: clips and their manifest pairs.jsonl")
+    objects.add_argument("--num", type=positive_int, default=24, metavar="N", help="number of pairs; default 24")
+    objects.add_argument("--seed", type=integer, default=0, metavar="N", help="random seed of the objects; default 0")
+    objects.add_argument("--size", type=size, default=(160, 96), metavar="WxH", help="size in pixels, multiples of 16; default 160x96")
+    objects.add_argument(
+        "--frames", type=positive_int, default=17, metavar="N", help="number of frames, 4n+1; default 17; each pair takes another part of a longer video"
+    )
 
 
 def _add_published(data) -> None:

@@ -46,6 +46,9 @@ class MiVEConfig:
     video_fps: float = 2.0  # frames per second that the VLM sees
     max_video_tokens: int = 4096  # visual tokens of the source video
     max_instruction_tokens: int = 512
+    # the clips that these weights know best; longer ones are edited in overlapping windows
+    edit_pixels: int = 832 * 480  # per frame
+    edit_frames: int = 81
     # sampling defaults for these weights
     steps: int = 30
     shift: float = 5.0
@@ -128,6 +131,8 @@ PRESETS = {
         vlm_num_layers=4,
         max_video_tokens=512,
         max_instruction_tokens=48,
+        edit_pixels=160 * 96,
+        edit_frames=33,
         steps=4,
         shift=3.0,
         guided_above=0.92,

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from .attention import get_attention
-from .config import MiVEConfig
+from .config import MiVEConfig, latent_grid
 from .dit import MiVEDiT
 from .errors import UserError
 from .flow import classifier_free_guidance, euler, schedule
 from .formats.checkpoint import load_dit, read_config, resolve
 from .layers import parse_layers
-from .types import Clip, Condition, EditLatents, EditRequest
+from .types import Clip, Condition, EditLatents, EditRequest, EditResult
 from .vae import VAE
 from .vlm import VLM
 
@@ -60,12 +60,7 @@ class Pipeline:
         if compiled:
             check_compiler(device)
         function = get_attention(attention)
-        folder = EMBEDDED.get(str(models), Path(models))
-        if not folder.is_dir():
-            raise UserError(
-                "no such folder of models", where=models, expected=f"{' or '.join(EMBEDDED)}, or a folder with dit.safetensors, vae.safetensors and vlm/"
-            )
-        config = read_config(resolve(folder, "dit.safetensors"))
+        folder, config = EMBEDDED.get(str(models), Path(models)), find_config(models)
         if layers is not None:
             config = choose_layers(config, layers)
         vlm = VLM.load(folder / "vlm", dtype=dtype, device=device)
@@ -74,8 +69,12 @@ class Pipeline:
         dit = load_dit(folder, attention=function, dtype=dtype, device=device, float8=float8)
         return cls(vlm, vae, dit.compile_blocks() if compiled else dit, config)
 
+    def edit(self, request: EditRequest, **settings) -> Clip:
+        """EditRequest of F = 4n+1 frames, sizes multiples of 16 -> the edited Clip of the same shape and rate; settings as in `run`."""
+        return self.run(request, **settings, with_round_trip=False).edited
+
     @torch.inference_mode()
-    def edit(
+    def run(
         self,
         request: EditRequest,
         *,
@@ -84,10 +83,12 @@ class Pipeline:
         shift: float | None = None,
         seed: int = 0,
         progress: Callable[[Iterable], Iterable] = iter,
-    ) -> Clip:
-        """EditRequest of F = 4n+1 frames, sizes multiples of 16 -> the edited Clip of the same shape and rate.
+        with_round_trip: bool = True,
+    ) -> EditResult:
+        """Edits, and decodes the source's latents too, which delivery.py compares the edit with.
 
-        None selects the checkpoint's own setting; `progress` wraps the iterable of steps.
+        None selects the checkpoint's own setting; `progress` wraps the iterable of steps. More latent frames than the checkpoint's
+        edit_frames make are denoised in overlapping windows, whose velocities are averaged; the reference precedes each of them.
         """
         cfg = self.config.cfg if cfg is None else cfg
         times = schedule(self.config.steps if steps is None else steps, self.config.shift if shift is None else shift)
@@ -95,8 +96,9 @@ class Pipeline:
         conditions = [self.vlm.condition(request, self.config)]
         if cfg != 1.0:
             conditions.append(self.vlm.condition(replace(request, instruction=""), self.config))
-        latents = self.denoise(self.encode(request), conditions, times, cfg, seed, progress)
-        return Clip(self.vae.decode(latents), request.source.fps)
+        latents = self.encode(request)
+        edited = self.vae.decode(self.denoise(latents, conditions, times, cfg, seed, progress))
+        return EditResult(Clip(edited, request.source.fps), self.vae.decode(latents.source) if with_round_trip else None)
 
     def encode(self, request: EditRequest) -> EditLatents:
         """Pixels -> latents of the source (1, C, T, Y, X) and of the reference (1, C, 1, Y, X)."""
@@ -114,13 +116,49 @@ class Pipeline:
         tokens = [self.dit.embed_condition(condition.states) for condition in conditions]
         source = latents.source
 
+        length = latent_grid(self.config.edit_frames, 0, 0)[0]
+        windows = context_windows(source.shape[2], length, max(length // 4, 1))
+
+        def windowed(x: Tensor, condition: Tensor, t: Tensor) -> Tensor:
+            if len(windows) == 1:
+                return self.dit(x, source, latents.reference, condition, t)
+            total, count = torch.zeros_like(x), x.new_zeros(x.shape[2], 1, 1)
+            for first, last in windows:
+                weight = triangle(last - first).to(x).view(-1, 1, 1)
+                total[:, :, first:last] += weight * self.dit(x[:, :, first:last], source[:, :, first:last], latents.reference, condition, t)
+                count[first:last] += weight
+            return total / count
+
         def velocity(x: Tensor, t: float) -> Tensor:
             contexts = tokens if t > self.config.guided_above else tokens[:1]
             t = torch.full((len(x),), t, device=x.device)
-            return classifier_free_guidance(*(self.dit(x, source, latents.reference, c, t) for c in contexts), cfg=cfg)
+            return classifier_free_guidance(*(windowed(x, c, t) for c in contexts), cfg=cfg)
 
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source)
         return euler(velocity, noise, times, progress)
+
+
+def find_config(models: str | Path) -> MiVEConfig:
+    """Returns the config of the DiT of `tiny` or a folder of models. Raises UserError."""
+    folder = EMBEDDED.get(str(models), Path(models))
+    if not folder.is_dir():
+        expected = f"{' or '.join(EMBEDDED)}, or a folder with dit.safetensors, vae.safetensors and vlm/"
+        raise UserError("no such folder of models", where=models, expected=expected)
+    return read_config(resolve(folder, "dit.safetensors"))
+
+
+def context_windows(num_frames: int, length: int, overlap: int) -> list[tuple[int, int]]:
+    """Spans that cover 0..T in steps of length - overlap; the last one ends with the clip."""
+    if num_frames <= length:
+        return [(0, num_frames)]
+    starts = [*range(0, num_frames - length, length - overlap), num_frames - length]
+    return [(start, start + length) for start in starts]
+
+
+def triangle(length: int) -> Tensor:
+    """(length,) weights of a window's frames, which fall to both of its ends."""
+    position = torch.arange(length, dtype=torch.float32)
+    return torch.minimum(position + 1, length - position)
 
 
 def choose_layers(config: MiVEConfig, spec: str) -> MiVEConfig:

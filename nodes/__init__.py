@@ -2,10 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import convert, dit, encode, inspect, latents, lora, sampling, train, vlm
+from . import convert, detail, dit, encode, inspect, latents, lora, sampling, train, vlm
 from .bridge.paths import register
 
-MODULES = (vlm, encode, dit, latents, sampling, inspect, convert, lora, train)
+MODULES = (vlm, encode, dit, latents, sampling, inspect, detail, convert, lora, train)
 
 
 class MiVEExtension(ComfyExtension):

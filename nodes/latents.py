@@ -1,11 +1,15 @@
 """MiVE Reference Latents: encodes source video and reference image with a stock Wan 2.1 VAE and attaches them to the conditioning."""
 
+import warnings
+
 import comfy.model_management
 import node_helpers
 import torch
 from comfy_api.latest import io
+from torch import Tensor
+from torch.nn import functional
 
-from ..mive_core.config import latent_grid
+from ..mive_core.config import TEMPORAL_FACTOR, latent_grid
 from ..mive_core.errors import UserError
 from ..mive_core.media.fit import fit_clip, fit_reference
 from ..mive_core.types import Clip
@@ -37,31 +41,63 @@ class MiVEReferenceLatents(io.ComfyNode):
                 io.Int.Input(
                     "length", default=81, min=1, max=8193, step=4, tooltip="Number of frames of the edited video: 4n+1, at most as many as the source has."
                 ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the edit may act; one mask for all frames, or one per frame. Elsewhere the sampler keeps the source's latents.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The positive conditioning with the latents of source and reference."),
                 io.Conditioning.Output(display_name="negative", tooltip="The negative conditioning with the same latents."),
-                io.Latent.Output(display_name="latent", tooltip="An empty latent of the edited video's size."),
+                io.Latent.Output(display_name="latent", tooltip="An empty latent of the edited video's size; with a mask, the source's latents and the mask."),
             ],
         )
 
     @classmethod
-    def execute(cls, positive, negative, vae, source, reference, width: int, height: int, length: int) -> io.NodeOutput:
+    def execute(cls, positive, negative, vae, source, reference, width: int, height: int, length: int, mask=None) -> io.NodeOutput:
         for name, conditioning in (("positive", positive), ("negative", negative)):
             if any(LAYERS not in values for _, values in conditioning):
                 raise UserError("this conditioning was not made for MiVE", where=name, expected="the output of the MiVE Encode node")
         with log_warnings():
             clip = fit_clip(Clip(source, ANY_FPS), (width, height), length)
             image = fit_reference(reference, (width, height))
+            noise_mask = None if mask is None else latent_mask(mask, (width, height), length)
         guides = {GUIDES["source"]: encode(vae, clip.frames), GUIDES["reference"]: encode(vae, image[None])}
         shape = guides[GUIDES["source"]].shape
         expected = (1, LATENT_CHANNELS, *latent_grid(length, height, width))
         if tuple(shape) != expected:
             raise UserError("this is not a Wan 2.1 VAE", where="vae", got=f"latents of shape {tuple(shape)}", expected=expected)
-        latent = torch.zeros(shape, device=comfy.model_management.intermediate_device())
-        return io.NodeOutput(
-            node_helpers.conditioning_set_values(positive, guides), node_helpers.conditioning_set_values(negative, guides), {"samples": latent}
-        )
+        if noise_mask is None:
+            latent = {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
+        else:
+            latent = {"samples": guides[GUIDES["source"]], "noise_mask": noise_mask}
+        return io.NodeOutput(node_helpers.conditioning_set_values(positive, guides), node_helpers.conditioning_set_values(negative, guides), latent)
+
+
+def latent_mask(mask: Tensor, size: tuple[int, int], length: int) -> Tensor:
+    """(F or 1, H, W) with F >= length, 1 where to edit -> (1, 1, T, Y, X): the largest value in each latent cell, cropped like the source.
+
+    Warns of an empty mask. Raises UserError for too few masks, and for NaN or infinity.
+    """
+    mask = mask.reshape(-1, *mask.shape[-2:]).float()
+    if len(mask) != 1 and len(mask) < length:
+        raise UserError("the mask does not fit the clip", where="mask", got=f"{len(mask)} masks", expected=f"1 or {length}")
+    mask = mask[:length]
+    if not mask.isfinite().all():
+        raise UserError("NaN or infinite values", where="mask", expected="finite values in 0..1")
+    (width, height), (rows, columns) = size, mask.shape[1:]
+    scale = max(width / columns, height / rows)
+    top, left = int((rows - height / scale) / 2), int((columns - width / scale) / 2)
+    num_frames, *grid = latent_grid(length, height, width)
+    cells = functional.adaptive_max_pool2d(mask[:, top : rows - top, left : columns - left].clamp(0, 1), grid)
+    if len(cells) == 1:
+        cells = cells.expand(num_frames, -1, -1)
+    else:
+        cells = torch.cat([cells[:1], cells[1:].unflatten(0, (-1, TEMPORAL_FACTOR)).amax(dim=1)])
+    if not cells.any():
+        warnings.warn("the mask is empty: the source comes back unchanged", stacklevel=2)
+    return cells[None, None].contiguous()
 
 
 NODES = [MiVEReferenceLatents]

@@ -116,6 +116,25 @@ def run_data_recolour(arguments: argparse.Namespace) -> None:
     _write_footage(arguments, recolour_pairs)
 
 
+def run_data_strengths(arguments: argparse.Namespace) -> None:
+    from ..embedded.heldout import look_strength_pairs
+
+    _write_footage(arguments, look_strength_pairs)
+
+
+def run_data_objects(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from ..data.manifest import export_pairs
+    from ..embedded.heldout import object_pairs
+    from ..media.fit import check_request_size, resize_and_crop
+    from ..media.video import stream_clip
+
+    check_request_size(arguments.size)
+    frames = torch.cat([resize_and_crop(frame[None], arguments.size) for frame in stream_clip(arguments.source, what="source")])
+    sys.stdout.write(f"{export_pairs(object_pairs(frames, arguments.num, arguments.seed, arguments.frames), arguments.output)}\n")
+
+
 def _write_footage(arguments: argparse.Namespace, pairs_of: Callable) -> None:
     from ..data.manifest import export_pairs
     from ..media.fit import fit_clip

@@ -2,51 +2,44 @@
 
 import argparse
 import json
-import math
 import os
 import sys
-import warnings
+from dataclasses import replace
 from pathlib import Path
 
-from ..config import latent_grid
 from ..errors import UserError
 from .arguments import dtype_of, executor_of, machine_options, report_done, settings_of
-
-MANY_TOKENS = 20_000  # above this number `mive edit` warns that it may take long
 
 
 def run_edit(arguments: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("source", "reference", "instruction") if getattr(arguments, name) is not None]
     if arguments.manifest is not None:
-        if given or arguments.fps:
-            raise UserError("a manifest says all of that", got=f"--manifest and {(given or ['--fps'])[0]}", fix="`mive edit --help` lists what it takes")
+        given += [f"--{name}" for name in ("fps", "mask") if getattr(arguments, name) is not None]
+        if given:
+            raise UserError("a manifest says all of that", got=f"--manifest and {given[0]}", fix="`mive edit --help` lists what it takes")
         _edit_many(arguments)
         return
     missing = [name for name in ("--source", "--reference", "--instruction") if name not in given]
     if missing:
         raise UserError(f"the following arguments are required: {', '.join(missing)}", fix="`mive edit --help` lists what it takes")
-    from ..data.manifest import ManifestEntry, load_entry
+    from ..data.edit_file import FileOptions, edit_file, prepare
+    from ..data.manifest import ManifestEntry
     from ..media.paths import check_input, check_output
-    from ..media.video import DEFAULT_FPS, VIDEO_SUFFIXES, write_video
+    from ..media.video import DEFAULT_FPS, VIDEO_SUFFIXES
 
     output = check_output(arguments.output, "output", VIDEO_SUFFIXES)
     source, reference = check_input(arguments.source, "source"), check_input(arguments.reference, "reference")
-    if output.exists() and (output.samefile(source) or output.samefile(reference)):
+    mask = check_input(arguments.mask, "mask") if arguments.mask is not None else None
+    if output.exists() and any(output.samefile(path) for path in (source, reference, mask) if path is not None):
         raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
-    request = load_entry(ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS), arguments.size, arguments.frames).request
-    from ..evaluation.evaluate import timed_edit
-    from ..pipeline import Pipeline
+    from ..pipeline import Pipeline, find_config
 
+    options = FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, mask)
+    entry = ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS)
+    prepared = prepare(entry, find_config(arguments.models), options)
     pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments))
-    num_frames, height, width = request.source.frames.shape[:3]
-    num_latent_frames, *cells = latent_grid(num_frames, height, width)
-    num_tokens = math.prod(pipeline.config.patch_grid(num_latent_frames + 1, *cells))  # one latent frame is the reference's
-    if num_tokens > MANY_TOKENS and arguments.size is None:
-        warnings.warn(
-            f"{num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer", stacklevel=2
-        )
-    edited, _ = timed_edit(pipeline, request, settings_of(arguments))
-    sys.stdout.write(f"{write_video(output, edited)}\n")
+    path, _ = edit_file(pipeline, prepared, output, settings_of(arguments), options)
+    sys.stdout.write(f"{path}\n")
 
 
 def _edit_many(arguments: argparse.Namespace) -> None:
@@ -56,6 +49,7 @@ def _edit_many(arguments: argparse.Namespace) -> None:
     output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest, allow_empty_instruction=True)
     from functools import partial
 
+    from ..data.edit_file import FileOptions
     from ..data.edits import JOURNAL, edit_all
     from ..pipeline import Pipeline
 
@@ -66,8 +60,7 @@ def _edit_many(arguments: argparse.Namespace) -> None:
         load,
         output,
         settings_of(arguments),
-        size=arguments.size,
-        num_frames=arguments.frames,
+        options=FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor),
         model_id=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in options.items())),
         executor=executor_of(arguments),
     )
@@ -82,6 +75,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
     entries = read_manifest(arguments.manifest)
     pairs = ManifestPairs(entries, arguments.size, arguments.frames)
     from ..evaluation.evaluate import evaluate
+    from ..evaluation.full_size import FullSizePairs
     from ..pipeline import Pipeline
 
     evaluate(
@@ -90,6 +84,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         output,
         settings_of(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
         groups={"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]},
+        full_size=None if arguments.raw_only else FullSizePairs(replace(pairs, size=None, full_size=True), arguments.size),
         command=arguments.command_line,
     )
     sys.stdout.write(f"{output / 'report.json'}\n{output / 'sheet.png'}\n")

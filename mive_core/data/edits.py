@@ -1,16 +1,16 @@
 """Batch editing: edits the entries of a manifest one by one into a folder of videos."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..evaluation.evaluate import Editor, EvaluationSettings, timed_edit
+from ..evaluation.evaluate import EvaluationSettings
 from ..media.paths import check_output_folder, numbered_name, remove_partial_files
-from ..media.video import write_video
-from ..types import EditRequest
+from ..pipeline import Pipeline
+from .edit_file import FileOptions, PreparedEdit, edit_file, prepare
 from .executor import Executor
 from .journal import Outcome, Task, fingerprint, run_resumable
-from .manifest import ManifestEntry, load_entry
+from .manifest import ManifestEntry
 
 JOURNAL = "edits.jsonl"
 
@@ -19,31 +19,28 @@ JOURNAL = "edits.jsonl"
 class EditWorker:
     """Edits numbered entries, each into a video file of the folder."""
 
-    editor: Editor
+    pipeline: Pipeline
     settings: EvaluationSettings
     folder: Path
-    size: tuple[int, int] | None = None
-    num_frames: int | None = None
+    options: FileOptions
 
-    def read(self, item: tuple[int, ManifestEntry]) -> EditRequest:
-        entry = item[1] if item[1].reference is None else replace(item[1], target=None)
-        return load_entry(replace(entry, mask=None), self.size, self.num_frames).request
+    def read(self, item: tuple[int, ManifestEntry]) -> PreparedEdit:
+        return prepare(item[1], self.pipeline.config, self.options)
 
-    def work(self, item: tuple[int, ManifestEntry], request: EditRequest) -> dict:
+    def work(self, item: tuple[int, ManifestEntry], prepared: PreparedEdit) -> dict:
         number, entry = item
-        edited, seconds = timed_edit(self.editor, request, self.settings)
-        path = write_video(self.folder / f"{numbered_name(number, entry.name or Path(str(entry.source)).stem, 6)}.mp4", edited)
+        output = self.folder / f"{numbered_name(number, entry.name or Path(str(entry.source)).stem, 6)}.mp4"
+        path, seconds = edit_file(self.pipeline, prepared, output, self.settings, self.options)
         return {"edited": path.name, "instruction": entry.instruction, "seconds": round(seconds, 3)}
 
 
 def edit_all(
     entries: Sequence[ManifestEntry],
-    load: Callable[[], Editor],
+    load: Callable[[], Pipeline],
     folder: str | Path,
     settings: EvaluationSettings = EvaluationSettings(),
     *,
-    size: tuple[int, int] | None = None,
-    num_frames: int | None = None,
+    options: FileOptions = FileOptions(),
     model_id: object = "",
     executor: Executor = Executor(),
 ) -> list[Outcome]:
@@ -53,11 +50,11 @@ def edit_all(
     """
     folder = check_output_folder(folder, "output")
     folder.mkdir(parents=True, exist_ok=True)
-    dependencies = (asdict(settings), size, num_frames, model_id)
+    dependencies = (asdict(settings), asdict(options), model_id)
     tasks = [Task(fingerprint((dependencies, number), entry), entry.title, (number, entry)) for number, entry in enumerate(entries)]
     outcomes = run_resumable(
         tasks,
-        lambda: EditWorker(load(), settings, folder.absolute(), size, num_frames),
+        lambda: EditWorker(load(), settings, folder.absolute(), options),
         folder / JOURNAL,
         executor,
         "clips",

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from torch import Tensor
 
 from ..errors import UserError
-from ..media.fit import fit_clip, fit_mask, fit_reference, valid_num_frames
+from ..media.fit import check_frames, fit_clip, fit_mask, fit_reference, resize_and_crop, trim_clip, valid_num_frames
 from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name
 from ..media.remote import check_url, is_url, local_copy
 from ..media.video import DEFAULT_FPS, read_clip, read_image, write_frames
@@ -76,17 +76,24 @@ def read_source(entry: ManifestEntry, num_frames: int | None = None) -> Clip:
     return read_clip(local_copy(entry.source, "source"), what="source", fps=entry.fps, num_frames=num_frames)
 
 
-def load_entry(entry: ManifestEntry, size: tuple[int, int] | None = None, num_frames: int | None = None, source: Clip | None = None) -> PairedEdit:
-    """Reads and fits an entry's media; size (width, height) and num_frames as in `fit_clip`; `source`: the clip, if already read."""
-    clip = source or read_source(entry, num_frames)
-    source, source_size = fit_clip(clip, size, num_frames, f"source {str(entry.source)!r}"), (clip.frames.shape[2], clip.frames.shape[1])
+def load_entry(
+    entry: ManifestEntry, size: tuple[int, int] | None = None, num_frames: int | None = None, source: Clip | None = None, full_size: bool = False
+) -> PairedEdit:
+    """Reads and fits an entry's media; size (width, height) and num_frames as in `fit_clip`; `source`: the clip, if already read.
+
+    `full_size` keeps the source's own size, to which the rest is fitted; only the number of frames is made to fit.
+    """
+    clip, where = source or read_source(entry, num_frames), f"source {str(entry.source)!r}"
+    source = trim_clip(clip, num_frames, where) if full_size else fit_clip(clip, size, num_frames, where)
+    source_size = clip.frames.shape[2], clip.frames.shape[1]
     count, height, width = source.frames.shape[:3]
     size = (width, height)
     target: Tensor | None = None
     mask: Tensor | None = None
     if entry.target is not None:
         clip = read_clip(local_copy(entry.target, "target"), what="target", fps=entry.fps, num_frames=num_frames or count + MAX_TRIMMED)
-        target = fit_clip(_check_length(clip, entry.target, "target", count), size, count, f"target {str(entry.target)!r}").frames
+        frames = _check_length(clip, entry.target, "target", count).frames[:count]
+        target = resize_and_crop(check_frames(frames, f"target {str(entry.target)!r}"), size)
     if entry.reference is not None:
         image = read_image(local_copy(entry.reference, "reference"), what="reference")
         reference = fit_reference(image, size, f"reference {str(entry.reference)!r}", source_size)
@@ -113,12 +120,13 @@ class ManifestPairs(Sequence[PairedEdit]):
     entries: Sequence[ManifestEntry]
     size: tuple[int, int] | None = None
     num_frames: int | None = None
+    full_size: bool = False  # keep the sources' own sizes
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> PairedEdit:  # type: ignore[override]  # slices are not supported
-        return load_entry(self.entries[index], self.size, self.num_frames)
+        return load_entry(self.entries[index], self.size, self.num_frames, full_size=self.full_size)
 
 
 def export_pairs(pairs: Iterable[tuple[PairedEdit, Mapping[str, str]]], folder: str | os.PathLike) -> Path:

@@ -1,17 +1,22 @@
-"""Evaluation pairs: synthetic held-out clips, and looks and recolourings of real footage with a computed target."""
+"""Evaluation pairs: synthetic held-out clips, drawn objects over real footage, and looks and recolourings of footage with a computed target."""
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..evaluation.evaluate import LOOK_STRENGTHS
 from ..types import Clip, EditRequest, PairedEdit
-from .synthetic import PHRASINGS, PairedEdits, apply_look
+from .synthetic import PHRASINGS, Footage, PairedEdits, apply_look
 from .synthetic.looks import LUMA
 from .synthetic.phrasing import LOOK_NOUNS, NUM_HELD_OUT
 
+OBJECT_EDITS = ("recolour", "remove", "replace")
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples modulo 1 are evenly spread, however many there are
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 FOOTAGE_LOOKS = ("night", "sepia", "grayscale", "warm", "cool", "invert", "faded", "pink")
 # recolouring of green: the input channel of each output channel
 GREEN_BECOMES = {"red": (1, 2, 2), "blue": (2, 2, 1), "purple": (1, 2, 1)}
@@ -56,6 +61,26 @@ def drawn_pairs(edits: PairedEdits, num_pairs: int) -> Iterator[tuple[PairedEdit
         yield sample.pair, {"kind": sample.labels.kind, "edit": sample.labels.edit}
 
 
+def object_pairs(frames: Tensor, num_pairs: int, seed: int = 0, num_frames: int = 17) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
+    """Yields held-out pairs of OBJECT_EDITS whose drawn objects move over footage, frames (F, H, W, 3).
+
+    Each pair takes num_frames consecutive frames of it, from a start of its own. Raises UserError if the footage is shorter, or if its
+    size does not fit PairedEdits.
+    """
+    num_starts = len(frames) - num_frames + 1
+    if num_starts < 1:
+        raise UserError("the footage is shorter than the pairs", where="source", got=f"{len(frames)} frames", expected=f"{num_frames} or more")
+
+    def footage(index: int) -> Footage:
+        start = int(index * GOLDEN_RATIO % 1 * num_starts)
+        return Footage(frames[start : start + num_frames].numpy())
+
+    size = (frames.shape[2], frames.shape[1])
+    edits = PairedEdits(seed, "heldout", size, num_frames, kinds=("seen in reference",), edits=OBJECT_EDITS, footage=footage)
+    for index, (pair, labels) in enumerate(drawn_pairs(edits, num_pairs)):
+        yield replace(pair, name=f"objects-{seed}-{index}"), {"kind": "objects over footage", "edit": labels["edit"]}
+
+
 def footage_pairs(clip: Clip, looks: tuple[str, ...] = FOOTAGE_LOOKS) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
     """Yields one pair per look, with a phrasing that training never uses. The mask is None, since the whole frame is edited."""
     phrasings = PHRASINGS["look"][-NUM_HELD_OUT:]
@@ -74,6 +99,15 @@ def unseen_look_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]
             PairedEdit(EditRequest(clip, target[0], phrasings[index % len(phrasings)]), target, None, f"unseen-{name.replace(' ', '-')}"),
             {"kind": "footage", "edit": name},
         )
+
+
+def look_strength_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:
+    """Yields each look of UNSEEN_LOOKS in each of STRENGTHS, from the source (0) to the look (1). Only the reference shows the strength."""
+    for pair, labels in unseen_look_pairs(clip):
+        for strength in STRENGTHS:
+            target = torch.lerp(clip.frames, pair.target, strength).clamp(0, 1)
+            request = replace(pair.request, reference=target[0])
+            yield replace(pair, request=request, target=target, name=f"{pair.name}-{round(100 * strength)}"), {**labels, "kind": LOOK_STRENGTHS}
 
 
 def recolour_pairs(clip: Clip) -> Iterator[tuple[PairedEdit, dict[str, str]]]:

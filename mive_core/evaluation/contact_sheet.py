@@ -30,15 +30,24 @@ class Band:
 
 
 def make_band(
-    request: EditRequest, edited: Tensor, target: Tensor | None = None, *, notes: Sequence[str] = (), title: str | None = None, cell_side: int = 160
+    request: EditRequest,
+    edited: Tensor,
+    target: Tensor | None = None,
+    *,
+    delivered: Tensor | None = None,
+    notes: Sequence[str] = (),
+    title: str | None = None,
+    cell_side: int = 160,
 ) -> Band:
     """Picks NUM_COLUMNS frames and scales them so that the longer side is `cell_side`.
 
-    `edited` and `target` are (F, H, W, 3) in 0..1, like the request's source. The title defaults to the instruction.
+    `edited` and `target` are (F, H, W, 3) in 0..1, like the request's source; `delivered` is the edit at the source's own size. The title
+    defaults to the instruction.
     """
     source = request.source
     columns = np.unique(np.linspace(0, len(source.frames) - 1, NUM_COLUMNS).round().astype(int))
-    rows: list[tuple[str, Tensor]] = [("source", source.frames), ("ours", edited)] + ([("truth", target)] if target is not None else [])
+    rows: list[tuple[str, Tensor]] = [("source", source.frames), ("ours", edited)]
+    rows += [(label, frames) for label, frames in (("delivered", delivered), ("truth", target)) if frames is not None]
     return Band(
         request.instruction if title is None else title,
         tuple(notes),

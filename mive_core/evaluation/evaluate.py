@@ -4,6 +4,9 @@ F frames, H x W pixels. PSNR covers all frames and channels of a clip at once, w
 clips. PSNR_CAP replaces infinity where nothing differs. `edit_completion` measures, without a human rater, whether the edit is present
 in every frame. `success_rate` is the share of clips where it is, and `object_match` the share where the edited object has the truth's
 colour, position and shape.
+
+These figures are those of the model's own pixels, at its own size. `delivered` holds the PSNR of what `mive edit` writes: frames of the
+source's size, with the source's detail.
 """
 
 import json
@@ -19,11 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import MiVEConfig
+from ..delivery import deliver
 from ..errors import UserError
 from ..media.paths import atomic_folder, atomic_write, check_output_folder
 from ..media.video import write_video
-from ..types import Clip, EditRequest, PairedEdit
+from ..types import Clip, EditRequest, EditResult, PairedEdit
 from .contact_sheet import Band, make_band, write_sheet
+from .full_size import FullSizePairs, colour_match, flow_reference, same_request
 from .object_match import match_object
 
 PSNR_CAP = 100.0
@@ -31,6 +36,9 @@ REFERENCE_MODES = ("given", "source_frame")
 INSTRUCTION_MODES = ("given", "wrong", "empty")
 FIGURES = ("psnr_edited", "psnr_kept", "psnr")  # inside the mask, outside of it, over whole frames
 BASELINES = ("vae_ceiling", "copy_source", "repeat_reference")
+FULL_SIZE_BASELINES = {"colour_match": colour_match, "flow_reference": flow_reference}
+DELIVERY_FIGURES = ("delivered", "round_trip", *FULL_SIZE_BASELINES)  # round_trip: the source through the VAE, at the model's size
+LOOK_STRENGTHS = "look strengths"  # kind of the clips that show one look, named by their edit, in several strengths
 SHEET_ACROSS, PAGE_CLIPS = 4, 8
 VISIBLE = 0.15  # RGB distance (sqrt(3) at most) from which a pixel counts as changed by the edit
 MIN_CHANGED = 0.01  # of a frame's pixels; frames with fewer changed pixels are ignored
@@ -73,12 +81,14 @@ def evaluate(
     settings: EvaluationSettings = EvaluationSettings(),
     *,
     groups: Mapping[str, Sequence[str]] | None = None,
+    full_size: FullSizePairs | None = None,
     command: str = "",
 ) -> dict:
     """Edits every pair, writes report.json, sheet.png, sheets/ (8 clips per page) and edited/ (videos), and returns the report.
 
-    `groups` holds each pair's kind, edit, ... for the report's `by_kind`, `by_edit`, ...; `command` is the command that reproduces the
-    report. Nothing is written before all clips are finished. Raises UserError if there are no pairs or a pair is unusable.
+    `groups` holds each pair's kind, edit, ... for the report's `by_kind`, `by_edit`, ...; `full_size` the same pairs at their sources' own
+    sizes, for DELIVERY_FIGURES and `strength_right`; `command` is the command that reproduces the report. Nothing is written before all
+    clips are finished. Raises UserError if there are no pairs or a pair is unusable.
     """
     output_dir, groups = check_output_folder(output_dir, "output"), groups or {}
     if not len(pairs):
@@ -100,10 +110,20 @@ def evaluate(
                 **score(pipeline, pair, edited.frames),
                 "seconds": seconds,
             }
+            delivered = None
+            if full_size is not None:
+                result = EditResult(edited, vae_round_trip(pipeline, request.source.frames))
+                full = full_size.pairs[index]
+                delivered = deliver_edit(pipeline, full.request, full_size, request, result, settings)
+                row |= score_delivered(pair, result, full, delivered)
+                others = other_strengths(groups, index)
+                if others:
+                    row["strength_right"] = is_nearest(delivered, full.target, [full_size.pairs[other].target for other in others])
             rows.append(row)
-            bands.append(make_band(request, edited.frames, pair.target, notes=notes(row), cell_side=96))
+            bands.append(make_band(request, edited.frames, pair.target, delivered=delivered, notes=notes(row), cell_side=96))
         report = {
             **summary(rows),
+            **strengths_right(rows),
             **{f"by_{group}": by_group(rows, group) for group in groups},
             "command": command,
             "settings": asdict(settings),
@@ -138,7 +158,7 @@ def wrong_instruction(own: str, pairs: Sequence[PairedEdit], index: int) -> str:
 
 
 def timed_edit(pipeline: Editor, request: EditRequest, settings: EvaluationSettings) -> tuple[Clip, float]:
-    """Returns the edited clip and the seconds that the edit took."""
+    """Returns the edited clip, on the request's device, and the seconds that the edit took."""
     start = time.perf_counter()
     edited = pipeline.edit(
         request,
@@ -148,7 +168,42 @@ def timed_edit(pipeline: Editor, request: EditRequest, settings: EvaluationSetti
         seed=settings.seed,
         progress=lambda steps: tqdm(steps, desc="steps", leave=False, disable=None),
     )
-    return edited, time.perf_counter() - start
+    return replace(edited, frames=edited.frames.to(request.source.frames)), time.perf_counter() - start
+
+
+@torch.inference_mode()
+def vae_round_trip(pipeline: Editor, frames: Tensor) -> Tensor:
+    """Returns the frames as the VAE renders them, (F, H, W, 3) on their device."""
+    return pipeline.vae.decode(pipeline.vae.encode(frames)).to(frames)
+
+
+def deliver_edit(
+    pipeline: Editor, request: EditRequest, full_size: FullSizePairs, evaluated: EditRequest, result: EditResult, settings: EvaluationSettings
+) -> Tensor:
+    """The request at the source's own size -> what `mive edit` delivers, (F, H, W, 3).
+
+    `evaluated` is the request that gave `result`. If delivery needs the edit at another size, the model edits again.
+    """
+    request = replace(request, instruction=evaluated.instruction)
+    if settings.reference_mode == "source_frame":
+        request = replace(request, reference=request.source.frames[0])
+    fitted = full_size.fit(request, pipeline.config.edit_pixels)
+    edited, round_trip = result.edited.frames, result.round_trip
+    if not same_request(fitted, evaluated):
+        edited, round_trip = timed_edit(pipeline, fitted, settings)[0].frames, vae_round_trip(pipeline, fitted.source.frames)
+    return torch.stack(list(deliver(request.source.frames, edited, round_trip, request.reference)))
+
+
+def score_delivered(pair: PairedEdit, result: EditResult, full: PairedEdit, delivered: Tensor) -> dict:
+    """DELIVERY_FIGURES of one clip: the pair at the model's size with its result, and at full size with what is delivered."""
+    if pair.target is None or full.target is None:
+        return dict.fromkeys(DELIVERY_FIGURES, dict.fromkeys(FIGURES))
+    source, reference = full.request.source.frames, full.request.reference
+    return {
+        "delivered": pair_psnr(delivered, full),
+        "round_trip": pair_psnr(result.round_trip, pair),
+        **{name: pair_psnr(baseline(source, reference), full) for name, baseline in FULL_SIZE_BASELINES.items()},
+    }
 
 
 @torch.inference_mode()
@@ -165,13 +220,8 @@ def score(pipeline: Editor, pair: PairedEdit, edited: Tensor) -> dict:
             **no_figures,
             **dict.fromkeys(BASELINES, no_figures),
         }
-    source, target = pair.request.source.frames, pair.target
-    mask = torch.ones(target.shape[:3], dtype=torch.bool) if pair.mask is None else pair.mask
-    baselines = {
-        "vae_ceiling": pipeline.vae.decode(pipeline.vae.encode(target)),
-        "copy_source": source,
-        "repeat_reference": pair.request.reference.expand_as(target),
-    }
+    source, target, mask = pair.request.source.frames, pair.target, edited_region(pair)
+    baselines = {"vae_ceiling": vae_round_trip(pipeline, target), "copy_source": source, "repeat_reference": pair.request.reference.expand_as(target)}
     ceiling = baselines["vae_ceiling"]
     completion: dict[str, Any] = {
         "edit_completion": edit_completion(edited, source, target),
@@ -183,8 +233,8 @@ def score(pipeline: Editor, pair: PairedEdit, edited: Tensor) -> dict:
     return {
         "edited_fraction": mask.float().mean().item(),
         **completion,
-        **region_psnr(edited, target, mask),
-        **{name: region_psnr(frames, target, mask) for name, frames in baselines.items()},
+        **pair_psnr(edited, pair),
+        **{name: pair_psnr(frames, pair) for name, frames in baselines.items()},
     }
 
 
@@ -203,6 +253,16 @@ def edit_completion(frames: Tensor, source: Tensor, target: Tensor) -> float | N
     return (((error < change / 2) & changed).sum(dim=1)[counted] / counts[counted]).min().item()
 
 
+def edited_region(pair: PairedEdit) -> Tensor:
+    """(F, H, W) bool: the pair's mask; without one everything."""
+    return torch.ones(pair.request.source.frames.shape[:3], dtype=torch.bool) if pair.mask is None else pair.mask
+
+
+def pair_psnr(frames: Tensor, pair: PairedEdit) -> dict[str, float | None]:
+    """FIGURES of frames (F, H, W, 3), compared with the pair's target."""
+    return region_psnr(frames, pair.target, edited_region(pair))
+
+
 def region_psnr(frames: Tensor, target: Tensor, mask: Tensor) -> dict[str, float | None]:
     """frames, target (F, H, W, 3), mask (F, H, W) bool -> PSNR inside the mask, outside and over everything; None for an empty region."""
     return dict(zip(FIGURES, (psnr(frames, target, region) for region in (mask, ~mask, torch.ones_like(mask)))))
@@ -218,6 +278,31 @@ def psnr(frames: Tensor, target: Tensor, region: Tensor) -> float | None:
     return min(PSNR_CAP, -10 * math.log10(error)) if error else PSNR_CAP
 
 
+def other_strengths(groups: Mapping[str, Sequence[str]], index: int) -> list[int]:
+    """Returns the other clips of the same look, if the clip is one of LOOK_STRENGTHS."""
+    labels = list(zip(groups.get("kind", ()), groups.get("edit", ())))
+    if not labels or labels[index][0] != LOOK_STRENGTHS:
+        return []
+    return [other for other, label in enumerate(labels) if label == labels[index] and other != index]
+
+
+def is_nearest(frames: Tensor, target: Tensor | None, others: Sequence[Tensor | None]) -> bool | None:
+    """Whether frames are nearer to the target than to all others, (F, H, W, 3) each; None without one of them."""
+    targets = [target, *others]
+    errors = [(frames - known).square().mean().item() for known in targets if known is not None]
+    return errors[0] < min(errors[1:]) if len(errors) == len(targets) else None
+
+
+def strengths_right(rows: Sequence[dict]) -> dict:
+    """For LOOK_STRENGTHS: how many clips are nearest to the target of their own strength, altogether and by look."""
+    judged = [row for row in rows if row.get("strength_right") is not None]
+    if not judged:
+        return {}
+    looks = sorted({row["edit"] for row in judged})
+    by_look = {look: sum(row["strength_right"] for row in judged if row["edit"] == look) for look in looks}
+    return {"strength_right": {"clips": len(judged), "right": sum(by_look.values()), "by_look": by_look}}
+
+
 def summary(rows: Sequence[dict]) -> dict:
     """Means over the clips that have each figure, and the number of those clips."""
     means: dict[str, Any] = {
@@ -231,7 +316,7 @@ def summary(rows: Sequence[dict]) -> dict:
         means[key] = mean([None if row[completion] is None else float(row[completion] >= SUCCESS_THRESHOLD) for row in rows])
     for name in ("object_match", "object_match_ceiling"):
         means[name] = mean([None if row[name] is None else float(row[name]["matches"]) for row in rows])
-    for name in BASELINES:
+    for name in (*BASELINES, *(name for name in DELIVERY_FIGURES if rows and name in rows[0])):
         means[name] = {key: mean([row[name][key] for row in rows]) for key in FIGURES}
     return means | {"seconds_per_clip": mean([row["seconds"] for row in rows])}
 
@@ -249,13 +334,14 @@ def mean(values: Sequence[float | None]) -> float | None:
 def notes(row: dict) -> tuple[str, ...]:
     """The lines beside the reference on a contact sheet."""
     lines = [" · ".join(text for text in (row["name"], row.get("kind"), row.get("edit")) if text)]
+    delivered = {key: f", delivered {_db(value)}" for key, value in row.get("delivered", {}).items()}
     if row["psnr_edited"] is not None:
         right = "" if row["edit_completion"] is None else "right, " if row["edit_completion"] >= SUCCESS_THRESHOLD else "not right, "
-        lines.append(
-            f"{right}edited {row['psnr_edited']:.1f} dB (copy {_db(row['copy_source']['psnr_edited'])}, ceiling {_db(row['vae_ceiling']['psnr_edited'])})"
-        )
+        compared = f"copy {_db(row['copy_source']['psnr_edited'])}, ceiling {_db(row['vae_ceiling']['psnr_edited'])}{delivered.get('psnr_edited', '')}"
+        lines.append(f"{right}edited {row['psnr_edited']:.1f} dB ({compared})")
     if row["psnr_kept"] is not None:
-        lines.append(f"kept {row['psnr_kept']:.1f} dB (repeat {_db(row['repeat_reference']['psnr_kept'])}, ceiling {_db(row['vae_ceiling']['psnr_kept'])})")
+        compared = f"repeat {_db(row['repeat_reference']['psnr_kept'])}, ceiling {_db(row['vae_ceiling']['psnr_kept'])}{delivered.get('psnr_kept', '')}"
+        lines.append(f"kept {row['psnr_kept']:.1f} dB ({compared})")
     return tuple(line for line in lines if line)
 
 
@@ -267,6 +353,8 @@ def write_json(path: Path, values: dict) -> None:
 
 def _write_sheets(folder: Path, bands: Sequence[Band], report: dict) -> None:
     heading = f"{report['clips']} clips · edited {_db(report['psnr_edited'])} dB · kept {_db(report['psnr_kept'])} dB"
+    if "delivered" in report:
+        heading += f" · delivered {_db(report['delivered']['psnr_edited'])} and {_db(report['delivered']['psnr_kept'])} dB"
     write_sheet(folder / "sheet.png", bands, heading, across=min(SHEET_ACROSS, math.ceil(len(bands) / 2)))
     if len(bands) > PAGE_CLIPS:
         (folder / "sheets").mkdir()

@@ -62,8 +62,8 @@ def draw_losses(losses: dict[int, float], label: str = "loss", levels: Mapping[s
         draw.text((LEFT - 8, y), f"{tick:.4g}", INK, font, anchor="rm")
     for name, value in levels.items():
         y = to_pixel(steps[0], value)[1]
-        for x in range(LEFT, right, 2 * DASH):
-            draw.line((x, y, min(x + DASH, right), y), LEVEL, 2)
+        for left in range(LEFT, right, 2 * DASH):
+            draw.line((left, y, min(left + DASH, right), y), LEVEL, 2)
         draw.text((right, y - 3), name, LEVEL, font, anchor="rs")
     for step in sorted({steps[0], (steps[0] + steps[-1]) // 2, steps[-1]}):
         draw.text((to_pixel(step, low)[0], bottom + 8), str(step + 1), INK, font, anchor="mt")

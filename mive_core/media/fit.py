@@ -4,6 +4,7 @@ F frames, H x W pixels. The model takes 4n+1 frames and sides that are multiples
 (the VAE's factors 4 and 8, and the DiT's patch of 2).
 """
 
+import math
 import warnings
 
 import torch
@@ -15,6 +16,7 @@ from ..errors import UserError
 from ..types import Clip
 
 MIN_SIDE, MAX_SIDE = 16, 16384
+AREA_SLACK, AREA_WEIGHT = 1.07, 0.1  # of edit_size: area over the most pixels, and what less area costs beside another shape
 
 
 def as_rgb(pixels: Tensor, where: str) -> Tensor:
@@ -83,6 +85,21 @@ def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | 
     Frames are scaled to cover the size and cropped at the centre.
     Raises UserError if `num_frames` or `size` does not fit, or if the clip is shorter than `num_frames`.
     """
+    frames = trim_clip(clip, num_frames, where).frames
+    if size is not None:
+        check_request_size(size)
+    else:
+        width, height = frames.shape[2], frames.shape[1]
+        size = (_nearest(width), _nearest(height))
+        if size != (width, height):
+            warnings.warn(
+                f"{where}: the model takes sides that are multiples of 16; {width}x{height} is scaled and cropped to {size[0]}x{size[1]}", stacklevel=2
+            )
+    return Clip(resize_and_crop(frames, size), clip.fps)
+
+
+def trim_clip(clip: Clip, num_frames: int | None = None, where: str = "source") -> Clip:
+    """Clip -> its first 4n+1 frames at its own size, as in `fit_clip`. The pixels are checked by check_frames. Raises UserError."""
     frames = clip.frames
     if num_frames is not None:
         check_request_frames(num_frames)
@@ -96,19 +113,9 @@ def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | 
             )
         frames = frames[:num_frames]
     elif len(frames) and len(frames) != valid_num_frames(len(frames)):
-        warnings.warn(f"{where}: the model takes 4n+1 frames; {len(frames)} are trimmed to {valid_num_frames(len(frames))}", stacklevel=2)
+        warnings.warn(f"{where}: the model takes 4n+1 frames; {len(frames)} are trimmed to {valid_num_frames(len(frames))}", stacklevel=3)
         frames = frames[: valid_num_frames(len(frames))]
-    frames = check_frames(frames, where)
-    if size is not None:
-        check_request_size(size)
-    else:
-        width, height = frames.shape[2], frames.shape[1]
-        size = (_nearest(width), _nearest(height))
-        if size != (width, height):
-            warnings.warn(
-                f"{where}: the model takes sides that are multiples of 16; {width}x{height} is scaled and cropped to {size[0]}x{size[1]}", stacklevel=2
-            )
-    return Clip(resize_and_crop(frames, size), clip.fps)
+    return Clip(check_frames(frames, where), clip.fps)
 
 
 def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "reference", source_size: tuple[int, int] | None = None) -> Tensor:
@@ -136,6 +143,35 @@ def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "refere
 def fit_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """(F, H, W, 3) in 0..1 -> (F, height, width) bool, thresholded at one half."""
     return resize_and_crop(mask, size).mean(dim=-1) > 0.5
+
+
+def edit_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    """(width, height) of a source -> the size to edit it at: multiples of 16 of nearly its shape, with about `max_pixels` at most.
+
+    The whole picture is scaled to it, by up to a few per cent more in one direction than in the other. A source that is smaller is
+    not enlarged.
+    """
+    width, height = size
+    most = min(max_pixels * AREA_SLACK, max(width * height, MIN_SIDE**2) * AREA_SLACK)
+    best = (MIN_SIDE, MIN_SIDE)
+    cost = math.inf
+    for columns in range(1, int(most / MIN_SIDE / SIZE_MULTIPLE) + 1):
+        for rows in {max(1, int(columns * height / width)), int(columns * height / width) + 1}:
+            area = columns * rows * SIZE_MULTIPLE**2
+            if area <= most:
+                stretch = abs(math.log(columns * height / (rows * width)))
+                found = stretch + AREA_WEIGHT * math.log(most / area)
+                if found < cost:
+                    best, cost = (columns * SIZE_MULTIPLE, rows * SIZE_MULTIPLE), found
+    return best
+
+
+def resize(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H, W, 3) -> (height, width, 3) for size (width, height): bicubic with antialiasing, nothing cropped."""
+    if frame.shape[:2] == size[::-1]:
+        return frame
+    resized = functional.interpolate(frame.movedim(-1, 0)[None], size[::-1], mode="bicubic", antialias=True)
+    return resized[0].movedim(0, -1).clamp(0, 1).contiguous()
 
 
 def resize_and_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:

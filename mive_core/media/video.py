@@ -5,6 +5,9 @@ F frames, H x W pixels.
 
 import os
 import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -74,9 +77,43 @@ def write_video(path: str | os.PathLike, clip: Clip) -> Path:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise UserError("H.264 in yuv420p needs even sizes", where=path, got=f"{width}x{height}")
-    with atomic_write(path) as partial:
-        _encode(partial, frames, _frame_rate(clip.fps, path), path)
+    with atomic_write(path) as partial, _encoder(partial, (width, height), _frame_rate(clip.fps, path), path) as encode:
+        for frame in frames:
+            encode(frame)
     return path
+
+
+def write_stream(path: str | os.PathLike, frames: Iterable[Tensor], size: tuple[int, int], fps: float) -> Path:
+    """Frames (H, W, 3) in 0..1, one by one -> a file as `write_video` makes it; for odd sizes yuv444p. Memory holds one frame at a time.
+
+    Raises UserError as `write_video` does, and what `frames` raises.
+    """
+    path = check_output(path, "output", VIDEO_SUFFIXES)
+    if size[0] % 2 or size[1] % 2:
+        warnings.warn(f"{path}: {size[0]}x{size[1]} is odd, so the file is 4:4:4, which some players do not show", stacklevel=2)
+    with atomic_write(path) as partial, _encoder(partial, size, _frame_rate(fps, path), path) as encode:
+        for frame in frames:
+            encode(frame)
+    return path
+
+
+def stream_clip(path: str | os.PathLike, *, what: str = "video", num_frames: int | None = None) -> Iterator[Tensor]:
+    """A source as `read_clip` takes it -> its frames, (H, W, 3) float32 in 0..1, one by one. Raises UserError."""
+    path = check_input(path, what)
+    if path.is_dir():
+        for index, frame in enumerate(_folder_frames(path, what, num_frames)):
+            yield check_frames(frame[None], f"{what} {str(path)!r}, frame {index}")[0]
+    elif path.suffix.lower() in IMAGE_SUFFIXES:
+        yield read_image(path, what=what)
+    else:
+        for pixels in _decode_file(path, what, num_frames):
+            yield as_rgb(torch.from_numpy(np.ascontiguousarray(pixels)).float().div_(255), f"{what} {str(path)!r}")
+
+
+def read_fps(path: str | os.PathLike, fps: float = DEFAULT_FPS) -> float:
+    """Frames a second of a video file; `fps` for folders, images and files without a frame rate."""
+    is_file = not os.path.isdir(path) and Path(path).suffix.lower() not in IMAGE_SUFFIXES
+    return _file_rate(Path(path), fps) if is_file else fps
 
 
 def write_frames(folder: Path, frames: Tensor) -> None:
@@ -104,48 +141,65 @@ def _image_pixels(image: Image.Image) -> np.ndarray:
 
 
 def _read_folder(folder: Path, what: str, num_frames: int | None) -> Tensor:
+    frames: list[Tensor] = []
+    for frame in _folder_frames(folder, what, num_frames):
+        frames.append(frame)
+        _check_memory(len(frames), frame.shape[0], frame.shape[1], f"{what} {str(folder)!r}")
+    return torch.stack(frames)
+
+
+def _folder_frames(folder: Path, what: str, num_frames: int | None) -> Iterator[Tensor]:
     where = f"{what} {str(folder)!r}"
     paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")), key=_natural_key)
     if not paths:
         raise UserError("the folder holds no frames", where=where, got=f"{len(list(folder.iterdir()))} other entries", expected=" or ".join(IMAGE_SUFFIXES))
-    frames: list[Tensor] = []
+    first: Tensor | None = None
     for path in paths[:num_frames]:
-        frames.append(read_image(path, what=f"{what}'s frame"))
-        if frames[-1].shape != frames[0].shape:
-            raise UserError(
-                "the frames differ in size", where=f"{what} {str(path)!r}", got=_size(frames[-1]), expected=f"{_size(frames[0])}, as {paths[0].name} has"
-            )
-        _check_memory(len(frames), frames[0].shape[0], frames[0].shape[1], where)
-    return torch.stack(frames)
+        frame = read_image(path, what=f"{what}'s frame")
+        first = frame if first is None else first
+        if frame.shape != first.shape:
+            raise UserError("the frames differ in size", where=f"{what} {str(path)!r}", got=_size(frame), expected=f"{_size(first)}, as {paths[0].name} has")
+        yield frame
 
 
 def _read_file(path: Path, what: str, fps: float, num_frames: int | None) -> Clip:
     where = f"{what} {str(path)!r}"
     frames: list[np.ndarray] = []
-    num_packets = 0
+    for pixels in _decode_file(path, what, num_frames):
+        frames.append(pixels)
+        _check_memory(len(frames), pixels.shape[0], pixels.shape[1], where)
+    return Clip(as_rgb(torch.from_numpy(np.stack(frames)).float().div_(255), where), _file_rate(path, fps))
+
+
+def _decode_file(path: Path, what: str, num_frames: int | None) -> Iterator[np.ndarray]:
+    """Yields the frames of a video file, (H, W, 3 or 4) uint8, one by one. Raises UserError."""
+    where = f"{what} {str(path)!r}"
+    num_packets, count, shape = 0, 0, None
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise UserError("the file has no video stream", where=where)
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            declared, rate = stream.frames, float(stream.average_rate or fps)
+            declared = stream.frames
             for packet in container.demux(stream):
                 num_packets += packet.size > 0
                 for frame in packet.decode():
                     check_size(frame.width, frame.height, where)
-                    _check_memory(len(frames) + 1, frame.height, frame.width, where)
-                    frames.append(_frame_pixels(frame))
-                if num_frames is not None and len(frames) >= num_frames:
+                    pixels = _frame_pixels(frame)
+                    if shape is not None and pixels.shape != shape:
+                        raise UserError("the picture changes its size inside the video", where=where)
+                    shape = pixels.shape
+                    if num_frames is None or count < num_frames:
+                        yield pixels
+                    count += 1
+                if num_frames is not None and count >= num_frames:
                     break
     except (av.FFmpegError, OSError) as error:
         raise UserError(
-            f"is not a video that can be read ({_reason(error)})",
-            where=where,
-            got=f"{_describe(path)}, {len(frames)} frames decoded",
-            expected="a whole video file",
+            f"is not a video that can be read ({_reason(error)})", where=where, got=f"{_describe(path)}, {count} frames decoded", expected="a whole video file"
         ) from None
-    if not frames:
+    if not count:
         raise UserError("the video holds 0 frames", where=where, got=_describe(path), expected="1 or more")
     if num_packets < declared and num_frames is None:  # counts packets, since an edit list may hide frames of a complete file
         raise UserError(
@@ -155,10 +209,11 @@ def _read_file(path: Path, what: str, fps: float, num_frames: int | None) -> Cli
             expected=f"{declared} frames",
             fix="copy it again, or ask for fewer frames",
         )
-    if any(pixels.shape != frames[0].shape for pixels in frames):
-        raise UserError("the picture changes its size inside the video", where=where)
-    pixels = torch.from_numpy(np.stack(frames[:num_frames])).float().div_(255)
-    return Clip(as_rgb(pixels, where), rate)
+
+
+def _file_rate(path: Path, fps: float) -> float:
+    with av.open(str(path)) as container:
+        return float(container.streams.video[0].average_rate or fps)
 
 
 def _frame_pixels(frame: av.VideoFrame) -> np.ndarray:
@@ -168,18 +223,23 @@ def _frame_pixels(frame: av.VideoFrame) -> np.ndarray:
     return np.rot90(pixels, round(frame.rotation / 90) % 4)
 
 
-def _encode(partial: Path, frames: Tensor, rate: Fraction, path: Path) -> None:
-    height, width = frames.shape[1:3]
+@contextmanager
+def _encoder(partial: Path, size: tuple[int, int], rate: Fraction, path: Path) -> Iterator[Callable[[Tensor], None]]:
+    """Yields a function that encodes one frame, (H, W, 3) in 0..1. Sides that are odd need 4:4:4, which not every player shows."""
+    layout = "yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p"
     try:
         with av.open(str(partial), "w") as container:
             stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "preset": "medium"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = *size, layout
             context = stream.codec_context
             context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
             context.color_range = 1  # 16..235
-            for frame in frames:
+
+            def encode(frame: Tensor) -> None:
                 video_frame = av.VideoFrame.from_ndarray(_to_uint8(frame), format="rgb24")
-                container.mux(stream.encode(video_frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+                container.mux(stream.encode(video_frame.reformat(format=layout, dst_colorspace="ITU709")))
+
+            yield encode
             container.mux(stream.encode())
     except av.FFmpegError as error:
         raise UserError(f"could not be encoded ({_reason(error)})", where=path, fix="check space and permissions") from error

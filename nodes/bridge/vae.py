@@ -10,6 +10,7 @@ from pathlib import Path
 import comfy.latent_formats
 import comfy.sd
 import comfy.utils
+import torch
 from torch import Tensor
 
 from ...mive_core.errors import UserError
@@ -22,6 +23,19 @@ def encode(vae, frames: Tensor) -> Tensor:
     if not latents.isfinite().all():
         raise UserError("the VAE gives NaN or infinity", where="vae", fix="start ComfyUI with --fp32-vae or --bf16-vae, or download the VAE again")
     return latents
+
+
+def round_trip(vae, frames: Tensor) -> Tensor:
+    """(F, H, W, 3) in 0..1 -> the same shape, encoded and decoded. Raises UserError if the latents are not finite.
+
+    Takes any VAE, of videos or of images: frames, rows and columns are repeated at the end up to a number that it takes, then cut again.
+    """
+    num_frames, height, width = frames.shape[:3]
+    temporal, spatial = vae.temporal_compression_decode() or 1, vae.spacial_compression_encode()
+    times = torch.arange(num_frames + -(num_frames - 1) % temporal).clamp(max=num_frames - 1)
+    rows, columns = (torch.arange(side + -side % spatial).clamp(max=side - 1) for side in (height, width))
+    decoded = vae.decode(encode(vae, frames[times][:, rows][:, :, columns]))
+    return decoded.reshape(-1, *decoded.shape[-3:])[:num_frames, :height, :width].float().cpu()
 
 
 @dataclass(frozen=True)

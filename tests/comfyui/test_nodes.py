@@ -135,6 +135,61 @@ def test_one_frame_works(pack, loaded):
     assert result["samples"].isfinite().all()
 
 
+def test_without_a_mask_the_latent_is_empty(pack, loaded):
+    *_, latent = pack.run("MiVEReferenceLatents", **guides(pack, loaded))
+    assert latent.keys() == {"samples"} and latent["samples"].shape == (1, 16, 5, 6, 8) and not latent["samples"].any()
+
+
+@torch.inference_mode()
+def test_outside_of_the_mask_the_sampled_latent_is_the_sources(pack, loaded):
+    """With our sampler and the stock one, for one mask and for one per frame; also after Repeat Latent Batch."""
+    import nodes
+
+    mask = torch.zeros(17, 48, 64)
+    mask[:, :, :32] = 1
+    for masks in (mask[:1], mask):
+        positive, negative, latent = pack.run("MiVEReferenceLatents", **guides(pack, loaded, mask=masks))
+        source = positive[0][1]["mive_source_latents"]
+        assert torch.equal(latent["samples"], source) and latent["noise_mask"].shape == (1, 1, 5, 6, 8)
+        assert latent["noise_mask"][..., :4].eq(1).all() and not latent["noise_mask"][..., 4:].any()
+        (ours,) = pack.run("MiVESampler", model=loaded.model, positive=positive, negative=negative, latent=latent, steps=2)
+        (twice,) = nodes.RepeatLatentBatch().repeat(latent, 2)
+        (stock,) = nodes.KSampler().sample(loaded.model, 0, 2, 1.0, "euler", "simple", positive, negative, twice)
+        for sampled in (ours["samples"], *stock["samples"].split(1)):
+            torch.testing.assert_close(sampled[..., 4:], source[..., 4:], atol=1e-5, rtol=1e-5)
+            assert (sampled[..., :4] - source[..., :4]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    "frame, row, column, touched", [(0, 0, 0, (0, 0, 0)), (1, 7, 8, (1, 0, 1)), (4, 8, 7, (1, 1, 0)), (5, 47, 63, (2, 5, 7)), (16, 24, 32, (4, 3, 4))]
+)
+def test_a_latent_cell_is_edited_if_the_mask_touches_it(pack, loaded, frame, row, column, touched):
+    mask = torch.zeros(17, 48, 64)
+    mask[frame, row, column] = 1
+    *_, latent = pack.run("MiVEReferenceLatents", **guides(pack, loaded, mask=mask))
+    assert latent["noise_mask"][0, 0].nonzero().tolist() == [list(touched)]
+
+
+def test_the_mask_is_cropped_like_the_source(pack, loaded):
+    """A source twice as wide loses a quarter at each side; a mask of another size, and one with more frames, too."""
+    mask = torch.zeros(1, 48, 128)
+    mask[:, :, 40:96] = 1
+    for masks in (mask, mask[:, ::2, ::2], mask.expand(20, -1, -1)):
+        *_, latent = pack.run("MiVEReferenceLatents", **guides(pack, loaded, source=clip(20, 48, 128), mask=masks))
+        assert latent["noise_mask"][0, 0, 0, 0].tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_bad_masks_of_reference_latents(pack, loaded, caplog):
+    assert "mask: the mask does not fit the clip; got 16 masks; expected 1 or 17" in refused(
+        pack, "MiVEReferenceLatents", **guides(pack, loaded, mask=torch.ones(16, 48, 64))
+    )
+    broken = torch.full((1, 48, 64), float("nan"))
+    assert "mask: NaN or infinite values" in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, mask=broken))
+    caplog.clear()
+    pack.run("MiVEReferenceLatents", **guides(pack, loaded, mask=torch.zeros(1, 48, 64)))
+    assert "the mask is empty" in caplog.text
+
+
 def sampler(loaded, **changed) -> dict:
     return {**dict(model=loaded.model, positive=loaded.positive, negative=loaded.negative, latent=loaded.latent, steps=1), **changed}
 

@@ -18,6 +18,7 @@ IDS = [
     "MiVESampler",
     "MiVEPreflight",
     "MiVEDriftReport",
+    "MiVEKeepSourceDetail",
     "MiVEInitFromWan",
     "MiVELoadLoRA",
     "MiVETrainLoRA",

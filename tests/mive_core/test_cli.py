@@ -148,9 +148,9 @@ def test_edit(work, random_models, capsys):
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert out == "out.mp4\n"
-    assert err == "mive: warning: source 'clip.mp4': the model takes 4n+1 frames; 6 are trimmed to 5\n"
+    assert err == ""
     first = (work / "out.mp4").read_bytes()
-    assert read_clip("out.mp4").frames.shape == (5, 32, 48, 3) and read_clip("out.mp4").fps == 8
+    assert read_clip("out.mp4").frames.shape == (6, 32, 48, 3) and read_clip("out.mp4").fps == 8
     assert main(arguments) == 0 and (work / "out.mp4").read_bytes() == first
     assert sorted(os.listdir(work)) == ["clip.mp4", "frames", "out.mp4", "reference.png"]
 
@@ -159,7 +159,9 @@ def test_edit(work, random_models, capsys):
     "changes, frames",
     [
         ({"source": "frames", "frames": "1", "fps": "8"}, (1, 32, 48, 3)),
-        ({"instruction": "", "frames": "5", "size": "32x32", "steps": "1"}, (5, 32, 32, 3)),
+        ({"instruction": "", "frames": "5", "size": "32x32", "steps": "1"}, (5, 32, 48, 3)),
+        ({"instruction": "", "frames": "5", "size": "32x32", "steps": "1", "detail": "off"}, (5, 32, 32, 3)),
+        ({"frames": "5", "anchor": "on", "mask": "reference.png"}, (5, 32, 48, 3)),
         ({"layers": "last+first", "frames": "5", "cfg": "2"}, (5, 32, 48, 3)),
         ({"source": "reference.png"}, (1, 32, 48, 3)),
     ],
@@ -243,7 +245,7 @@ def test_an_interrupt_leaves_nothing(work, random_models, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mive_core.media.video._encode", interrupt)
+    monkeypatch.setattr("mive_core.media.video._to_uint8", interrupt)
     before = listing(work)
     assert main(edit(models=str(random_models), frames="5")) == 130
     assert capsys.readouterr().err == "mive: error: interrupted\n"
@@ -261,10 +263,10 @@ def test_help_and_version(capsys):
 
 
 def test_many_tokens_are_a_warning_that_counts_the_models_own_patches(work, random_models, capsys, monkeypatch):
-    monkeypatch.setattr("mive_core.commands.models.MANY_TOKENS", 10)
+    monkeypatch.setattr("mive_core.data.edit_file.MANY_TOKENS", 10)
     assert main(edit(models=str(random_models))) == 0
     rows, columns = (side // 8 // patch for side, patch in zip((32, 48), PRESETS["tiny"].patch_size[1:]))
-    assert f"5 frames of 48x32 are {3 * rows * columns} tokens" in capsys.readouterr().err
+    assert f"9 frames of 48x32 are {4 * rows * columns} tokens" in capsys.readouterr().err
     assert main(edit(models=str(random_models), size="48x32")) == 0
     assert "may take long" not in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """Synthetic clips and paired edits with exact ground truth, for training and evaluation."""
 
+from .background import Footage
 from .labels import BACKGROUNDS, COLOURS, EDITS, KINDS, LOOKS, PICKS, PLACES, SHAPES, VOCABULARIES, EditLabels, is_held_out
 from .looks import LOOKS_FN, apply_look
 from .paired_edits import EditedObject, PairedEdits, SyntheticEdit
@@ -20,6 +21,7 @@ __all__ = [
     "VOCABULARIES",
     "EditLabels",
     "EditedObject",
+    "Footage",
     "PairedEdits",
     "SyntheticEdit",
     "apply_look",

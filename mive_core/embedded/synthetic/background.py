@@ -61,6 +61,20 @@ class Backdrop:
         return list(self.grade(tones) if self.grade else tones)
 
 
+@dataclass(frozen=True)
+class Footage:
+    """A real video as the background, frame by frame."""
+
+    frames: np.ndarray  # (F, H, W, 3) float32 in 0..1, of the size and at least the length of the drawn clip
+
+    def render(self, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Returns as many frames as there are times, (F, H, W, 3). Raises ValueError if the footage is too short or of another size."""
+        frames = self.frames[: len(times)]
+        if frames.shape[:3] != (len(times), *size[::-1]):
+            raise ValueError(f"footage of shape {self.frames.shape} for {len(times)} frames of {size[0]}x{size[1]}")
+        return frames
+
+
 def draw_camera(rng: np.random.Generator, covers: tuple[float, float] = (0.18, 0.6)) -> Camera:
     """Draws a slow pan and zoom; `covers` is the range of the view's size, as a fraction of the largest that fits."""
     angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.02, 0.35)

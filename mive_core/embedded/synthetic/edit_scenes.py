@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .background import Backdrop, Camera, Colour
+from .background import Backdrop, Camera, Colour, Footage
 from .edit_plan import Plan
 from .labels import COLOURS, NONE, PLACES, RGB, SHAPES, EditLabels
 from .looks import LOOKS_FN, Look, draw_look
@@ -23,12 +23,12 @@ PLAIN = Texture("plain", (0.0, 1.0), 0.0, 0.0)
 class EditScenes:
     """The source scene is backdrop, others and `before`; the target scene is new_backdrop, others and `after`, then the look."""
 
-    backdrop: Backdrop
+    backdrop: Backdrop | Footage
     others: tuple[Body, ...]  # from the back to the front
     depth: int  # number of others behind the edited body
     before: Body | None
     after: Body | None
-    new_backdrop: Backdrop
+    new_backdrop: Backdrop | Footage
     look: Look | None = None
     named_place: str = NONE  # the place that the instruction names for an added body
 
@@ -54,6 +54,11 @@ def draw_edit_scenes(rng: np.random.Generator, plan: Plan, size: tuple[int, int]
     before = None if labels.edit == "add" else body
     backdrop = _backdrop_for(rng, [b.rgb for b in (before, after) if b is not None], [b.rgb for b in extras])
     return EditScenes(backdrop, others, depth, before, after, backdrop, named_place=place)
+
+
+def over_footage(scenes: EditScenes, footage: Footage) -> EditScenes:
+    """The same scenes with the drawn background replaced; a new background, if the edit draws one, stays."""
+    return replace(scenes, backdrop=footage, new_backdrop=footage if scenes.new_backdrop is scenes.backdrop else scenes.new_backdrop)
 
 
 def _look_scenes(rng: np.random.Generator, plan: Plan, size: tuple[int, int]) -> EditScenes:

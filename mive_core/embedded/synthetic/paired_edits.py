@@ -1,5 +1,6 @@
 """Synthetic paired edits: source, target, reference, instruction and mask, rendered from one plan."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from zlib import crc32
 
@@ -8,8 +9,9 @@ import torch
 
 from ...errors import UserError
 from ...types import Clip, EditRequest, PairedEdit
+from .background import Footage
 from .edit_plan import Plan, draw_plan, plan_odds
-from .edit_scenes import EditScenes, draw_edit_scenes
+from .edit_scenes import EditScenes, draw_edit_scenes, over_footage
 from .labels import NONE, PLACES, EditLabels
 from .phrasing import instruct
 from .random_scenes import clip_times
@@ -53,6 +55,7 @@ class PairedEdits:
     """An endless set of paired edits; an index always gives the same edit, in every process.
 
     size is (width, height), multiples of 16; num_frames is 4n+1 and lasts half a second or more. kinds and edits restrict the edits drawn.
+    `footage` gives the background of each index; without it backgrounds are drawn.
     Raises UserError for a split, size, length, kind or edit that does not exist.
     """
 
@@ -65,6 +68,7 @@ class PairedEdits:
         fps: float = 8.0,
         kinds: tuple[str, ...] | None = None,
         edits: tuple[str, ...] | None = None,
+        footage: Callable[[int], Footage] | None = None,
     ):
         if split not in SPLITS:
             raise UserError("unknown split", got=repr(split), expected=" or ".join(SPLITS))
@@ -73,17 +77,18 @@ class PairedEdits:
         if num_frames % 4 != 1 or num_frames - 1 < 0.5 * fps:
             raise UserError("the clips' length does not fit", got=f"{num_frames} frames at {fps} a second", expected="4n+1 frames, at least half a second")
         self.seed, self.split, self.size, self.num_frames, self.fps = seed, split, size, num_frames, fps
-        self.odds = plan_odds(split, kinds, edits)
+        self.odds, self.footage = plan_odds(split, kinds, edits), footage
 
     def sample(self, index: int) -> SyntheticEdit:
         """Returns the edit with that index, any integer >= 0."""
         held_out = self.split == "heldout"
         rng = np.random.default_rng((self.seed, crc32(self.split.encode()), index))
         times = clip_times(self.num_frames, self.fps)
+        footage = self.footage(index) if self.footage else None
         drawn = None
         while drawn is None:
             plan = draw_plan(rng, self.odds, held_out)
-            drawn = draw_visible(rng, plan, times, self.size)
+            drawn = draw_visible(rng, plan, times, self.size, footage)
         scenes, rendered = drawn
         instruction = instruct(rng, plan, scenes, _tracks(scenes, times, self.size), held_out)
         source, target = torch.from_numpy(rendered.source), torch.from_numpy(rendered.target)
@@ -108,10 +113,13 @@ class PairedEdits:
         return instruct(rng, plan, scenes, _tracks(scenes, times, self.size), held_out), replace(plan.labels, place=scenes.named_place)
 
 
-def draw_visible(rng: np.random.Generator, plan: Plan, times: np.ndarray, size: tuple[int, int]) -> tuple[EditScenes, Rendered] | None:
+def draw_visible(
+    rng: np.random.Generator, plan: Plan, times: np.ndarray, size: tuple[int, int], footage: Footage | None = None
+) -> tuple[EditScenes, Rendered] | None:
     """Draws scenes until the edit is visible; returns None after MAX_ATTEMPTS, as a few plans do not fit the frame."""
     for _ in range(MAX_ATTEMPTS):
         scenes = draw_edit_scenes(rng, plan, size, float(times[-1]))
+        scenes = scenes if footage is None else over_footage(scenes, footage)
         rendered = render_edit_scenes(scenes, times, size)
         if is_visible(plan, rendered.footprint, times):
             return scenes, rendered

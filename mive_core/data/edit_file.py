@@ -1,0 +1,125 @@
+"""One edit from file to file: made at the size that the model knows best, delivered at the source's own size and length.
+
+Source and output are streamed; only frames of the edit's size are held for the whole clip.
+"""
+
+import math
+import time
+import warnings
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import MiVEConfig, latent_grid
+from ..delivery import deliver
+from ..errors import UserError
+from ..evaluation.evaluate import EvaluationSettings
+from ..media.fit import check_frames, check_request_frames, check_request_size, edit_size, fit_reference, resize, valid_num_frames
+from ..media.remote import local_copy
+from ..media.video import read_clip, read_fps, read_image, stream_clip, write_stream, write_video
+from ..pipeline import Pipeline
+from ..types import Clip, EditRequest
+from .manifest import ManifestEntry
+
+DETAIL = ("auto", "off")
+MANY_TOKENS = 20_000  # above this number an edit warns that it may take long
+MAX_STRETCH = 1.1  # of one side against the other, from which a --size warns that the picture is distorted while it is edited
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How files are edited."""
+
+    size: tuple[int, int] | None = None  # width and height of the edit; None: what the model knows best, in nearly the source's shape
+    num_frames: int | None = None  # the first frames alone, 4n+1; None: all
+    detail: str = "auto"  # off: the edit's own pixels at the edit's size
+    anchor: str = "auto"  # as in deliver
+    mask: Path | None = None  # video or image, white where the edit may act
+
+
+@dataclass(frozen=True)
+class PreparedEdit:
+    """What the model reads, and what delivery needs beside its result."""
+
+    request: EditRequest  # at the edit's size, F = 4n+1 frames: the last one is repeated where the source has fewer
+    source: Path
+    num_frames: int  # of the source
+    size: tuple[int, int]  # width, height of the source
+    reference: Tensor  # (H, W, 3), fitted to the source's size
+    mask: Tensor | None  # (1 or F, H', W') in 0..1
+
+
+def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = FileOptions()) -> PreparedEdit:
+    """Reads an entry's source, reference (else its target's first frame) and the mask. Raises UserError for what cannot be read or does not fit."""
+    if options.num_frames is not None:
+        check_request_frames(options.num_frames)
+    if options.size is not None:
+        check_request_size(options.size)
+    source, where = local_copy(entry.source, "source"), f"source {str(entry.source)!r}"
+    frames, size, small = [], (0, 0), (0, 0)
+    for index, frame in enumerate(stream_clip(source, what="source", num_frames=options.num_frames)):
+        if not index:
+            check_frames(frame[None], where)
+            size = (frame.shape[1], frame.shape[0])
+            small = options.size or edit_size(size, config.edit_pixels)
+        frames.append(resize(frame, small))
+    if options.num_frames is not None and len(frames) < options.num_frames:
+        fix = f"ask for {valid_num_frames(len(frames))} or fewer"
+        raise UserError("the clip is shorter than asked", where=where, got=f"{len(frames)} frames", expected=options.num_frames, fix=fix)
+    stretch = small[0] * size[1] / (small[1] * size[0])
+    if max(stretch, 1 / stretch) > MAX_STRETCH:
+        warnings.warn(f"{where}: {size[0]}x{size[1]} is distorted to {small[0]}x{small[1]} while it is edited; choose a size of its shape", stacklevel=2)
+    num_frames = len(frames)
+    padded = frames + frames[-1:] * (-(num_frames - 1) % 4)
+    if entry.reference is not None:
+        image = read_image(local_copy(entry.reference, "reference"), what="reference")
+    elif entry.target is not None:
+        image = next(stream_clip(local_copy(entry.target, "target"), what="target", num_frames=1))
+    else:
+        raise UserError("there is neither a reference nor a target", where=entry.title)
+    reference = fit_reference(image, size, f"reference {str(entry.reference)!r}")
+    request = EditRequest(Clip(torch.stack(padded), read_fps(source, entry.fps)), resize(reference, small), entry.instruction)
+    mask = None
+    if options.mask is not None:
+        mask = read_clip(options.mask, what="mask", num_frames=num_frames).frames.mean(dim=-1)
+    _warn_of_many_tokens(request, config, where, options)
+    return PreparedEdit(request, source, num_frames, size, reference, mask)
+
+
+def edit_file(
+    pipeline: Pipeline, prepared: PreparedEdit, output: str | Path, settings: EvaluationSettings, options: FileOptions = FileOptions()
+) -> tuple[Path, float]:
+    """Edits and writes the video -> its path, and the seconds that the edit took, delivery left out. Raises UserError."""
+    keep_detail = options.detail == "auto"
+    start = time.perf_counter()
+    result = pipeline.run(
+        prepared.request,
+        steps=settings.steps,
+        cfg=settings.cfg,
+        shift=settings.shift,
+        seed=settings.seed,
+        progress=lambda steps: tqdm(steps, desc="steps", leave=False, disable=None),
+        with_round_trip=keep_detail,
+    )
+    seconds = time.perf_counter() - start
+    edited = result.edited.frames[: prepared.num_frames]
+    if not keep_detail or result.round_trip is None:
+        return write_video(output, replace(result.edited, frames=edited)), seconds
+    round_trip = result.round_trip[: prepared.num_frames]
+    source = islice(stream_clip(prepared.source, what="source"), prepared.num_frames)
+    frames = deliver(source, edited, round_trip, prepared.reference, prepared.mask, anchor=options.anchor)
+    return write_stream(output, frames, prepared.size, prepared.request.source.fps), seconds
+
+
+def _warn_of_many_tokens(request: EditRequest, config: MiVEConfig, where: str, options: FileOptions) -> None:
+    num_frames, height, width = request.source.frames.shape[:3]
+    num_latent_frames, *cells = latent_grid(num_frames, height, width)
+    num_tokens = math.prod(config.patch_grid(num_latent_frames + 1, *cells))  # one latent frame is the reference's
+    if num_tokens > MANY_TOKENS and options.size is None:
+        warnings.warn(
+            f"{where}: {num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer", stacklevel=2
+        )

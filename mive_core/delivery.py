@@ -1,0 +1,108 @@
+"""Delivery: an edit made at the model's size becomes frames of the source's size, with the source's detail and the reference's colours.
+
+Frames come one by one and go one by one, so memory does not grow with the source's size times its length.
+
+F frames; h x w pixels of the edit, H x W of the source.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .anchor import apply_anchor, fit_anchor, shows_edit
+from .detail import HALO, apply_color_map, fit_color_maps
+from .errors import UserError
+from .media.fit import resize_and_crop
+from .registration import register
+
+ANCHORS = ("auto", "on", "off")
+CHUNK = 16  # frames whose maps are fitted together
+CUT, CUT_RATIO = 0.10, 4.0  # mean change from which a frame may begin a shot, and how many times that of its neighbours
+FEATHER = 1 / 64  # of the shorter side: how far inside a mask's border the edit fades in
+
+
+def deliver(
+    frames: Iterable[Tensor], edited: Tensor, round_trip: Tensor, reference: Tensor | None = None, mask: Tensor | None = None, *, anchor: str = "auto"
+) -> Iterator[Tensor]:
+    """Yields one delivered frame, (H, W, 3) in 0..1, per frame of the source.
+
+    frames: F times (H, W, 3) in 0..1, with the same framing as edited and round_trip (the source decoded from its latents), (F, h, w, 3).
+    reference: the edited first frame, (H', W', 3); it is scaled to the source's size and registered. mask: (F or 1, H', W') in 0..1, 1
+    where the edit may act; elsewhere the source comes back exactly. anchor: off, on, or auto: on where the reference shows an edit.
+    Warns of an empty mask. Raises UserError for shapes and lengths that do not fit, and for values that are not finite.
+    """
+    _check(edited, round_trip, reference, mask, anchor)
+    shots, fitted, correction, count = find_shots(round_trip), iter(()), None, 0
+    for index, frame in enumerate(frames):
+        if index >= len(edited):
+            raise UserError("the source is longer than its edit", got=f"more than {len(edited)} frames", expected=len(edited))
+        if not frame.isfinite().all():
+            raise UserError("NaN or infinite pixels", where="source", got=f"frame {index}", expected="finite values in 0..1")
+        if index in shots:
+            fitted = _maps(edited, round_trip, index, min((start for start in shots if start > index), default=len(edited)))
+        small = edited[index].to(frame), round_trip[index].to(frame)
+        delivered = apply_color_map(next(fitted).to(frame), frame, small[0])
+        if index == 0 and reference is not None and anchor != "off":
+            truth = register(resize_and_crop(reference[None].to(frame), (frame.shape[1], frame.shape[0]))[0], frame)
+            if anchor == "on" or shows_edit(truth, frame):
+                correction = fit_anchor(frame, delivered, truth, small[1], small[0])
+        if correction is not None:
+            delivered = apply_anchor(correction, frame, delivered, small[1], small[0])
+        if mask is not None:
+            delivered = torch.lerp(frame, delivered, feathered(mask[index % len(mask)].to(frame), frame.shape[:2])[..., None])
+        yield delivered
+        count += 1
+    if count < len(edited):
+        raise UserError("the source is shorter than its edit", got=f"{count} frames", expected=len(edited))
+
+
+def find_shots(frames: Tensor) -> list[int]:
+    """(F, h, w, 3) -> the first frame of every shot, 0 among them: cuts change the picture at once, by far more than its neighbours do."""
+    change = torch.tensor([(a.float() - b.float()).abs().mean().item() for a, b in zip(frames[1:], frames[:-1])])
+    starts = [0]
+    for index, value in enumerate(change):
+        beside = torch.cat([change[max(0, index - 3) : index], change[index + 1 : index + 4]])
+        if value > CUT and (not len(beside) or value > CUT_RATIO * beside.median()):
+            starts.append(index + 1)
+    return starts
+
+
+def feathered(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H', W') in 0..1 -> (H, W): exactly 0 outside of the mask, rising to 1 inside of its border."""
+    mask = F.interpolate(mask[None, None].float(), size, mode="bilinear", align_corners=False)
+    radius = max(1, round(min(size) * FEATHER))
+    inside = 1 - F.max_pool2d(1 - mask, 2 * radius + 1, 1, radius)  # eroded
+    soft = F.avg_pool2d(inside, 2 * radius + 1, 1, radius, count_include_pad=False)
+    return torch.where(mask > 0, soft, torch.zeros_like(soft))[0, 0]
+
+
+def _maps(edited: Tensor, round_trip: Tensor, start: int, stop: int) -> Iterator[Tensor]:
+    """Each frame's maps of the shot from `start` to `stop`, fitted in chunks that equal one fit of the whole shot."""
+    for first in range(start, stop, CHUNK):
+        last = min(first + CHUNK, stop)
+        low, high = max(first - HALO, start), min(last + HALO, stop)
+        maps = fit_color_maps(edited[low:high].float(), round_trip[low:high].float())
+        yield from maps[first - low : last - low]
+
+
+def _check(edited: Tensor, round_trip: Tensor, reference: Tensor | None, mask: Tensor | None, anchor: str) -> None:
+    if anchor not in ANCHORS:
+        raise UserError("unknown anchor", where="anchor", got=repr(anchor), expected=" or ".join(ANCHORS))
+    if edited.ndim != 4 or edited.shape != round_trip.shape or not len(edited):
+        raise UserError(
+            "the edit and the source's round trip differ", got=f"{tuple(edited.shape)} and {tuple(round_trip.shape)}", expected="(F, h, w, 3) twice"
+        )
+    for what, values in (("edited", edited), ("round_trip", round_trip), ("reference", reference), ("mask", mask)):
+        if values is not None and not values.isfinite().all():
+            raise UserError("NaN or infinite values", where=what, expected="finite values in 0..1")
+    if anchor == "on" and reference is None:
+        raise UserError("an anchor needs a reference", where="anchor", got="none", fix="give the edited first frame, or set anchor to auto")
+    if mask is None:
+        return
+    if mask.ndim != 3 or len(mask) not in (1, len(edited)):
+        raise UserError("the mask does not fit the clip", where="mask", got=f"shape {tuple(mask.shape)}", expected=f"1 or {len(edited)} masks (H, W)")
+    if not (mask > 0).any():
+        warnings.warn("the mask is empty: the source comes back unchanged", stacklevel=3)

@@ -1,0 +1,109 @@
+"""MiVE Keep Source Detail: brings an edit made by any video model to the source's size, with the source's sharpness."""
+
+import warnings
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..mive_core.delivery import ANCHORS, deliver
+from ..mive_core.errors import UserError
+from ..mive_core.media.fit import check_frames, fit_reference, resize
+from .bridge.messages import log_warnings
+from .bridge.progress import Progress
+from .bridge.vae import round_trip
+
+MAX_STRETCH = 1.15  # ratio of the two aspect ratios from which the edit cannot have kept the source's framing
+NOTED_STRETCH = 1.01  # from which it matters whether an editor scaled the source to its size, or cropped it
+
+
+class MiVEKeepSourceDetail(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MiVEKeepSourceDetail",
+            display_name="MiVE Keep Source Detail",
+            category="MiVE",
+            hidden=[io.Hidden.unique_id],
+            description="Brings an edit to the source's size and gives it the source's sharpness. Works with any video editor that keeps the framing.",
+            search_aliases=["detail transfer", "restore detail", "upscale edit", "color match", "sharpen"],
+            inputs=[
+                io.Image.Input("source", tooltip="The video before the edit, at full size. Frames beyond the edit's length are left out."),
+                io.Image.Input("edited", tooltip="The edited video, from VAE Decode: of any size, with the source's framing and frame rate."),
+                io.Vae.Input("vae", tooltip="The VAE that decoded the edit. What it blurs in the source is not counted as a change made by the edit."),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="One image: the first frame, edited, as large as possible. It corrects the colours of all frames, see anchor.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the edit may act; one mask for all frames, or one per frame. Everywhere else the source comes back exactly.",
+                ),
+                io.Combo.Input(
+                    "anchor",
+                    options=list(ANCHORS),
+                    default="auto",
+                    tooltip="Whether the reference corrects the colours of all frames. auto: if it differs from the source's first frame.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="video", tooltip="The edit at the source's size, for Create Video.")],
+        )
+
+    @classmethod
+    def execute(cls, source, edited, vae, reference=None, mask=None, anchor: str = "auto") -> io.NodeOutput:
+        with log_warnings():
+            edited = check_frames(edited.cpu(), "edited")
+            if mask is not None:
+                mask = cut_mask(mask.cpu(), len(source), len(edited))
+            source = check_frames(cut_source(source, len(edited)).cpu(), "source")
+            height, width = edited.shape[1:3]
+            check_framing(source, edited)
+            if reference is not None:
+                reference = fit_reference(reference.cpu(), (source.shape[2], source.shape[1]))
+            small = round_trip(vae, torch.stack([resize(frame, (width, height)) for frame in source]))
+            delivered, progress = torch.empty_like(source), Progress(cls, "frame", len(source))
+            for index, frame in enumerate(deliver(source, edited, small, reference, mask, anchor=anchor)):
+                delivered[index] = frame
+                progress.advance()
+        return io.NodeOutput(delivered)
+
+
+def cut_source(source: Tensor, num_frames: int) -> Tensor:
+    """(F, H, W, C) -> the first `num_frames`. Warns of those left out; raises UserError if there are fewer."""
+    if 0 < len(source) < num_frames:
+        raise UserError("the source is shorter than its edit", got=f"{len(source)} frames", expected=f"{num_frames}, as the edit has")
+    if len(source) > num_frames:
+        warnings.warn(f"source: {len(source)} frames are cut to the edit's {num_frames}", stacklevel=2)
+    return source[:num_frames]
+
+
+def cut_mask(mask: Tensor, num_source: int, num_frames: int) -> Tensor:
+    """(F or 1, H, W), where F may be the source's number of frames -> (num_frames or 1, H, W) in 0..1."""
+    mask = mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1)
+    return mask[:num_frames] if len(mask) == num_source else mask
+
+
+def check_framing(source: Tensor, edited: Tensor) -> None:
+    """Raises UserError if the edit's shape rules out that it shows the whole source, and warns if it casts doubt on that."""
+    (height, width), (edit_height, edit_width) = source.shape[1:3], edited.shape[1:3]
+    stretch = width * edit_height / (height * edit_width)
+    stretch = max(stretch, 1 / stretch)
+    if stretch > MAX_STRETCH:
+        raise UserError(
+            "the edit has another shape than the source",
+            where="edited",
+            got=f"{edit_width}x{edit_height} for a source of {width}x{height}",
+            expected="nearly the same ratio of width to height",
+            fix="the editor must keep the source's framing: let it crop nothing, or connect as source the video that it was given",
+        )
+    if stretch > NOTED_STRETCH:
+        warnings.warn(
+            f"edited: {edit_width}x{edit_height} is taken for the whole picture of {width}x{height}, stretched by {stretch - 1:.1%}; if it was cropped "
+            "instead, connect the cropped video as source, or edit at a size of the source's shape",
+            stacklevel=2,
+        )
+
+
+NODES = [MiVEKeepSourceDetail]

@@ -1,0 +1,95 @@
+"""From file to file: the source's size and length come back, whatever size the edit was made at."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mive_core.data.edit_file import FileOptions, edit_file, prepare
+from mive_core.data.manifest import ManifestEntry
+from mive_core.errors import UserError
+from mive_core.evaluation.evaluate import EvaluationSettings
+from mive_core.media.video import read_clip, write_image, write_stream, write_video
+from mive_core.pipeline import Pipeline
+from mive_core.types import Clip
+
+
+@pytest.fixture(scope="module")
+def pipeline(random_models):
+    return Pipeline.load(random_models)
+
+
+@pytest.fixture
+def entry(tmp_path):
+    """Seven frames of 150x86, and a reference of another size."""
+    frames = torch.rand(7, 9, 16, 3, generator=torch.Generator().manual_seed(0)).movedim(-1, 1)
+    frames = F.interpolate(frames, (86, 150), mode="bicubic").movedim(1, -1).clamp(0, 1)
+    write_video(tmp_path / "clip.mp4", Clip(frames, 12.0))
+    write_image(tmp_path / "first.png", (frames[0] * 0.5).contiguous())
+    return ManifestEntry(tmp_path / "clip.mp4", tmp_path / "first.png", "make it dark")
+
+
+def test_the_sources_size_length_and_rate_come_back(pipeline, entry, tmp_path):
+    prepared = prepare(entry, replace(pipeline.config, edit_pixels=64 * 48))
+    assert prepared.size == (150, 86) and prepared.num_frames == 7 and prepared.request.source.frames.shape == (9, 32, 64, 3)
+    path, seconds = edit_file(pipeline, prepared, tmp_path / "out.mp4", EvaluationSettings(steps=1))
+    out = read_clip(path)
+    assert out.frames.shape == (7, 86, 150, 3) and out.fps == 12.0 and seconds > 0
+
+
+def test_without_detail_it_is_the_models_own_picture(pipeline, entry, tmp_path):
+    options = FileOptions(size=(64, 32), num_frames=5, detail="off")
+    path, _ = edit_file(pipeline, prepare(entry, pipeline.config, options), tmp_path / "out.mp4", EvaluationSettings(steps=1), options)
+    expected = pipeline.edit(prepare(entry, pipeline.config, options).request, steps=1).frames
+    assert (read_clip(path).frames - expected).abs().mean() < 0.06  # a codec on noise
+
+
+def test_an_odd_size_comes_back_odd(pipeline, entry, tmp_path):
+    odd = torch.rand(5, 33, 47, 3)
+    write_image(tmp_path / "odd.png", odd[0])
+    with pytest.warns(UserWarning, match="47x33 is odd"):
+        write_stream(tmp_path / "odd.mp4", iter(odd), (47, 33), 8.0)
+    prepared = prepare(replace(entry, source=tmp_path / "odd.mp4", reference=tmp_path / "odd.png"), pipeline.config)
+    with pytest.warns(UserWarning, match="47x33 is odd"):
+        path, _ = edit_file(pipeline, prepared, tmp_path / "out.mp4", EvaluationSettings(steps=1))
+    assert read_clip(path).frames.shape == (5, 33, 47, 3)
+
+
+def test_outside_of_a_mask_the_source_comes_back(pipeline, entry, tmp_path):
+    mask = torch.zeros(20, 40, 3)
+    mask[:, :20] = 1
+    write_image(tmp_path / "mask.png", mask)
+    options = FileOptions(mask=tmp_path / "mask.png")
+    path, _ = edit_file(pipeline, prepare(entry, pipeline.config, options), tmp_path / "out.mp4", EvaluationSettings(steps=1), options)
+    source, out = read_clip(entry.source).frames, read_clip(path).frames
+    assert (out[:, :, 90:] - source[:, :, 90:]).abs().mean() < 0.02 < (out[:, :, :60] - source[:, :, :60]).abs().mean()
+
+
+def test_what_cannot_be(pipeline, entry):
+    with pytest.raises(UserError, match="the clip is shorter than asked; got 7 frames; expected 9; ask for 5 or fewer"):
+        prepare(entry, pipeline.config, FileOptions(num_frames=9))
+    with pytest.raises(UserError, match="4n\\+1"):
+        prepare(entry, pipeline.config, FileOptions(num_frames=6))
+    with pytest.raises(UserError, match="neither a reference nor a target"):
+        prepare(replace(entry, reference=None), pipeline.config)
+    with pytest.warns(UserWarning, match="is distorted to 64x64"):
+        prepare(entry, pipeline.config, FileOptions(size=(64, 64)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux counts it")
+def test_memory_does_not_grow_with_the_sources_size(tmp_path):
+    """Forty frames of 1920x1080 are 1 GB as floats; delivering them takes a few frames' worth."""
+    script = (
+        "import resource, torch; from mive_core.delivery import deliver\n"
+        "small = torch.rand(40, 80, 144, 3); frames = (torch.full((1080, 1920, 3), i / 40) for i in range(40))\n"
+        "next(deliver(iter([torch.rand(1080, 1920, 3)]), small[:1], small[:1], torch.rand(1080, 1920, 3)))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for _ in deliver(frames, small, small * 0.9, torch.rand(1080, 1920, 3)): pass\n"
+        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; print(after * 1024, (after - before) * 1024)"
+    )
+    peak, growth = map(int, subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    assert peak < 1.6e9 and growth < 2.5e8, (peak, growth)
