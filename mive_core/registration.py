@@ -13,6 +13,7 @@ SEARCH_SIDE = 384  # longer side of the pictures that are compared, in pixels
 ZOOMS = tuple(0.9 + 0.01 * step for step in range(21))
 MAX_SHIFT = 0.06  # of the longer side
 GAIN = 1.1  # by how much more a moved reference has to correlate than the unmoved one
+FLAT = 0.01  # deviation of the structure below which a picture shows none
 INNER = 0.85  # of each side: the part that is compared, since borders move out of the picture
 LEAST_MOTION = 0.35  # pixels of the compared pictures, below which the reference stays as it is
 
@@ -20,6 +21,8 @@ LEAST_MOTION = 0.35  # pixels of the compared pictures, below which the referenc
 def register(reference: Tensor, frame: Tensor) -> Tensor:
     """(H, W, 3) twice in 0..1 -> the reference moved over the frame by a zoom and a shift; the same tensor where it fits already."""
     fixed, moving = structure(frame), structure(reference)
+    if min(fixed.std(), moving.std()) < FLAT:
+        return reference
     plain = correlation(fixed, moving)
     found = max((_shifted(fixed, moving, zoom) for zoom in ZOOMS), key=lambda result: result[0])
     score, zoom, shift = found

@@ -6,13 +6,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..mive_core.delivery import ANCHORS, deliver
 from ..mive_core.errors import UserError
 from ..mive_core.media.fit import check_frames, fit_reference, resize
 from .bridge.messages import log_warnings
 from .bridge.progress import Progress
 from .bridge.vae import round_trip
 
+ANCHORS = ["auto", "on", "off"]  # delivery.ANCHORS
 MAX_STRETCH = 1.15  # ratio of the two aspect ratios from which the edit cannot have kept the source's framing
 NOTED_STRETCH = 1.01  # from which it matters whether an editor scaled the source to its size, or cropped it
 
@@ -43,8 +43,8 @@ class MiVEKeepSourceDetail(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "anchor",
-                    options=list(ANCHORS),
-                    default="auto",
+                    options=ANCHORS,
+                    default=ANCHORS[0],
                     tooltip="Whether the reference corrects the colours of all frames. auto: if it differs from the source's first frame.",
                 ),
             ],
@@ -53,6 +53,8 @@ class MiVEKeepSourceDetail(io.ComfyNode):
 
     @classmethod
     def execute(cls, source, edited, vae, reference=None, mask=None, anchor: str = "auto") -> io.NodeOutput:
+        from ..mive_core.delivery import deliver  # imports scikit-image, which would slow ComfyUI's start
+
         with log_warnings():
             edited = check_frames(edited.cpu(), "edited")
             if mask is not None:

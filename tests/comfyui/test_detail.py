@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mive_core.delivery import deliver
+from mive_core.delivery import ANCHORS, deliver
 from mive_core.media.fit import resize
 from mive_core.media.video import read_clip
 from mive_core.pipeline import EMBEDDED
@@ -77,7 +77,11 @@ def test_has_the_sources_size(pack, vae, source, num_frames, source_size, edit_s
     assert 0 <= video.min() and video.max() <= 1 and psnr(video, warm(frames)) > 25
 
 
-@pytest.mark.parametrize("anchor", ["auto", "on", "off"])
+def test_offers_the_librarys_anchors(pack):
+    assert [tuple(item.options) for item in pack.node(NODE).define_schema().inputs if item.id == "anchor"] == [ANCHORS]
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
 def test_equals_the_library(pack, vae, library_vae, source, anchor):
     small = resized(source)
     edited, reference, mask = warm(small), warm(source[:1]), left_half(5)

@@ -13,7 +13,7 @@ def test_the_demo_clips_are_held_out_and_fit():
     footage, drawn = demo_pairs()
     assert drawn.name.startswith("heldout-") and drawn.mask.any() and not drawn.mask.all()
     assert drawn.request.source.frames.shape == (17, 96, 96, 3) and footage.request.source.frames.shape == (17, 360, 640, 3)
-    assert footage.mask.float().mean() > 0.2 and (footage.target - footage.request.source.frames)[footage.mask].abs().mean() > 0.2
+    assert footage.mask.float().mean() > 0.2 and (footage.target - footage.request.source.frames)[footage.mask].abs().mean() > 0.1
 
 
 @pytest.mark.slow

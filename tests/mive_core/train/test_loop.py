@@ -184,6 +184,8 @@ def test_a_validation_sees_averaged_weights_and_changes_nothing(tmp_path):
     class Recorded:
         """Every tenth step; keeps the weights it saw."""
 
+        at_start = False
+
         def __init__(self, task):
             self.task, self.seen = task, {}
 
