@@ -16,6 +16,7 @@ from mive_core.media.video import read_clip
 from mive_core.registration import register
 
 SAMPLE = Path(mive_core.__file__).parent / "assets" / "samples" / "bigbuckbunny_33f.mp4"
+GAIN, OFFSET = torch.tensor([1.06, 0.97, 0.92]), torch.tensor([-0.02, 0.01, 0.03])  # a colour cast
 
 
 @pytest.fixture(scope="module")
