@@ -86,6 +86,7 @@ def test_a_moved_reference_comes_back(frame, edit, motion):
     assert np.abs(shift).max() < 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("motion", MOTIONS)
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_jpeg_is_as_good_as_one_that_was_not_moved(frame, edit, motion):
@@ -99,6 +100,7 @@ def test_a_reference_that_fits_stays_the_same(frame, edit):
         assert register(reference, frame) is reference
 
 
+@pytest.mark.slow
 def test_no_kind_of_edit_is_taken_for_a_motion():
     edits = PairedEdits(5, "heldout", (128, 128), 5)
     for request in (edits.sample(index).pair.request for index in range(24)):

@@ -8,6 +8,7 @@ from mive_core.errors import UserError
 needs_linux = pytest.mark.skipif(not STATUS.exists(), reason="NO /proc: peak memory cannot be told here")
 
 
+@pytest.mark.slow
 @needs_linux
 def test_a_sharded_dit_is_measured_and_removed(tmp_path):
     figures = bench_load("1.3b", blocks=2, shards=3, folder=tmp_path)

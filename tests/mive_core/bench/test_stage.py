@@ -14,6 +14,7 @@ from mive_core.errors import UserError
 SMALL = dict(size=(64, 48), num_frames=5, repeats=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "edit"])
 def test_a_stage_is_held_against_the_machine(stage):
     report = bench_stage(stage, workload("tiny", **SMALL, blocks=2))

@@ -88,6 +88,7 @@ def test_tiles_at_720p_x_81_by_the_formula():
     assert vae_encode_bytes(81, 720, 1280, 4) == pytest.approx(13.01e9, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, frames", [((96, 64), 17), ((128, 128), 9)])
 def test_a_cpu_holds_what_the_formula_says(size, frames):
     """The library's own VAE, in planes, run for real at the embedded model's width."""

@@ -85,6 +85,7 @@ def test_it_goes_on_where_it_stopped(work, capsys):
     assert (pair.request.source.frames - pair.target)[~pair.mask].abs().mean() < 0.1 < (pair.request.source.frames - pair.target)[pair.mask].abs().mean()
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_loses_nothing(work):
     """The process itself is killed once two clips are done: what a second run leaves is what one run would have left."""
     lines = [{"source": "anna", "mask": "anna_mask", "name": f"p{i}"} for i in range(30)]

@@ -304,6 +304,7 @@ def test_a_copier_start_needs_the_width():
         initialise_identity(narrow)
 
 
+@pytest.mark.slow
 def test_channel_weights_follow_what_the_decoder_shows():
     torch.manual_seed(0)
     vae = WholeClipVAE(8)
@@ -313,6 +314,7 @@ def test_channel_weights_follow_what_the_decoder_shows():
     assert torch.allclose(channel_weights(vae, 2.0), weights**2 / (weights**2).mean())
 
 
+@pytest.mark.slow
 def test_bf16_training_learns_the_same(tmp_path):
     losses = {}
     for bf16 in (False, True):

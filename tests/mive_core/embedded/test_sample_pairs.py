@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from mive_core.cli import main
@@ -24,6 +25,7 @@ def test_the_shipped_reference_is_the_sample_clips_first_frame():
     assert torch.allclose(read_image(SAMPLES / "neon.png"), neon(clip.frames[0]), atol=0.5 / 255 + 1e-6)
 
 
+@pytest.mark.slow
 def test_the_first_training_has_held_out_pairs(tmp_path, capsys):
     """Other parts of the clip than those that are trained on, with the same look."""
     assert main(["data", "samples", "--output", str(tmp_path)]) == 0

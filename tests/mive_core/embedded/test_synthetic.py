@@ -47,6 +47,7 @@ def plans(split, num=2000):
     return [draw_plan(rng, odds, split == "heldout") for _ in range(num)]
 
 
+@pytest.mark.slow
 def test_an_index_gives_the_same_edit_in_another_process():
     code = (
         f"import importlib.util as u; s = u.spec_from_file_location('t', {__file__!r}); m = u.module_from_spec(s); s.loader.exec_module(m); print(m.digest())"

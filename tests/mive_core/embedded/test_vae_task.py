@@ -104,6 +104,7 @@ def test_a_run_exports_a_vae_that_loads_everywhere(tmp_path):
         assert (decode_clips(fast, latents)[0] - vae.decode(latents)).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_bit_equal(tmp_path):
     run(build(values(tmp_path / "a")))
     run(build(values(tmp_path / "b")), stop_at=4)

@@ -173,6 +173,7 @@ def test_where_the_rate_decays_to_the_end_the_end_stays(cached, random_models, t
         run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=4, decay_ratio=0.5)))
 
 
+@pytest.mark.slow
 def test_a_lora_learns_a_pair_by_heart(cached, random_models, tmp_path):
     task = EditTask(recipe(cached, random_models, tmp_path, lora_rank=8, num_steps=60, batch_size=4))
     task.dataset.order = lambda epoch: [[(str(cached / "wide"), next(e for _, e in next(iter(task.dataset.shapes.values()))))] * 4] * 99

@@ -121,6 +121,7 @@ def test_a_cache_made_by_other_models_is_refused(held_out, random_models, tmp_pa
             EditTask(recipe(held_out, random_models, tmp_path, **changes))
 
 
+@pytest.mark.slow
 def test_a_validation_may_be_added_to_a_run(held_out, random_models, tmp_path):
     plain = recipe(held_out, random_models, tmp_path, validate_every=0, validation_manifest="", validation_cache="", validation_vae="")
     run(EditTask(plain), stop_at=3)
