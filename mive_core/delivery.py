@@ -35,7 +35,7 @@ def deliver(
     Warns of an empty mask. Raises UserError for shapes and lengths that do not fit, and for values that are not finite.
     """
     _check(edited, round_trip, reference, mask, anchor)
-    shots, fitted, correction, count = find_shots(round_trip), iter(()), None, 0
+    shots, fitted, correction, weight, count = find_shots(round_trip), iter(()), None, None, 0
     for index, frame in enumerate(frames):
         if index >= len(edited):
             raise UserError("the source is longer than its edit", got=f"more than {len(edited)} frames", expected=len(edited))
@@ -52,7 +52,9 @@ def deliver(
         if correction is not None:
             delivered = apply_anchor(correction, frame, delivered, small[1], small[0])
         if mask is not None:
-            delivered = torch.lerp(frame, delivered, feathered(mask[index % len(mask)].to(frame), frame.shape[:2])[..., None])
+            if weight is None or len(mask) > 1:  # a still mask is feathered once
+                weight = feathered(mask[index % len(mask)].to(frame), frame.shape[:2])[..., None]
+            delivered = torch.lerp(frame, delivered, weight)
         yield delivered
         count += 1
     if count < len(edited):

@@ -12,11 +12,12 @@ from ..embedded.heldout import recolour_pairs
 from ..embedded.synthetic import PairedEdits
 from ..evaluation.contact_sheet import make_band, write_sheet
 from ..evaluation.evaluate import BASELINES, EvaluationSettings, notes, region_psnr, score, summary, write_json
-from ..media.fit import edit_size, fit_mask, resize
+from ..evaluation.full_size import FullSizePairs
+from ..media.fit import fit_mask, resize
 from ..media.paths import atomic_folder, check_output_folder
 from ..media.video import read_clip, write_image, write_video
 from ..pipeline import Pipeline
-from ..types import Clip, EditRequest, PairedEdit
+from ..types import Clip, PairedEdit
 
 SAMPLE = Path(__file__).parents[1] / "assets" / "samples" / "bigbuckbunny_640x360.mp4"
 DRAWN_SEED, DRAWN_INDEX = 1, 3
@@ -57,16 +58,15 @@ def run_demo(output_dir: str | Path, models: str = "tiny", settings: EvaluationS
 
 def edit_pair(pipeline: Pipeline, pair: PairedEdit, settings: EvaluationSettings) -> tuple[dict, torch.Tensor]:
     """Edits a pair at the model's size -> its row of the report, and the frames delivered at the pair's own size, (F, H, W, 3)."""
-    request, (height, width) = pair.request, pair.request.reference.shape[:2]
+    request = pair.request
     assert pair.target is not None and pair.mask is not None  # demo_pairs has both
-    size = edit_size((width, height), pipeline.config.edit_pixels)
-    source, target = (torch.stack([resize(frame, size) for frame in frames]) for frames in (request.source.frames, pair.target))
-    mask = fit_mask(pair.mask[..., None].expand(*pair.mask.shape, 3).float(), size)
-    small = replace(
-        pair, request=EditRequest(replace(request.source, frames=source), resize(request.reference, size), request.instruction), target=target, mask=mask
-    )
+    fitted = FullSizePairs((pair,)).fit(request, pipeline.config.edit_pixels)
+    height, width = fitted.reference.shape[:2]
+    target = torch.stack([resize(frame, (width, height)) for frame in pair.target])
+    mask = fit_mask(pair.mask[..., None].expand(*pair.mask.shape, 3).float(), (width, height))
+    small = replace(pair, request=fitted, target=target, mask=mask)
     start = time.perf_counter()
-    result = pipeline.run(small.request, steps=settings.steps, cfg=settings.cfg, shift=settings.shift, seed=settings.seed)
+    result = pipeline.run(fitted, **settings.sampling)
     seconds = time.perf_counter() - start
     delivered = torch.stack(list(deliver(iter(request.source.frames), result.edited.frames, result.round_trip, request.reference)))
     row = {"name": pair.name, "instruction": request.instruction, **score(pipeline, small, result.edited.frames), "seconds": seconds}

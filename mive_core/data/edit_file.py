@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config import MiVEConfig, latent_grid
 from ..delivery import deliver
 from ..errors import UserError
-from ..evaluation.evaluate import EvaluationSettings
+from ..evaluation.evaluate import EvaluationSettings, show_steps
 from ..media.fit import check_frames, check_request_frames, check_request_size, edit_size, fit_reference, resize, valid_num_frames
 from ..media.remote import local_copy
 from ..media.video import read_clip, read_fps, read_image, stream_clip, write_stream, write_video
@@ -96,15 +95,7 @@ def edit_file(
     """Edits and writes the video -> its path, and the seconds that the edit took, delivery left out. Raises UserError."""
     keep_detail = options.detail == "auto"
     start = time.perf_counter()
-    result = pipeline.run(
-        prepared.request,
-        steps=settings.steps,
-        cfg=settings.cfg,
-        shift=settings.shift,
-        seed=settings.seed,
-        progress=lambda steps: tqdm(steps, desc="steps", leave=False, disable=None),
-        with_round_trip=keep_detail,
-    )
+    result = pipeline.run(prepared.request, **settings.sampling, progress=show_steps, with_round_trip=keep_detail)
     seconds = time.perf_counter() - start
     edited = result.edited.frames[: prepared.num_frames]
     if not keep_detail or result.round_trip is None:

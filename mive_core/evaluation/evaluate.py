@@ -12,7 +12,7 @@ source's size, with the source's detail.
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +55,11 @@ class EvaluationSettings:
     seed: int = 0
     reference_mode: str = "given"  # source_frame: the unedited first frame replaces the reference
     instruction_mode: str = "given"  # wrong: another clip's instruction; empty: none
+
+    @property
+    def sampling(self) -> dict:
+        """The settings that Pipeline.edit and Pipeline.run take."""
+        return {"steps": self.steps, "cfg": self.cfg, "shift": self.shift, "seed": self.seed}
 
     def __post_init__(self):
         for what, got, known in (("reference_mode", self.reference_mode, REFERENCE_MODES), ("instruction_mode", self.instruction_mode, INSTRUCTION_MODES)):
@@ -157,17 +162,15 @@ def wrong_instruction(own: str, pairs: Sequence[PairedEdit], index: int) -> str:
     raise UserError("no wrong instruction to be had", where="instruction_mode", got="clips that all ask for the same")
 
 
+def show_steps(steps: Iterable) -> Iterable:
+    """Wraps the sampling steps in a progress bar, if stderr is a terminal."""
+    return tqdm(steps, desc="steps", leave=False, disable=None)
+
+
 def timed_edit(pipeline: Editor, request: EditRequest, settings: EvaluationSettings) -> tuple[Clip, float]:
     """Returns the edited clip, on the request's device, and the seconds that the edit took."""
     start = time.perf_counter()
-    edited = pipeline.edit(
-        request,
-        steps=settings.steps,
-        cfg=settings.cfg,
-        shift=settings.shift,
-        seed=settings.seed,
-        progress=lambda steps: tqdm(steps, desc="steps", leave=False, disable=None),
-    )
+    edited = pipeline.edit(request, **settings.sampling, progress=show_steps)
     return replace(edited, frames=edited.frames.to(request.source.frames)), time.perf_counter() - start
 
 
