@@ -22,6 +22,14 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+def peak_memory():
+    """Code for another process that defines `peak()`, its peak resident bytes. ru_maxrss would begin with the peak of the process that started it."""
+    if sys.platform != "linux":
+        pytest.skip("memory is read as Linux counts it")
+    return "import re; peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+
+
+@pytest.fixture(scope="session")
 def body():
     """A random Qwen3-VL, two text layers deep and 64 wide, in all else as published: heads of 128, 24 vision layers, the vocabulary."""
     from transformers import Qwen3VLConfig, Qwen3VLModel
