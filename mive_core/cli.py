@@ -22,6 +22,7 @@ from .commands.bench import (
 )
 from .commands.data import (
     run_data_cache,
+    run_data_challenge,
     run_data_compose,
     run_data_import,
     run_data_looks,
@@ -412,6 +413,7 @@ def _add_data(commands) -> None:
     objects.add_argument(
         "--frames", type=positive_int, default=17, metavar="N", help="number of frames, 4n+1; default 17; each pair takes another part of a longer video"
     )
+    _add_challenge(data)
 
 
 def _add_published(data) -> None:
@@ -534,10 +536,38 @@ def _add_synth(data) -> None:
         action="append",
         default=[],
         type=text,
-        help='only this kind of clip: "seen in reference", "enters late", "two alike", "instruction only" or "no instruction"; can be repeated',
+        help='only this kind of clip: "seen in reference", "enters late", "two alike", "instruction only", "no instruction", or, drawn from the '
+        'heldout split only where named: "loose words", "vague words", "wrong words", "nothing asked"; can be repeated',
     )
     synth.add_argument(
         "--edit", action="append", default=[], type=text, help="only this edit: recolour, replace, remove, add, background or look; can be repeated"
+    )
+
+
+def _add_challenge(data) -> None:
+    challenge = _command(
+        data,
+        "challenge",
+        run_data_challenge,
+        "make evaluation pairs that are unlike the training's in shapes, colours, motion and words",
+        "Objects turn, grow and cross, over noise or a real video. The reference image decides; some instructions are vague, wrong or ask for nothing.",
+    )
+    challenge.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to: clips and their manifest pairs.jsonl")
+    challenge.add_argument("--source", type=text, metavar="VIDEO|DIR", help="video behind the objects: a video file or a folder of frames; default: noise")
+    challenge.add_argument("--num", type=positive_int, default=32, metavar="N", help="number of pairs; default 32, in which every kind and edit occurs")
+    challenge.add_argument("--seed", type=integer, default=0, metavar="N", help="random seed of the clips; default 0")
+    challenge.add_argument("--size", type=size, default=(96, 96), metavar="WxH", help="size in pixels, multiples of 16; default 96x96")
+    challenge.add_argument("--frames", type=positive_int, default=17, metavar="N", help="number of frames, 4n+1; default 17")
+    challenge.add_argument(
+        "--kind",
+        action="append",
+        default=[],
+        type=text,
+        help='only this kind of clip: "seen in reference", "enters late", "two alike", "words alone", "vague words", "wrong words", "nothing asked" or '
+        '"look strengths"; can be repeated',
+    )
+    challenge.add_argument(
+        "--edit", action="append", default=[], type=text, help="only this edit: recolour, replace, remove, background, look, keep or absent; can be repeated"
     )
 
 

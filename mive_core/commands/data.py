@@ -123,16 +123,32 @@ def run_data_strengths(arguments: argparse.Namespace) -> None:
 
 
 def run_data_objects(arguments: argparse.Namespace) -> None:
-    import torch
-
     from ..data.manifest import export_pairs
     from ..embedded.heldout import object_pairs
+
+    frames = _read_footage(arguments)
+    sys.stdout.write(f"{export_pairs(object_pairs(frames, arguments.num, arguments.seed, arguments.frames), arguments.output)}\n")
+
+
+def run_data_challenge(arguments: argparse.Namespace) -> None:
+    from ..data.manifest import export_pairs
+    from ..embedded.challenge import EDITS, KINDS, ChallengePairs
+
+    footage = _read_footage(arguments) if arguments.source else None
+    kinds, edits = tuple(arguments.kind) or KINDS, tuple(arguments.edit) or EDITS
+    pairs = ChallengePairs(arguments.seed, arguments.size, arguments.frames, kinds, edits, footage)
+    sys.stdout.write(f"{export_pairs(pairs.pairs(arguments.num), arguments.output)}\n")
+
+
+def _read_footage(arguments: argparse.Namespace):
+    """The whole source, fitted to the size -> (F, H, W, 3)."""
+    import torch
+
     from ..media.fit import check_request_size, resize_and_crop
     from ..media.video import stream_clip
 
     check_request_size(arguments.size)
-    frames = torch.cat([resize_and_crop(frame[None], arguments.size) for frame in stream_clip(arguments.source, what="source")])
-    sys.stdout.write(f"{export_pairs(object_pairs(frames, arguments.num, arguments.seed, arguments.frames), arguments.output)}\n")
+    return torch.cat([resize_and_crop(frame[None], arguments.size) for frame in stream_clip(arguments.source, what="source")])
 
 
 def _write_footage(arguments: argparse.Namespace, pairs_of: Callable) -> None:

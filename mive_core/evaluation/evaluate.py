@@ -3,7 +3,7 @@
 F frames, H x W pixels. PSNR covers all frames and channels of a clip at once, with a peak of 1; the figures of a set are means over its
 clips. PSNR_CAP replaces infinity where nothing differs. `edit_completion` measures, without a human rater, whether the edit is present
 in every frame. `success_rate` is the share of clips where it is, and `object_match` the share where the edited object has the truth's
-colour, position and shape.
+colour, position and shape, of the clips with an object of one colour. What is not measured is None.
 
 These figures are those of the model's own pixels, at its own size. `delivered` holds the PSNR of what `mive edit` writes: frames of the
 source's size, with the source's detail.
@@ -29,20 +29,20 @@ from ..media.video import write_video
 from ..types import Clip, EditRequest, EditResult, PairedEdit
 from .contact_sheet import Band, make_band, write_sheet
 from .full_size import FullSizePairs, colour_match, flow_reference, same_request
-from .object_match import match_object
+from .metrics import FIGURES, PSNR_CAP, edit_completion, first_frame_gap, is_nearest, mean, region_psnr, shows_edit, worst_frame
+from .object_match import match_object, mean_colour_distance
 
-PSNR_CAP = 100.0
 REFERENCE_MODES = ("given", "source_frame")
 INSTRUCTION_MODES = ("given", "wrong", "empty")
-FIGURES = ("psnr_edited", "psnr_kept", "psnr")  # inside the mask, outside of it, over whole frames
+COMPLETION = tuple(f"{name}{suffix}" for suffix in ("", "_ceiling") for name in ("edit_completion", "object_match", "mean_colour_distance"))
 BASELINES = ("vae_ceiling", "copy_source", "repeat_reference")
 FULL_SIZE_BASELINES = {"colour_match": colour_match, "flow_reference": flow_reference}
 DELIVERY_FIGURES = ("delivered", "round_trip", *FULL_SIZE_BASELINES)  # round_trip: the source through the VAE, at the model's size
 LOOK_STRENGTHS = "look strengths"  # kind of the clips that show one look, named by their edit, in several strengths
 SHEET_ACROSS, PAGE_CLIPS = 4, 8
-VISIBLE = 0.15  # RGB distance (sqrt(3) at most) from which a pixel counts as changed by the edit
-MIN_CHANGED = 0.01  # of a frame's pixels; frames with fewer changed pixels are ignored
 SUCCESS_THRESHOLD = 0.75  # edit_completion from which a clip counts as a success
+CLOSE_GAP = 1.0  # dB; largest first_frame_gap of a first frame that follows the reference
+WORST_FRAME = ("psnr_worst_frame", "psnr_worst_frame_ceiling", "worst_frame_gap")  # over the clip's frames, inside the mask
 
 
 @dataclass(frozen=True)
@@ -115,20 +115,23 @@ def evaluate(
                 **score(pipeline, pair, edited.frames),
                 "seconds": seconds,
             }
+            others = other_strengths(groups, index)
+            if others:
+                row["strength_right_raw"] = is_nearest(edited.frames, pair.target, [pairs[other].target for other in others])
             delivered = None
             if full_size is not None:
                 result = EditResult(edited, vae_round_trip(pipeline, request.source.frames))
                 full = full_size.pairs[index]
                 delivered = deliver_edit(pipeline, full.request, full_size, request, result, settings)
                 row |= score_delivered(pair, result, full, delivered)
-                others = other_strengths(groups, index)
                 if others:
                     row["strength_right"] = is_nearest(delivered, full.target, [full_size.pairs[other].target for other in others])
             rows.append(row)
             bands.append(make_band(request, edited.frames, pair.target, delivered=delivered, notes=notes(row), cell_side=96))
         report = {
             **summary(rows),
-            **strengths_right(rows),
+            **strengths_right(rows, "strength_right_raw"),
+            **strengths_right(rows, "strength_right"),
             **{f"by_{group}": by_group(rows, group) for group in groups},
             "command": command,
             "settings": asdict(settings),
@@ -213,47 +216,31 @@ def score_delivered(pair: PairedEdit, result: EditResult, full: PairedEdit, deli
 def score(pipeline: Editor, pair: PairedEdit, edited: Tensor) -> dict:
     """Figures of one clip, edited (F, H, W, 3), and of the baselines; None without a target or for an empty region."""
     if pair.target is None:
-        no_figures = dict.fromkeys(FIGURES)
-        return {
-            "edited_fraction": None,
-            "edit_completion": None,
-            "edit_completion_ceiling": None,
-            "object_match": None,
-            "object_match_ceiling": None,
-            **no_figures,
-            **dict.fromkeys(BASELINES, no_figures),
-        }
-    source, target, mask = pair.request.source.frames, pair.target, edited_region(pair)
-    baselines = {"vae_ceiling": vae_round_trip(pipeline, target), "copy_source": source, "repeat_reference": pair.request.reference.expand_as(target)}
+        names = ("edited_fraction", *COMPLETION, *WORST_FRAME, "first_frame_gap", *FIGURES)
+        return {**dict.fromkeys(names), **dict.fromkeys(BASELINES, dict.fromkeys(FIGURES))}
+    source, reference, target, mask = pair.request.source.frames, pair.request.reference, pair.target, edited_region(pair)
+    baselines = {"vae_ceiling": vae_round_trip(pipeline, target), "copy_source": source, "repeat_reference": reference.expand_as(target)}
     ceiling = baselines["vae_ceiling"]
-    completion: dict[str, Any] = {
-        "edit_completion": edit_completion(edited, source, target),
-        "edit_completion_ceiling": edit_completion(ceiling, source, target),
-    }
-    for name, frames in (("object_match", edited), ("object_match_ceiling", ceiling)):
+    completion: dict[str, Any] = {}
+    for suffix, frames in (("", edited), ("_ceiling", ceiling)):
         match = match_object(frames, source, target, mask, pair.colour)
-        completion[name] = {"matches": match.matches, **asdict(match)}
+        completion |= {
+            f"edit_completion{suffix}": edit_completion(frames, source, target),
+            f"object_match{suffix}": match and {"matches": match.matches, **asdict(match)},
+            f"mean_colour_distance{suffix}": mean_colour_distance(frames, target, mask),
+        }
+    gap: float | None = None
+    if shows_edit(reference, source):  # the VAE is causal: its first frame depends on no other
+        round_trip = ceiling if torch.equal(reference, target[0]) else vae_round_trip(pipeline, reference[None])
+        gap = first_frame_gap(edited[0], target[0], round_trip[0])
     return {
         "edited_fraction": mask.float().mean().item(),
         **completion,
+        **worst_frame(edited, ceiling, target, mask),
+        "first_frame_gap": gap,
         **pair_psnr(edited, pair),
         **{name: pair_psnr(frames, pair) for name, frames in baselines.items()},
     }
-
-
-def edit_completion(frames: Tensor, source: Tensor, target: Tensor) -> float | None:
-    """frames, source, target (F, H, W, 3) -> the share of visibly changed pixels that are edited, in the worst frame.
-
-    A pixel changes visibly if source and target differ by more than VISIBLE; it is edited if it lies nearer to the target than half the
-    distance between source and target. None if the edit changes next to nothing.
-    """
-    change, error = ((target - other).norm(dim=-1).flatten(1) for other in (source, frames))
-    changed = change > VISIBLE
-    counts = changed.sum(dim=1)
-    counted = counts >= MIN_CHANGED * changed.shape[1]
-    if not counted.any():
-        return None
-    return (((error < change / 2) & changed).sum(dim=1)[counted] / counts[counted]).min().item()
 
 
 def edited_region(pair: PairedEdit) -> Tensor:
@@ -266,21 +253,6 @@ def pair_psnr(frames: Tensor, pair: PairedEdit) -> dict[str, float | None]:
     return region_psnr(frames, pair.target, edited_region(pair))
 
 
-def region_psnr(frames: Tensor, target: Tensor, mask: Tensor) -> dict[str, float | None]:
-    """frames, target (F, H, W, 3), mask (F, H, W) bool -> PSNR inside the mask, outside and over everything; None for an empty region."""
-    return dict(zip(FIGURES, (psnr(frames, target, region) for region in (mask, ~mask, torch.ones_like(mask)))))
-
-
-def psnr(frames: Tensor, target: Tensor, region: Tensor) -> float | None:
-    """frames, target (F, H, W, 3) in 0..1, region (F, H, W) bool -> dB, at most PSNR_CAP; None if the region is empty or not finite."""
-    if not region.any():
-        return None
-    error = (frames - target)[region].double().square().mean().item()
-    if not math.isfinite(error):
-        return None
-    return min(PSNR_CAP, -10 * math.log10(error)) if error else PSNR_CAP
-
-
 def other_strengths(groups: Mapping[str, Sequence[str]], index: int) -> list[int]:
     """Returns the other clips of the same look, if the clip is one of LOOK_STRENGTHS."""
     labels = list(zip(groups.get("kind", ()), groups.get("edit", ())))
@@ -289,21 +261,14 @@ def other_strengths(groups: Mapping[str, Sequence[str]], index: int) -> list[int
     return [other for other, label in enumerate(labels) if label == labels[index] and other != index]
 
 
-def is_nearest(frames: Tensor, target: Tensor | None, others: Sequence[Tensor | None]) -> bool | None:
-    """Whether frames are nearer to the target than to all others, (F, H, W, 3) each; None without one of them."""
-    targets = [target, *others]
-    errors = [(frames - known).square().mean().item() for known in targets if known is not None]
-    return errors[0] < min(errors[1:]) if len(errors) == len(targets) else None
-
-
-def strengths_right(rows: Sequence[dict]) -> dict:
-    """For LOOK_STRENGTHS: how many clips are nearest to the target of their own strength, altogether and by look."""
-    judged = [row for row in rows if row.get("strength_right") is not None]
+def strengths_right(rows: Sequence[dict], key: str) -> dict:
+    """For LOOK_STRENGTHS: how many clips are nearest to the target of their own strength by the rows' `key`, altogether and by look."""
+    judged = [row for row in rows if row.get(key) is not None]
     if not judged:
         return {}
     looks = sorted({row["edit"] for row in judged})
-    by_look = {look: sum(row["strength_right"] for row in judged if row["edit"] == look) for look in looks}
-    return {"strength_right": {"clips": len(judged), "right": sum(by_look.values()), "by_look": by_look}}
+    by_look = {look: sum(row[key] for row in judged if row["edit"] == look) for look in looks}
+    return {key: {"clips": len(judged), "right": sum(by_look.values()), "by_look": by_look}}
 
 
 def summary(rows: Sequence[dict]) -> dict:
@@ -318,7 +283,13 @@ def summary(rows: Sequence[dict]) -> dict:
     for key, completion in (("success_rate", "edit_completion"), ("success_rate_ceiling", "edit_completion_ceiling")):
         means[key] = mean([None if row[completion] is None else float(row[completion] >= SUCCESS_THRESHOLD) for row in rows])
     for name in ("object_match", "object_match_ceiling"):
-        means[name] = mean([None if row[name] is None else float(row[name]["matches"]) for row in rows])
+        means[name] = mean([row[name] and float(row[name]["matches"]) for row in rows])
+    means["clips_with_object_match"] = sum(row["object_match"] is not None for row in rows)
+    for key in ("mean_colour_distance", "mean_colour_distance_ceiling", *WORST_FRAME):
+        means[key] = mean([row[key] for row in rows])
+    gaps = [row["first_frame_gap"] for row in rows if row["first_frame_gap"] is not None]
+    close = mean([float(gap <= CLOSE_GAP) for gap in gaps])
+    means["first_frame_gap"] = {"clips": len(gaps), "mean": mean(gaps), "within_1_db": close}
     for name in (*BASELINES, *(name for name in DELIVERY_FIGURES if rows and name in rows[0])):
         means[name] = {key: mean([row[name][key] for row in rows]) for key in FIGURES}
     return means | {"seconds_per_clip": mean([row["seconds"] for row in rows])}
@@ -327,11 +298,6 @@ def summary(rows: Sequence[dict]) -> dict:
 def by_group(rows: Sequence[dict], group: str) -> dict[str, dict]:
     """A summary for each name in the group."""
     return {name: summary([row for row in rows if row[group] == name]) for name in sorted({row[group] for row in rows} - {""})}
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None
 
 
 def notes(row: dict) -> tuple[str, ...]:

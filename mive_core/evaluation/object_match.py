@@ -26,7 +26,7 @@ REMOVED_BELOW = 0.1  # share of the source's object pixels; if the truth keeps f
 class ObjectMatch:
     """Distances between result and truth; None where a measure does not apply. Centre distance and IoU are means over frames."""
 
-    colour_distance: float | None  # between the mean colours
+    colour_distance: float | None  # between the objects' mean colours
     centre_distance: float | None = None  # between the centres
     iou: float | None = None  # intersection over union
     remaining: float | None = None  # share of a removed object's pixels that still have its colour
@@ -38,14 +38,14 @@ class ObjectMatch:
         return all(value is None or value <= bound for value, bound in bounds) and (self.iou is None or self.iou >= MIN_IOU)
 
 
-def match_object(edited: Tensor, source: Tensor, target: Tensor, mask: Tensor, colour: tuple[float, float, float] | None) -> ObjectMatch:
+def match_object(edited: Tensor, source: Tensor, target: Tensor, mask: Tensor, colour: tuple[float, float, float] | None) -> ObjectMatch | None:
     """edited, source, target (F, H, W, 3) in 0..1, mask (F, H, W) bool, the object's colour after the edit (before it, if removed) -> ObjectMatch.
 
-    Without a colour (a change of look or background) only the mean colours of the region are compared.
+    None where there is nothing to measure: without a colour (a change of look or background), or if the truth has nothing of it.
     """
-    edited = edited.nan_to_num(nan=INVALID_COLOUR, posinf=INVALID_COLOUR, neginf=-INVALID_COLOUR)
     if colour is None:
-        return ObjectMatch((mean_colour(edited, mask) - mean_colour(target, mask)).norm().item())
+        return None
+    edited = _finite(edited)
     region = F.max_pool2d(mask[:, None].float(), 2 * REGION_MARGIN + 1, stride=1, padding=REGION_MARGIN)[:, 0] > 0
     found, before, truth = (segment_colour(frames, colour, region) for frames in (edited, source, target))
     if truth.sum() < REMOVED_BELOW * before.sum():
@@ -54,7 +54,7 @@ def match_object(edited: Tensor, source: Tensor, target: Tensor, mask: Tensor, c
     min_pixels = MIN_AREA * truth[0].numel()
     present = truth.flatten(1).sum(1) >= min_pixels
     if not present.any():
-        return ObjectMatch(None)
+        return None
     union = (found | truth).flatten(1).sum(1)
     iou = (found & truth).flatten(1).sum(1) / union.clamp(min=1)
     both = present & found.flatten(1).any(1)
@@ -64,6 +64,11 @@ def match_object(edited: Tensor, source: Tensor, target: Tensor, mask: Tensor, c
     return ObjectMatch(
         (mean_colour(edited, found) - mean_colour(target, truth)).norm().item(), distance[both].mean().item(), iou[union >= min_pixels].mean().item()
     )
+
+
+def mean_colour_distance(edited: Tensor, target: Tensor, mask: Tensor) -> float | None:
+    """edited, target (F, H, W, 3), mask (F, H, W) bool -> RGB distance of the mean colours inside the mask; None if it is empty."""
+    return (mean_colour(_finite(edited), mask) - mean_colour(target, mask)).norm().item() if mask.any() else None
 
 
 def segment_colour(frames: Tensor, colour: tuple[float, float, float], region: Tensor) -> Tensor:
@@ -82,3 +87,7 @@ def centroids(objects: Tensor) -> Tensor:
     rows, columns = (torch.arange(n, dtype=torch.float32) for n in objects.shape[1:])
     total = weight.sum(dim=(1, 2)).clamp(min=1)
     return torch.stack([weight.sum(dim=2) @ rows / total, weight.sum(dim=1) @ columns / total], dim=1)
+
+
+def _finite(frames: Tensor) -> Tensor:
+    return frames.nan_to_num(nan=INVALID_COLOUR, posinf=INVALID_COLOUR, neginf=-INVALID_COLOUR)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mive_core.embedded.synthetic import PairedEdits
-from mive_core.evaluation.evaluate import mean, psnr, region_psnr
+from mive_core.evaluation.metrics import mean, psnr, region_psnr
 from mive_core.evaluation.object_match import match_object
 from mive_core.formats.checkpoint import inspect
 from mive_core.pipeline import EMBEDDED, Pipeline

@@ -1,13 +1,14 @@
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from mive_core.config import PRESETS, MiVEConfig
 from mive_core.errors import UserError
-from mive_core.evaluation.evaluate import PSNR_CAP, EvaluationSettings, apply_modes, edit_completion, evaluate, psnr
+from mive_core.evaluation.evaluate import LOOK_STRENGTHS, EvaluationSettings, apply_modes, evaluate
+from mive_core.evaluation.metrics import PSNR_CAP
 from mive_core.media.video import read_clip
 from mive_core.types import Clip, EditRequest, PairedEdit
 
@@ -47,36 +48,6 @@ def db(error: float) -> float:
     return pytest.approx(-20 * math.log10(error), abs=1e-4)
 
 
-def test_psnr_by_hand():
-    frames, region = torch.full((2, 4, 4, 3), 0.5), torch.zeros(2, 4, 4, dtype=torch.bool)
-    target = frames.clone()
-    target[0] += 0.1
-    assert psnr(frames, target, ~region) == pytest.approx(-10 * math.log10(0.01 / 2), abs=1e-4)  # over the clip, not the mean of frames
-    region[0] = True
-    assert psnr(frames, target, region) == db(0.1)
-    assert psnr(frames, target, ~region) == PSNR_CAP
-    assert psnr(frames, target, region & ~region) is None
-    assert psnr(frames * math.nan, target, region) is None
-
-
-def test_an_edit_is_done_where_every_frame_lies_nearer_to_the_target():
-    source, target = torch.zeros(3, 10, 10, 3), torch.zeros(3, 10, 10, 3)
-    target[:, :5] = 0.8
-    half = source.clone()
-    half[:, :5] = 0.5  # more than half of the way, 0.3 from the target
-    short = half.clone()
-    short[1, :5, :4] = 0.3  # in one frame 20 of 50 pixels stay behind
-    assert edit_completion(half, source, target) == edit_completion(target, source, target) == 1
-    assert edit_completion(source, source, target) == 0
-    assert edit_completion(short, source, target) == pytest.approx(0.6)
-    assert edit_completion(target, source, source) is None  # nothing was to be changed
-    short[2] = target[2, 1:] = 0
-    target[2, 0, 1:] = 0  # one pixel of 100 is the fewest that count, and here it is not done
-    assert edit_completion(short, source, target) == 0
-    target[2] = 0
-    assert edit_completion(short, source, target) == pytest.approx(0.6)
-
-
 def test_figures_by_hand(tmp_path):
     report = evaluate(
         CopyingPipeline(), [pair("a"), pair("b")], tmp_path / "out", EvaluationSettings(steps=3, seed=7), groups={"kind": ["late", ""]}, command="mive eval ..."
@@ -88,7 +59,12 @@ def test_figures_by_hand(tmp_path):
     assert report["vae_ceiling"] == {"psnr_edited": db(0.1), "psnr_kept": db(0.1), "psnr": db(0.1)}
     assert report["repeat_reference"] == {"psnr_edited": db(0.25), "psnr_kept": db(0.25), "psnr": db(0.25)}
     assert (report["success_rate"], report["success_rate_ceiling"]) == (0, 1)
-    assert (report["object_match"], report["object_match_ceiling"]) == (0, 0)  # 0.2 and 0.1 off in each of three channels
+    assert (report["object_match"], report["object_match_ceiling"], report["clips_with_object_match"]) == (None, None, 0)  # the pairs have no colour
+    assert report["mean_colour_distance"] == pytest.approx(0.2 * math.sqrt(3)) and report["mean_colour_distance_ceiling"] == pytest.approx(0.1 * math.sqrt(3))
+    assert (report["psnr_worst_frame"], report["psnr_worst_frame_ceiling"]) == (db(0.2), db(0.1))
+    assert report["worst_frame_gap"] == pytest.approx(20 * math.log10(2), abs=1e-4)
+    gap = report["first_frame_gap"]  # the reference is 0.25 off, and the VAE loses another 0.1
+    assert (gap["clips"], gap["within_1_db"]) == (2, 1) and gap["mean"] == pytest.approx(20 * math.log10(whole / 0.35), abs=1e-4)
     assert report["seconds_per_clip"] >= 0
     assert report["by_kind"]["late"]["clips"] == 1 and set(report["by_kind"]) == {"late"}
     row = report["per_clip"][0]
@@ -132,6 +108,24 @@ def test_without_a_target_there_is_an_edit_and_no_figure(tmp_path):
     assert report["clips_with_target"] == 0 and report["psnr_edited"] is None and report["vae_ceiling"]["psnr_kept"] is None
     assert "NaN" not in text and json.loads(text)["psnr_edited"] is None
     assert (tmp_path / "out" / "edited" / "000.mp4").exists()
+
+
+def test_only_what_is_measured_counts(tmp_path):
+    coloured = replace(pair("a"), colour=(0.75, 0.75, 0.75))
+    unedited = replace(pair("b"), request=replace(pair().request, reference=pair().request.source.frames[0]))
+    report = evaluate(CopyingPipeline(), [coloured, unedited, unedited], tmp_path / "out")
+    assert (report["object_match"], report["object_match_ceiling"], report["clips_with_object_match"]) == (0, 0, 1)
+    first, second, _ = report["per_clip"]
+    assert first["object_match"]["colour_distance"] == pytest.approx(0.2 * math.sqrt(3)) and second["object_match"] is None
+    assert second["first_frame_gap"] is None and report["first_frame_gap"]["clips"] == 1
+
+
+def test_strengths_of_a_look_are_told_apart_at_the_models_size(tmp_path):
+    near = replace(pair(), target=torch.full((5, 32, 32, 3), 0.58))
+    far = replace(pair(), target=torch.full((5, 32, 32, 3), 0.9))
+    report = evaluate(CopyingPipeline(), [near, far], tmp_path / "out", groups={"kind": [LOOK_STRENGTHS] * 2, "edit": ["matte"] * 2})
+    assert report["strength_right_raw"] == {"clips": 2, "right": 1, "by_look": {"matte": 1}} and "strength_right" not in report
+    assert [row["strength_right_raw"] for row in report["per_clip"]] == [True, False]
 
 
 def test_the_reference_can_be_taken_away(tmp_path):

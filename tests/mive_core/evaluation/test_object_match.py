@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mive_core.evaluation.object_match import ObjectMatch, centroids, match_object
+from mive_core.evaluation.object_match import ObjectMatch, centroids, match_object, mean_colour_distance
 
 RED, BLUE = (0.9, 0.1, 0.1), (0.1, 0.1, 0.9)
 EVERYWHERE = torch.ones(3, 32, 32, dtype=torch.bool)
@@ -67,15 +67,23 @@ def test_only_the_edited_region_is_looked_at():
     assert match_object(twin, clip(), clip(RED), mask, RED).matches and not match_object(twin, clip(), clip(RED), EVERYWHERE, RED).matches
 
 
-def test_a_look_has_a_colour_only():
-    assert match_object(clip(RED) * 0.5, clip(RED), clip(RED) * 0.5, EVERYWHERE, None) == ObjectMatch(0.0)
-    assert not match_object(clip(RED), clip(RED), clip(RED) * 0.5, EVERYWHERE, None).matches
+def test_what_is_not_measured_is_none():
+    """Looks and edits without a colour were called right by their mean colour alone, 15 of 16 of them where `edit_completion` found 5."""
+    assert match_object(clip(RED), clip(RED), clip(RED), EVERYWHERE, None) is None
+    assert match_object(clip(RED), clip(BLUE), clip(BLUE), EVERYWHERE, RED) is None  # nothing of that colour, before or after
 
 
-@pytest.mark.parametrize("colour", [None, RED])
-def test_what_is_not_finite_is_not_right(colour):
-    found = match_object(torch.full((3, 32, 32, 3), math.nan), clip(), clip(RED), EVERYWHERE, colour)
+def test_mean_colours_have_a_figure_of_their_own():
+    assert mean_colour_distance(clip(RED), clip(RED), EVERYWHERE) == 0
+    assert mean_colour_distance(torch.full((3, 32, 32, 3), 0.5), torch.full((3, 32, 32, 3), 0.6), EVERYWHERE) == pytest.approx(0.1 * 3**0.5)
+    assert mean_colour_distance(clip(RED), clip(RED), ~EVERYWHERE) is None
+
+
+def test_what_is_not_finite_is_not_right():
+    broken = torch.full((3, 32, 32, 3), math.nan)
+    found = match_object(broken, clip(), clip(RED), EVERYWHERE, RED)
     assert not found.matches and math.isfinite(found.colour_distance)
+    assert 1 < mean_colour_distance(broken, clip(RED), EVERYWHERE) < math.inf
 
 
 def test_centres():
