@@ -59,14 +59,14 @@ class DiTRecipe(FlowMatchingRecipe):
 
 
 class FeatureBatches(Dataset):
-    """dataset[step] is a batch of one clip size and one sequence length, so that nothing is padded."""
+    """dataset[step] is a batch of one clip size, one sequence length and one number of references, so that nothing is padded."""
 
     def __init__(self, buckets: list[tuple[Bucket, Sequence[EditFeatures]]], batch_size: int, seed: int, num_same_size: int = 1, num_growing: int = 0):
         """Over the first `num_growing` batches the set of clips in use grows to all, one shard's number of clips at a time."""
         self.buckets = buckets
         self.batch_size, self.seed, self.num_same_size, self.num_growing = batch_size, seed, num_same_size, num_growing
         self.num_indexed = [0] * len(buckets)  # clips of each bucket that are in by_length
-        self.by_length: list[dict[int, list[int]]] = [{} for _ in buckets]  # per bucket: sequence length -> clips of that length, in order
+        self.by_length: list[dict[tuple[int, int], list[int]]] = [{} for _ in buckets]  # per bucket: length and number of references -> clips, in order
 
     def __getitem__(self, step: int) -> EditFeatures:
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
@@ -82,7 +82,8 @@ class FeatureBatches(Dataset):
             num_available = self.num_available(step, len(entries))
             lengths = self.by_length[number]
             for index in range(self.num_indexed[number], num_available):
-                lengths.setdefault(entries[index].states.shape[1], []).append(index)
+                entry = entries[index]
+                lengths.setdefault((entry.states.shape[1], entry.reference.shape[1]), []).append(index)
             self.num_indexed[number] = max(self.num_indexed[number], num_available)
             for _, indices in sorted(lengths.items()):
                 if count := bisect_left(indices, num_available):

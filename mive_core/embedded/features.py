@@ -23,7 +23,7 @@ from ..formats.safetensors_file import read_tensors, write_tensors
 from ..train.objective import EditFeatures, latent_mask
 from ..types import PairedEdit
 from ..vlm import VLM, WEIGHTS
-from .synthetic import SHAPES, EditedObject, PairedEdits, SyntheticEdit
+from .synthetic import REVISION, SHAPES, EditedObject, PairedEdits, SyntheticEdit
 from .vae_network import read_whole_clip_vae
 from .vae_patch_matrix import Encoder, encoder_of
 
@@ -46,7 +46,7 @@ class Bucket:
 class Shard:
     """Some features of consecutive clips and everything that they depend on, as plain values that can be sent to worker processes."""
 
-    part: str  # "latents" (target, source, reference, mask), "states" or "objects" (track, shape, cover)
+    part: str  # "latents" (target, source, reference, reference_frames, mask), "states" or "objects" (track, shape, cover)
     model: str  # VAE file or VLM folder; unused for objects
     config: MiVEConfig
     seed: int
@@ -69,8 +69,8 @@ class Shard:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all settings and of the weights that affect the features; a VAE's decoder does not."""
-        settings = [self.part, self.seed, self.bucket.size, self.bucket.num_frames, self.indices.stop]
+        """A hash of all settings, of the drawing's revision and of the weights that affect the features; a VAE's decoder does not."""
+        settings = [REVISION, self.part, self.seed, self.bucket.size, self.bucket.num_frames, self.indices.stop]
         if self.bucket.kinds or self.bucket.edits:
             settings += [self.bucket.kinds, self.bucket.edits]
         model = Path(self.model)
@@ -106,11 +106,17 @@ def states_of(pair: PairedEdit, vlm: VLM, config: MiVEConfig) -> dict[str, Tenso
     return {"states": vlm.condition(pair.request, config).states[0].to(torch.bfloat16)}
 
 
-def latents_of(pair: PairedEdit, encode: Encoder) -> dict[str, Tensor]:
-    """Returns latents normalised as by VAE.encode, and the latent mask; `encode` is encoder_of(vae), many times faster on a CPU."""
-    clips = {"target": pair.target, "source": pair.request.source.frames, "reference": pair.request.reference[None]}
-    latents = {name: encode(frames[None])[0].to(torch.float16) for name, frames in clips.items()}
-    return latents | {"mask": latent_mask(pair.mask).to(torch.float16)}
+def latents_of(pair: PairedEdit, encode: Encoder, keyframes: Sequence[int] = ()) -> dict[str, Tensor]:
+    """Returns latents normalised as by VAE.encode, the references' frame numbers and the latent mask.
+
+    The reference (C, R, Y, X) is followed by the target's frames `keyframes`, each encoded as an image of its own. `encode` is
+    encoder_of(vae), many times faster on a CPU.
+    """
+    assert pair.target is not None and pair.mask is not None  # every synthetic edit has both
+    images = torch.stack([pair.request.reference, *(pair.target[number] for number in keyframes)])
+    clips = {"target": pair.target[None], "source": pair.request.source.frames[None], "reference": images[:, None]}
+    latents = {name: torch.cat([*encode(frames)], dim=1).to(torch.float16) for name, frames in clips.items()}
+    return latents | {"reference_frames": torch.tensor([0.0, *keyframes]), "mask": latent_mask(pair.mask).to(torch.float16)}
 
 
 def object_of(edit: SyntheticEdit) -> dict[str, Tensor]:
@@ -137,7 +143,7 @@ def features_of(shard: Shard) -> Callable[[SyntheticEdit], dict[str, Tensor]]:
         vlm = VLM.load(shard.model)
         return lambda edit: states_of(edit.pair, vlm, shard.config)
     encode = encoder_of(read_whole_clip_vae(shard.model))
-    return lambda edit: latents_of(edit.pair, encode)
+    return lambda edit: latents_of(edit.pair, encode, edit.keyframes)
 
 
 @torch.inference_mode()

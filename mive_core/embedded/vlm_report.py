@@ -45,7 +45,7 @@ def measure(vlm: VLM, heads: Heads, split: str, num_clips: int, kinds: tuple[str
 def batches(vlm: VLM, split: str, num_clips: int, kinds: tuple[str, ...] | None) -> Iterator[VLMBatch]:
     """Yields batches of the split's first clips."""
     edits = PairedEdits(SEED, split=split, kinds=kinds)
-    for start in tqdm(range(0, num_clips, BATCH), desc=f"{split} {kinds[0] if kinds else 'all kinds'}", unit="batch"):
+    for start in tqdm(range(0, num_clips, BATCH), desc=f"{split} {', '.join(kinds or ('all kinds',))}", unit="batch"):
         examples = [example(edits.sample(index), 0, vlm.processor) for index in range(start, min(start + BATCH, num_clips))]
         yield batch_of(examples, vlm.processor.tokenizer.pad_token_id)
 
@@ -60,7 +60,7 @@ def report(folder: Path, num_clips: int) -> dict:
     vlm = VLM.load(folder)
     heads = load_heads(folder, vlm.width).requires_grad_(False)
     return {
-        "known_combinations": measure(vlm, heads, "train", num_clips),
+        "known_combinations": measure(vlm, heads, "train", num_clips, KINDS[1:]),
         "held_out": measure(vlm, heads, "heldout", num_clips),
         "held_out_by_kind": {kind: measure(vlm, heads, "heldout", num_clips // 4, (kind,)) for kind in KINDS[1:]},
     }

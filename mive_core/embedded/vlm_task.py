@@ -16,7 +16,7 @@ from ..train.loop import Task
 from ..train.recipe import Recipe, parse_recipe
 from ..types import VLMInputs
 from ..vlm import VLM, WEIGHTS, collect_hidden_states, load_processor, new_model
-from .synthetic import PairedEdits
+from .synthetic import KINDS, PairedEdits
 from .vlm_examples import (
     HEADS,
     Example,
@@ -61,7 +61,7 @@ class VLMBatches(Dataset):
 
     def __init__(self, recipe: VLMRecipe, folder: Path):
         self.recipe, self.processor = recipe, load_processor(folder)
-        self.edits = [[PairedEdits(recipe.seed, size=size, edits=edits) for edits in (None, LOCAL_EDITS)] for size in recipe.sizes]
+        self.edits = [[PairedEdits(recipe.seed, size=size, kinds=KINDS[1:], edits=edits) for edits in (None, LOCAL_EDITS)] for size in recipe.sizes]
         self.drawn: dict[int, list[Example]] = {}  # step -> its new edits
 
     def __getitem__(self, step: int) -> VLMBatch:

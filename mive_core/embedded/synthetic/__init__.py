@@ -3,7 +3,7 @@
 from .background import Footage
 from .labels import BACKGROUNDS, COLOURS, EDITS, KINDS, LOOKS, PICKS, PLACES, SHAPES, VOCABULARIES, EditLabels, is_held_out
 from .looks import LOOKS_FN, apply_look
-from .paired_edits import EditedObject, PairedEdits, SyntheticEdit
+from .paired_edits import REVISION, EditedObject, PairedEdits, SyntheticEdit
 from .phrasing import PHRASINGS
 from .random_scenes import random_clip
 
@@ -17,6 +17,7 @@ __all__ = [
     "PHRASINGS",
     "PICKS",
     "PLACES",
+    "REVISION",
     "SHAPES",
     "VOCABULARIES",
     "EditLabels",

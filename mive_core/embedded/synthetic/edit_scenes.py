@@ -8,7 +8,7 @@ import numpy as np
 from .background import Backdrop, Camera, Colour, Footage
 from .edit_plan import Plan
 from .labels import COLOURS, NONE, PLACES, RGB, SHAPES, EditLabels
-from .looks import LOOKS_FN, Look, draw_look
+from .looks import LOOKS_FN, Look, PartialLook, draw_look
 from .random_scenes import draw_backdrop, draw_motion, draw_places, tint
 from .scene import Body, Motion
 from .shapes import REACH, ROUND, Texture, draw_texture
@@ -29,7 +29,7 @@ class EditScenes:
     before: Body | None
     after: Body | None
     new_backdrop: Backdrop | Footage
-    look: Look | None = None
+    look: Look | PartialLook | None = None
     named_place: str = NONE  # the place that the instruction names for an added body
 
 
@@ -38,10 +38,14 @@ def draw_edit_scenes(rng: np.random.Generator, plan: Plan, size: tuple[int, int]
     labels = plan.labels
     if labels.edit == "look":
         return _look_scenes(rng, plan, size)
+    if labels.edit == NONE:
+        others = _unedited_bodies(rng, plan.said or plan, size, draw_places(rng, size, int(rng.integers(1, 5))))
+        backdrop = backdrop_for(rng, [b.rgb for b in others])
+        return EditScenes(backdrop, others, len(others), None, None, backdrop)
     if labels.edit == "background":
         others = _unedited_bodies(rng, plan, size, draw_places(rng, size, int(rng.integers(2, 5))))
         new = _new_backdrop(rng, plan)
-        old = _backdrop_for(rng, [b.rgb for b in others])
+        old = backdrop_for(rng, [b.rgb for b in others])
         return EditScenes(old, others, len(others), None, None, new)
     body, distractor, place = _edited_body(rng, plan, size, ENTRY_TIME * min(duration, 1.0))
     num_extras = int(rng.integers(0, 2)) if distractor else int(rng.integers(1, 4))
@@ -52,7 +56,7 @@ def draw_edit_scenes(rng: np.random.Generator, plan: Plan, size: tuple[int, int]
     depth = len(others) if rng.uniform() < 0.6 else int(rng.integers(len(others) + 1))
     after = None if labels.edit == "remove" else _edited_result(rng, plan, body)
     before = None if labels.edit == "add" else body
-    backdrop = _backdrop_for(rng, [b.rgb for b in (before, after) if b is not None], [b.rgb for b in extras])
+    backdrop = backdrop_for(rng, [b.rgb for b in (before, after) if b is not None], [b.rgb for b in extras])
     return EditScenes(backdrop, others, depth, before, after, backdrop, named_place=place)
 
 
@@ -190,11 +194,11 @@ def _new_backdrop(rng: np.random.Generator, plan: Plan) -> Backdrop:
     return Backdrop(style, first, second, (1.0, 0.0) if sideways else (0.0, 1.0), period=0.5)
 
 
-def _backdrop_for(rng: np.random.Generator, main: Sequence[Colour], rest: Sequence[Colour] = ()) -> Backdrop:
-    """Draws a background that contrasts with the colours, the main ones above all: the best of several draws."""
+def backdrop_for(rng: np.random.Generator, main: Sequence[Colour], rest: Sequence[Colour] = (), style: str | None = None) -> Backdrop:
+    """Draws a background, of the style if one is given, that contrasts with the colours, the main ones above all: the best of several draws."""
     best_score = -1.0
     for _ in range(12):
-        backdrop = draw_backdrop(rng)
+        backdrop = draw_backdrop(rng, style)
         score = min(_contrast(backdrop, main), 0.1 + _contrast(backdrop, rest))
         if score > best_score:
             best, best_score = backdrop, score

@@ -34,6 +34,18 @@ class Look:
         return np.clip(out, 0, 1, out=out)
 
 
+@dataclass(frozen=True)
+class PartialLook:
+    """A look in another strength: 0 leaves the frames as they are, above 1 the look is exaggerated."""
+
+    look: Look
+    strength: float
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        """(..., 3) in 0..1 -> (..., 3) float32 in 0..1."""
+        return np.clip(frames + np.float32(self.strength) * (self.look(frames) - frames), 0, 1)
+
+
 def _tinted(tint: Iterable[float], saturation: float) -> Matrix:
     """Returns the mix that keeps a fraction `saturation` of the colour and multiplies each channel by its tint."""
     return tuple(tuple(t * ((1 - saturation) * weight + saturation * (i == j)) for j, weight in enumerate(LUMA)) for i, t in enumerate(tint))
@@ -73,6 +85,18 @@ def draw_look(rng: np.random.Generator) -> Look:
     if rng.uniform() < 0.15:
         mix, lift = -mix, lift + np.maximum(mix, 0).sum(axis=1)
     return Look(tuple(tuple(float(v) for v in row) for row in mix), tuple(float(v) for v in lift), float(rng.uniform(-0.8, 0.8)), float(rng.uniform(0.8, 1.6)))
+
+
+def jitter(rng: np.random.Generator, look: Look) -> Look:
+    """Draws a relative of a look, with a somewhat different tint, tone curve and contrast."""
+    mix = np.array(look.mix) * rng.uniform(0.8, 1.2, (3, 1))
+    lift = np.array(look.lift) + rng.normal(0, 0.05, 3)
+    return Look(
+        tuple(tuple(float(v) for v in row) for row in mix),
+        tuple(float(v) for v in lift),
+        float(np.clip(look.bend + rng.uniform(-0.4, 0.4), -1, 1)),
+        float(look.contrast * rng.uniform(0.8, 1.2)),
+    )
 
 
 def draw_grade(rng: np.random.Generator) -> Look:

@@ -28,18 +28,20 @@ class Motion:
     pulse: float  # relative change of the radius per time unit
     entry: tuple[float, float] = (0.0, 0.0)  # initial offset from the path, which decays to zero
     entry_time: float = 1.0  # time at which the offset reaches zero
+    shift: tuple[float, float] = (0.0, 0.0)  # constant offset from the path
+    scale: float = 1.0  # factor on the radius; the path does not depend on it
 
     def track(self, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Returns the trajectory: times (F,) -> (F, 4) of x, y, radius, angle."""
         wave = np.sin(2 * np.pi * (self.rate * times + self.phase)) - np.sin(2 * np.pi * self.phase)
-        radius = self.radius * (1 + self.pulse * np.clip(times, 0, 1.5))
+        radius = self.scale * self.radius * (1 + self.pulse * np.clip(times, 0, 1.5))
         remaining = (1 - np.minimum(times / self.entry_time, 1)) ** 2
         columns = []
-        for start, velocity, wobble, entry, length in zip(self.start, self.velocity, self.wobble, self.entry, size):
+        for start, velocity, wobble, entry, shift, length in zip(self.start, self.velocity, self.wobble, self.entry, self.shift, size):
             wall = min(0.8 * self.radius, length / 2 - 1)
             room = length - 2 * wall
             folded = room - np.abs((start - wall + velocity * times + wobble * wave) % (2 * room) - room)
-            columns.append(wall + folded + entry * remaining)
+            columns.append(wall + folded + entry * remaining + shift)
         return np.stack([*columns, radius, self.angle + self.spin * times], axis=1)
 
 

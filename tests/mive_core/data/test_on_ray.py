@@ -28,7 +28,7 @@ def cluster():
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     """A folder with five pairs, the fourth of which has a video that is none."""
-    manifest = export_pairs(drawn_pairs(PairedEdits(5, "train", (48, 32), 5), 5), tmp_path_factory.mktemp("pairs") / "set")
+    manifest = export_pairs(drawn_pairs(PairedEdits(5, "train", (48, 32), 5, kinds=("seen in reference",)), 5), tmp_path_factory.mktemp("pairs") / "set")
     lines = [json.loads(line) for line in manifest.read_text().splitlines()]
     (manifest.parent / "broken.mp4").write_text("<html>")
     lines[3] |= {"source": "broken.mp4", "name": "the broken one"}

@@ -17,7 +17,7 @@ from mive_core.embedded.synthetic import PairedEdits
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    return export_pairs(drawn_pairs(PairedEdits(5, "train", (48, 32), 5), 4), tmp_path_factory.mktemp("pairs") / "set")
+    return export_pairs(drawn_pairs(PairedEdits(5, "train", (48, 32), 5, kinds=("seen in reference",)), 4), tmp_path_factory.mktemp("pairs") / "set")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from mive_core.vlm import VLM
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    edits = PairedEdits(5, "train", (48, 32), 5)
+    edits = PairedEdits(5, "train", (48, 32), 5, kinds=("seen in reference",))
     return export_pairs(drawn_pairs(edits, 5), tmp_path_factory.mktemp("pairs") / "set")
 
 
