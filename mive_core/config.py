@@ -10,7 +10,7 @@ from typing import Any
 from .errors import UserError
 
 METADATA_KEY = "mive.config"
-ROPE_SCHEMES = ("wan_reference_before",)  # target (t, y, x) from 0, reference at t = -1, identity rotation for the condition
+ROPE_SCHEMES = ("wan_reference_before",)  # target (t, y, x) from 0, reference at t = -1, keyframes 1 before their own, identity for the condition
 LATENT_FORMATS = ("wan2.1",)
 SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4  # pixels per latent cell, pixel frames per latent frame after the first (wan2.1)
 SIZE_MULTIPLE = 16  # of a clip's sides: the VAE's factor of 8 times Wan's patch size of 2
@@ -49,10 +49,12 @@ class MiVEConfig:
     # the clips that these weights know best; longer ones are edited in overlapping windows
     edit_pixels: int = 832 * 480  # per frame
     edit_frames: int = 81
+    keyframes: bool = False  # whether the weights were taught edited frames beside the first
     # sampling defaults for these weights
     steps: int = 30
     shift: float = 5.0
     cfg: float = 1.0
+    fix_first_frame: bool = False  # keeps the first latent frame at the reference, where that shows an edit
     guided_above: float = 0.0  # guidance applies only at t above this (guidance interval, Kynkäänniemi et al. 2024)
 
     def __post_init__(self):
@@ -133,6 +135,8 @@ PRESETS = {
         max_instruction_tokens=48,
         edit_pixels=160 * 96,
         edit_frames=33,
+        keyframes=True,
+        fix_first_frame=True,
         steps=4,
         shift=3.0,
         guided_above=0.92,

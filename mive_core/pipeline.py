@@ -20,6 +20,7 @@ from .errors import UserError
 from .flow import classifier_free_guidance, euler, schedule
 from .formats.checkpoint import load_dit, read_config, resolve
 from .layers import parse_layers
+from .reference import check_keyframes, fix_first_frame, latent_times, within_window
 from .types import Clip, Condition, EditLatents, EditRequest, EditResult
 from .vae import VAE
 from .vlm import VLM
@@ -88,7 +89,8 @@ class Pipeline:
         """Edits, and decodes the source's latents too, which delivery.py compares the edit with.
 
         None selects the checkpoint's own setting; `progress` wraps the iterable of steps. More latent frames than the checkpoint's
-        edit_frames make are denoised in overlapping windows, whose velocities are averaged; the reference precedes each of them.
+        edit_frames make are denoised in overlapping windows, whose velocities are averaged; the reference precedes each of them. A keyframe
+        counts in the windows that hold its frame.
         """
         cfg = self.config.cfg if cfg is None else cfg
         times = schedule(self.config.steps if steps is None else steps, self.config.shift if shift is None else shift)
@@ -101,38 +103,44 @@ class Pipeline:
         return EditResult(Clip(edited, request.source.fps), self.vae.decode(latents.source) if with_round_trip else None)
 
     def encode(self, request: EditRequest) -> EditLatents:
-        """Pixels -> latents of the source (1, C, T, Y, X) and of the reference (1, C, 1, Y, X)."""
-        source, reference = request.source.frames, request.reference
-        if source.shape[1:] != reference.shape:
-            raise UserError(
-                "the reference and the source differ in size", got=f"{reference.shape[1]}x{reference.shape[0]}", expected=f"{source.shape[2]}x{source.shape[1]}"
-            )
-        return EditLatents(self.vae.encode(source), self.vae.encode(reference[None]))
+        """Pixels -> latents of the source (1, C, T, Y, X), and of reference and keyframes (1, C, R, Y, X). Raises UserError."""
+        source, numbers = request.source.frames, [keyframe.number for keyframe in request.keyframes]
+        check_keyframes(numbers, len(source), self.config.keyframes)
+        images = {"the reference": request.reference} | {f"keyframe {keyframe.number}": keyframe.image for keyframe in request.keyframes}
+        for what, image in images.items():
+            if source.shape[1:] != image.shape:
+                raise UserError(
+                    f"{what} and the source differ in size", got=f"{image.shape[1]}x{image.shape[0]}", expected=f"{source.shape[2]}x{source.shape[1]}"
+                )
+        references = torch.cat([self.vae.encode(image[None]) for image in images.values()], dim=2)
+        return EditLatents(self.vae.encode(source), references, (0, *numbers))
 
     def denoise(
         self, latents: EditLatents, conditions: list[Condition], times: Tensor, cfg: float, seed: int, progress: Callable[[Iterable], Iterable] = iter
     ) -> Tensor:
         """The positive condition, and the negative one if cfg is not 1 -> (1, C, T, Y, X). The noise is drawn on the CPU."""
         tokens = [self.dit.embed_condition(condition.states) for condition in conditions]
-        source = latents.source
+        source, places = latents.source, latent_times(torch.tensor([latents.reference_frames])).to(latents.source)
 
         length = latent_grid(self.config.edit_frames, 0, 0)[0]
         windows = context_windows(source.shape[2], length, max(length // 4, 1))
 
         def windowed(x: Tensor, condition: Tensor, t: Tensor) -> Tensor:
             if len(windows) == 1:
-                return self.dit(x, source, latents.reference, condition, t)
+                return self.dit(x, source, latents.reference, condition, t, places)
             total, count = torch.zeros_like(x), x.new_zeros(x.shape[2], 1, 1)
             for first, last in windows:
                 weight = triangle(last - first).to(x).view(-1, 1, 1)
-                total[:, :, first:last] += weight * self.dit(x[:, :, first:last], source[:, :, first:last], latents.reference, condition, t)
+                reference, inside = within_window(latents.reference, places - first, last - first)
+                total[:, :, first:last] += weight * self.dit(x[:, :, first:last], source[:, :, first:last], reference, condition, t, inside)
                 count[first:last] += weight
             return total / count
 
         def velocity(x: Tensor, t: float) -> Tensor:
             contexts = tokens if t > self.config.guided_above else tokens[:1]
             t = torch.full((len(x),), t, device=x.device)
-            return classifier_free_guidance(*(windowed(x, c, t) for c in contexts), cfg=cfg)
+            guided = classifier_free_guidance(*(windowed(x, c, t) for c in contexts), cfg=cfg)
+            return fix_first_frame(guided, x, t, source, latents.reference) if self.config.fix_first_frame else guided
 
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source)
         return euler(velocity, noise, times, progress)

@@ -1,7 +1,7 @@
 """Frozen dataclasses that the stages pass to one another.
 
 F pixel frames (4n+1), H x W pixels; C latent channels, T x Y x X latent grid; B batch,
-K chosen layers, S tokens in the VLM sequence, D_vlm its width.
+R edited frames, K chosen layers, S tokens in the VLM sequence, D_vlm its width.
 """
 
 from dataclasses import dataclass, fields
@@ -19,12 +19,21 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Keyframe:
+    """A frame of the clip after the first, already edited."""
+
+    number: int  # of the frame, counted from 0
+    image: Tensor  # (H, W, 3) float32 in 0..1
+
+
+@dataclass(frozen=True)
 class EditRequest:
-    """The three inputs of an edit."""
+    """The three inputs of an edit, and further edited frames."""
 
     source: Clip
     reference: Tensor  # (H, W, 3) float32 in 0..1: the first frame, already edited
     instruction: str
+    keyframes: tuple[Keyframe, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,4 +84,5 @@ class EditLatents:
     """Clean latents that condition the denoising, normalised to unit variance."""
 
     source: Tensor  # (B, C, T, Y, X)
-    reference: Tensor  # (B, C, 1, Y, X)
+    reference: Tensor  # (B, C, R, Y, X): the reference and the keyframes
+    reference_frames: tuple[int, ...] = (0,)  # the pixel frame of each

@@ -19,6 +19,7 @@ LADDER = (  # each may import only what stands before it
     "prompt",
     "attention",
     "flow",
+    "reference",
     "dit",
     "formats",
     "vlm",

@@ -14,10 +14,11 @@ class Layout:
 
     num_condition: int
     grid: tuple[int, int, int]  # target frames, patch rows, patch columns
+    num_references: int = 1  # the reference and the keyframes
 
     @property
     def num_tokens(self) -> int:
-        return self.num_condition + (self.grid[0] + 1) * self.grid[1] * self.grid[2]
+        return self.num_condition + (self.grid[0] + self.num_references) * self.grid[1] * self.grid[2]
 
 
 def layout_for(num_tokens: int) -> Layout:
@@ -48,7 +49,7 @@ def non_block_flops(config: MiVEConfig, layout: Layout, ours: bool) -> float:
     if not ours:
         num_visual = layout.num_tokens
         return 4 * num_visual * per_patch * channels * width + 2 * NUM_TEXT_TOKENS * (config.vlm_width * width + width**2)
-    embedded, target = (layout.grid[0] + 1) * rows, layout.grid[0] * rows
+    embedded, target = (layout.grid[0] + layout.num_references) * rows, layout.grid[0] * rows
     context = 2 * layout.num_condition * (config.vlm_width * width + width**2)
     return 2 * per_patch * channels * width * (2 * embedded + target) + context
 

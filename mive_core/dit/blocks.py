@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
         self.norm_k = operations.RMSNorm(width, eps=eps, **factory_kwargs)
 
     def forward(self, x: Tensor, rotary: Tensor, **attention_options) -> Tensor:
-        """(B, L, D), rotary (1, L, 1, d/2) -> (B, L, D)."""
+        """(B, L, D), rotary (B or 1, L, 1, d/2) -> (B, L, D)."""
         q = apply_rotary(self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1)), rotary).flatten(2)
         k = apply_rotary(self.norm_k(self.k(x)).unflatten(-1, (self.num_heads, -1)), rotary).flatten(2)
         return self.o(self.attention(q, k, self.v(x), self.num_heads, **attention_options))
@@ -100,7 +100,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, width, device=device, dtype=parameter_dtype(dtype)) / width**0.5)
 
     def forward(self, x: Tensor, time: Modulation, rotary: Tensor, **attention_options) -> Tensor:
-        """(B, L, D), time of 6 rows, rotary (1, L, 1, d/2) -> (B, L, D)."""
+        """(B, L, D), time of 6 rows, rotary (B or 1, L, 1, d/2) -> (B, L, D)."""
         m = time.offset(self.modulation)
         attended = self.self_attn(modulate(self.norm1(x), m.row(0), m.row(1)), rotary, **attention_options)
         x = gated_add(x, attended, m.row(2))

@@ -1,6 +1,6 @@
 """The MiVE diffusion transformer: self-attention over a single sequence.
 
-B batch, C latent channels, T x Y x X latent grid, K chosen layers, S = N_c condition tokens,
+B batch, C latent channels, T x Y x X latent grid, R references, K chosen layers, S = N_c condition tokens,
 D_vlm their width, D model width, P blocks.
 """
 
@@ -55,18 +55,23 @@ class MiVEDiT(nn.Module):
         """(B, K, S, D_vlm) -> (B, N_c, D). Does not depend on t, so one call per sampling is enough."""
         return self.context(states, self.time_embedding[0].weight.dtype)
 
-    def forward(self, noisy: Tensor, source: Tensor, reference: Tensor, condition: Tensor, t: Tensor, **attention_options) -> Tensor:
-        """noisy and source (B, C, T, Y, X), reference (B, C, 1, Y, X), condition (B, N_c, D), t (B,) in 0..1 -> (B, C, T, Y, X)."""
+    def forward(
+        self, noisy: Tensor, source: Tensor, reference: Tensor, condition: Tensor, t: Tensor, reference_times: Tensor | None = None, **attention_options
+    ) -> Tensor:
+        """noisy and source (B, C, T, Y, X), reference (B, C, R, Y, X), condition (B, N_c, D), t (B,) in 0..1 -> (B, C, T, Y, X).
+
+        reference_times (B, R), see reference.latent_times, holds each reference's place among the target's latent frames; None: R = 1, the first.
+        """
         latents = torch.cat([torch.cat([reference, noisy], dim=2), torch.cat([reference, source], dim=2)], dim=1)
         patches = self.patch_embedding(latents)
-        grid = (patches.shape[2] - 1, *patches.shape[3:])
-        num_clean = condition.shape[1] + math.prod(grid[1:])
+        grid = (patches.shape[2] - reference.shape[2], *patches.shape[3:])
+        num_clean = condition.shape[1] + reference.shape[2] * math.prod(grid[1:])
 
         sequence = torch.cat([condition, patches.flatten(2).transpose(1, 2)], dim=1)
         del latents, patches  # each as large as the sequence
         clean_time, target_time = self.embed_time(torch.zeros_like(t[:1]), sequence.dtype), self.embed_time(t, sequence.dtype)
         time = Modulation(self.project_time(clean_time), self.project_time(target_time), num_clean)
-        rotary = rotary_table(condition.shape[1], grid, self.config.head_dim, self.config.rope_theta, sequence.device)
+        rotary = rotary_table(condition.shape[1], grid, self.config.head_dim, self.config.rope_theta, sequence.device, reference_times)
         for index in range(len(self.blocks)):
             sequence = self.run_block(index, sequence, time, rotary, **attention_options)
         return self.head(sequence[:, num_clean:], target_time, grid)

@@ -1,8 +1,9 @@
 """Rotary position embedding of the sequence [condition ; reference ; target].
 
 Scheme "wan_reference_before" (ours): target frames keep Wan's (t, y, x) from 0, the reference
-frame sits at t = -1 on the same (y, x), condition tokens get the identity rotation.
-L tokens, H heads, d head width, T x Y x X patch grid.
+frame sits at t = -1 on the same (y, x), a keyframe likewise at 1 before its own time, condition
+tokens get the identity rotation.
+B batch, L tokens, H heads, d head width, R references, T x Y x X patch grid.
 """
 
 import torch
@@ -16,24 +17,30 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 
 def axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
-    """(N,) positions -> (N, dim/2) float32 angles; the frequencies are computed in float64 on the CPU (MPS has none)."""
+    """(..., N) positions -> (..., N, dim/2) float32 angles; the frequencies are computed in float64 on the CPU (MPS has none)."""
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    return torch.outer(positions.to(torch.float64), frequencies).to(torch.float32)
+    return (positions.to(torch.float64)[..., None] * frequencies).to(torch.float32)
 
 
-def rotary_table(num_condition: int, grid: tuple[int, int, int], head_dim: int, theta: float, device=None) -> Tensor:
-    """N_c and the target's patch grid (T, Y, X) -> (1, N_c + (T+1)*Y*X, 1, d/2) complex64 rotations."""
+def rotary_table(
+    num_condition: int, grid: tuple[int, int, int], head_dim: int, theta: float, device=None, reference_times: Tensor | None = None
+) -> Tensor:
+    """N_c, the target's patch grid (T, Y, X) and the references' latent times (B, R) -> (B, N_c + (R+T)*Y*X, 1, d/2) complex64 rotations.
+
+    reference_times None: one reference, of the first frame.
+    """
     num_frames, height, width = grid
-    axes = (torch.arange(-1, num_frames), torch.arange(height), torch.arange(width))
-    t, y, x = (axis_angles(p, dim, theta) for p, dim in zip(axes, axis_dims(head_dim)))
-    shape = (num_frames + 1, height, width)
-    visual = torch.cat([t[:, None, None].expand(*shape, -1), y[None, :, None].expand(*shape, -1), x[None, None, :].expand(*shape, -1)], dim=-1).flatten(0, 2)
-    angles = torch.cat([visual.new_zeros(num_condition, head_dim // 2), visual])[None, :, None]
+    before = torch.zeros(1, 1) if reference_times is None else reference_times.cpu()
+    times = torch.cat([before - 1, torch.arange(num_frames).expand(len(before), -1)], dim=1)
+    t, y, x = (axis_angles(p, dim, theta) for p, dim in zip((times, torch.arange(height), torch.arange(width)), axis_dims(head_dim)))
+    shape = (*times.shape, height, width, -1)
+    visual = torch.cat([t[:, :, None, None].expand(shape), y[:, None].expand(shape), x.expand(shape)], dim=-1).flatten(1, 3)
+    angles = torch.cat([visual.new_zeros(len(visual), num_condition, head_dim // 2), visual], dim=1)[:, :, None]
     return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
 def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
-    """(B, L, H, d) and (1, L, 1, d/2) complex -> (B, L, H, d): rotates pairs of neighbouring features as complex numbers.
+    """(B, L, H, d) and (B or 1, L, 1, d/2) complex -> (B, L, H, d): rotates pairs of neighbouring features as complex numbers.
 
     On a CPU the complex product takes a ninth of the time of real arithmetic. Without gradients it may overwrite x: at 720p x 81
     a second copy in float32 is 1.7 GB. While compiling it uses real arithmetic, since the compiler cannot generate complex code.

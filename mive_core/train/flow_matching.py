@@ -140,7 +140,7 @@ class FlowMatchingTask(Task):
         return batch.states
 
     def workload(self, batch: EditFeatures) -> Workload:
-        size, layout = len(batch.target), Layout(batch.states.shape[2], self.config.patch_grid(*batch.target.shape[2:]))
+        size, layout = len(batch.target), Layout(batch.states.shape[2], self.config.patch_grid(*batch.target.shape[2:]), batch.reference.shape[2])
         trained_flops, prediction_flops = training_flops(self.config, layout, frozen=bool(self.recipe.lora_rank)), dit_flops(self.config, layout)
         return Workload(size, size * layout.num_tokens, size * trained_flops + self.num_predicted(size) * prediction_flops)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..dit import MiVEDiT
 from ..flow import FlowSample, flow_path
+from ..reference import fix_first_frame, latent_times
 
 TIME_BINS = 5  # equal parts of 0..1 for which errors are logged separately
 
@@ -22,10 +23,11 @@ class EditFeatures:
 
     target: Tensor  # (C, T, Y, X)
     source: Tensor  # (C, T, Y, X)
-    reference: Tensor  # (C, 1, Y, X)
+    reference: Tensor  # (C, R, Y, X): the edited first frame, and keyframes
     states: Tensor  # (K, S, D_vlm)
     mask: Tensor  # (T, Y, X) 1 inside the edited region
     negative: Tensor | None = None  # (K, S', D_vlm) states of an empty instruction
+    reference_frames: Tensor | None = None  # (R,) pixel frame of each reference; None: the first frame alone
     track: Tensor | None = None  # (T, 3) x, y and radius of the edited object, in latent cells; see embedded/auxiliary_heads.py
     shape: Tensor | None = None  # () index in SHAPES of the object's shape after the edit; -1 if there is no single object
     cover: Tensor | None = None  # (T, 2Y, 2X) in 0..1, visible coverage by the object in the target
@@ -69,7 +71,7 @@ def flow_matching_losses(
         n = len(predictions)
         path = from_predictions(path, predictions, batch.target[:n], noise[:n])
         error_scale[:n] = t[:n]
-    velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t)
+    velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t, reference_times(batch))
     error = error_scale.view(-1, 1, 1, 1).square() * (torch.as_tensor(channel_weights).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
     if cauchy_scale:
         loss = cauchy_loss(batch.mask, error, edited_weight, cauchy_scale)
@@ -109,7 +111,14 @@ def from_predictions(path: FlowSample, predictions: Tensor, target: Tensor, nois
 def one_step_prediction(model: MiVEDiT, batch: EditFeatures, states: Tensor, noise: Tensor) -> Tensor:
     """Predicts x_0 (n, C, T, Y, X) of the first n entries from noise of that shape, in one sampling step from t = 1."""
     n = len(noise)
-    return noise - model(noise, batch.source[:n], batch.reference[:n], model.embed_condition(states[:n]), noise.new_ones(n)).float()
+    source, reference, times, t = batch.source[:n], batch.reference[:n], reference_times(batch), noise.new_ones(n)
+    velocity = model(noise, source, reference, model.embed_condition(states[:n]), t, None if times is None else times[:n]).float()
+    return noise - (fix_first_frame(velocity, noise, t, source, reference) if model.config.fix_first_frame else velocity)
+
+
+def reference_times(batch: EditFeatures) -> Tensor | None:
+    """Returns the latent times of a batch's references, (B, R); None: the first frame alone."""
+    return None if batch.reference_frames is None else latent_times(batch.reference_frames)
 
 
 def masked_mean(weight: Tensor, value: Tensor, dim: int | None = None) -> Tensor:

@@ -37,7 +37,7 @@ TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # values of t at which the loss is measured
 LOGGED = ("psnr_edited", "psnr_kept", "success_rate")  # metrics of `mive eval` that are logged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CachedRequest(EditRequest):
     """An EditRequest with cached features of its source, reference and instruction."""
 
@@ -72,7 +72,7 @@ class HeldOutPairs(Sequence[PairedEdit]):
     def __getitem__(self, index: int) -> PairedEdit:  # type: ignore[override]  # without slices
         pair = read_pair(self.manifest_entry(self.entries[index]), self.settings)
         request = pair.request
-        return replace(pair, request=CachedRequest(request.source, request.reference, request.instruction, self.features(index)))
+        return replace(pair, request=CachedRequest(request.source, request.reference, request.instruction, features=self.features(index)))
 
     def __len__(self) -> int:
         return len(self.entries)
