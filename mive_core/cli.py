@@ -132,6 +132,14 @@ def _add_edit(commands) -> None:
     )
     edit.add_argument("--source", action=StoreOnce, type=text, metavar="VIDEO|DIR", help="the video to edit: a video file or a folder of frames")
     edit.add_argument("--reference", action=StoreOnce, type=text, metavar="IMAGE", help="the video's first frame, already edited")
+    edit.add_argument(
+        "--keyframe",
+        action="append",
+        type=keyframe,
+        default=[],
+        metavar="N:IMAGE",
+        help="a further frame, already edited: its number, counted from 0, and the image; can be repeated",
+    )
     edit.add_argument("--instruction", action=StoreOnce, type=text, metavar="TEXT", help='the edit in words, such as "make it night"')
     edit.add_argument(
         "--manifest",
@@ -690,6 +698,14 @@ def positive_float(value: str) -> float:
     if number <= 0:
         raise argparse.ArgumentTypeError(f"got {value}; expected more than 0")
     return number
+
+
+def keyframe(value: str) -> tuple[int, str]:
+    """Argument type: NUMBER:IMAGE -> (number, path)."""
+    match = re.fullmatch(r"([0-9]{1,9}):(.+)", value)
+    if not match:
+        raise argparse.ArgumentTypeError(f"got {value[:80]!r}; expected the frame's number and an image, such as 40:frame40.png")
+    return int(match[1]), text(match[2])
 
 
 def size(value: str) -> tuple[int, int]:

@@ -112,8 +112,7 @@ class Pipeline:
                 raise UserError(
                     f"{what} and the source differ in size", got=f"{image.shape[1]}x{image.shape[0]}", expected=f"{source.shape[2]}x{source.shape[1]}"
                 )
-        references = torch.cat([self.vae.encode(image[None]) for image in images.values()], dim=2)
-        return EditLatents(self.vae.encode(source), references, (0, *numbers))
+        return EditLatents(self.vae.encode(source), *encode_references(request, self.vae))
 
     def denoise(
         self, latents: EditLatents, conditions: list[Condition], times: Tensor, cfg: float, seed: int, progress: Callable[[Iterable], Iterable] = iter
@@ -144,6 +143,12 @@ class Pipeline:
 
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source)
         return euler(velocity, noise, times, progress)
+
+
+def encode_references(request: EditRequest, vae: VAE) -> tuple[Tensor, tuple[int, ...]]:
+    """Reference and keyframes -> latents (1, C, R, Y, X), each image encoded by itself, and the number of each one's frame."""
+    images = [request.reference, *(keyframe.image for keyframe in request.keyframes)]
+    return torch.cat([vae.encode(image[None]) for image in images], dim=2), (0, *(keyframe.number for keyframe in request.keyframes))
 
 
 def find_config(models: str | Path) -> MiVEConfig:

@@ -14,7 +14,7 @@ from .arguments import dtype_of, executor_of, machine_options, report_done, sett
 def run_edit(arguments: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("source", "reference", "instruction") if getattr(arguments, name) is not None]
     if arguments.manifest is not None:
-        given += [f"--{name}" for name in ("fps", "mask") if getattr(arguments, name) is not None]
+        given += [f"--{name}" for name in ("fps", "mask") if getattr(arguments, name) is not None] + ["--keyframe"] * bool(arguments.keyframe)
         if given:
             raise UserError("a manifest says all of that", got=f"--manifest and {given[0]}", fix="`mive edit --help` lists what it takes")
         _edit_many(arguments)
@@ -30,12 +30,13 @@ def run_edit(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output, "output", VIDEO_SUFFIXES)
     source, reference = check_input(arguments.source, "source"), check_input(arguments.reference, "reference")
     mask = check_input(arguments.mask, "mask") if arguments.mask is not None else None
-    if output.exists() and any(output.samefile(path) for path in (source, reference, mask) if path is not None):
+    keyframes = tuple((number, check_input(path, f"keyframe {number}")) for number, path in arguments.keyframe)
+    if output.exists() and any(output.samefile(path) for path in (source, reference, mask, *(path for _, path in keyframes)) if path is not None):
         raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
     from ..pipeline import Pipeline, find_config
 
     options = FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, mask)
-    entry = ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS)
+    entry = ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS, keyframes=keyframes)
     prepared = prepare(entry, find_config(arguments.models), options)
     pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments))
     path, _ = edit_file(pipeline, prepared, output, settings_of(arguments), options)

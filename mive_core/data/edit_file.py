@@ -21,8 +21,9 @@ from ..media.fit import check_frames, check_request_frames, check_request_size, 
 from ..media.remote import local_copy
 from ..media.video import read_clip, read_fps, read_image, stream_clip, write_stream, write_video
 from ..pipeline import Pipeline
-from ..types import Clip, EditRequest
-from .manifest import ManifestEntry
+from ..reference import check_keyframes
+from ..types import Clip, EditRequest, Keyframe
+from .manifest import ManifestEntry, read_keyframes
 
 DETAIL = ("auto", "off")
 MANY_TOKENS = 20_000  # above this number an edit warns that it may take long
@@ -49,11 +50,12 @@ class PreparedEdit:
     num_frames: int  # of the source
     size: tuple[int, int]  # width, height of the source
     reference: Tensor  # (H, W, 3), fitted to the source's size
+    keyframes: tuple[Keyframe, ...]  # likewise
     mask: Tensor | None  # (1 or F, H', W') in 0..1
 
 
 def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = FileOptions()) -> PreparedEdit:
-    """Reads an entry's source, reference (else its target's first frame) and the mask. Raises UserError for what cannot be read or does not fit."""
+    """Reads an entry's source, reference (else its target's first frame), keyframes and the mask. Raises UserError for what cannot be read or does not fit."""
     if options.num_frames is not None:
         check_request_frames(options.num_frames)
     if options.size is not None:
@@ -81,12 +83,19 @@ def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = Fil
     else:
         raise UserError("there is neither a reference nor a target", where=entry.title)
     reference = fit_reference(image, size, f"reference {str(entry.reference)!r}")
-    request = EditRequest(Clip(torch.stack(padded), read_fps(source, entry.fps)), resize(reference, small), entry.instruction)
+    check_keyframes([number for number, _ in entry.keyframes], num_frames, config.keyframes)
+    keyframes = read_keyframes(entry, size)
+    request = EditRequest(
+        Clip(torch.stack(padded), read_fps(source, entry.fps)),
+        resize(reference, small),
+        entry.instruction,
+        tuple(replace(keyframe, image=resize(keyframe.image, small)) for keyframe in keyframes),
+    )
     mask = None
     if options.mask is not None:
         mask = read_clip(options.mask, what="mask", num_frames=num_frames).frames.mean(dim=-1)
     _warn_of_many_tokens(request, config, where, options)
-    return PreparedEdit(request, source, num_frames, size, reference, mask)
+    return PreparedEdit(request, source, num_frames, size, reference, keyframes, mask)
 
 
 def edit_file(
@@ -109,7 +118,8 @@ def edit_file(
 def _warn_of_many_tokens(request: EditRequest, config: MiVEConfig, where: str, options: FileOptions) -> None:
     num_frames, height, width = request.source.frames.shape[:3]
     num_latent_frames, *cells = latent_grid(num_frames, height, width)
-    num_tokens = math.prod(config.patch_grid(num_latent_frames + 1, *cells))  # one latent frame is the reference's
+    num_references = 1 + len(request.keyframes)
+    num_tokens = math.prod(config.patch_grid(num_latent_frames + num_references, *cells))
     if num_tokens > MANY_TOKENS and options.size is None:
         warnings.warn(
             f"{where}: {num_frames} frames of {width}x{height} are {num_tokens} tokens, which may take long; --size and --frames make them fewer", stacklevel=2

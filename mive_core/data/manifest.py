@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from ..media.fit import check_frames, fit_clip, fit_mask, fit_reference, resize_
 from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name
 from ..media.remote import check_url, is_url, local_copy
 from ..media.video import DEFAULT_FPS, read_clip, read_image, write_frames
-from ..types import Clip, EditRequest, PairedEdit
+from ..types import Clip, EditRequest, Keyframe, PairedEdit
 from .tables import Row, read_table, write_table
 
 PATH_KEYS = ("source", "reference", "target", "mask")
@@ -41,6 +42,7 @@ class ManifestEntry:
     edit: str = ""  # kind of edit, also a group in reports
     colour: str = ""  # #rrggbb of the one edited object after the edit (before it, if removed); lets reports measure its position and shape
     fps: float = DEFAULT_FPS  # frame rate, for folders of frames
+    keyframes: tuple[tuple[int, Path | str], ...] = ()  # number and image of further edited frames; a JSON object {"40": "image.png"}
 
     @property
     def title(self) -> str:
@@ -66,8 +68,11 @@ def write_manifest(path: str | os.PathLike, entries: Iterable[ManifestEntry]) ->
     """Writes a .jsonl or .parquet atomically, without moving media. Raises UserError if one is outside the manifest's folder."""
     folder, rows = Path(path).absolute().parent, []
     for entry in entries:
-        values = {key: value for key, value in asdict(entry).items() if value not in ("", None)}
-        rows.append({key: _relative(value, folder, path) if key in PATH_KEYS else value for key, value in values.items()})
+        values = {key: value for key, value in asdict(entry).items() if value not in ("", None, ())}
+        row = {key: _relative(value, folder, path) if key in PATH_KEYS else value for key, value in values.items()}
+        if entry.keyframes:
+            row["keyframes"] = {str(number): _relative(image, folder, path) for number, image in entry.keyframes}
+        rows.append(row)
     return write_table(path, rows)
 
 
@@ -101,6 +106,7 @@ def load_entry(
         reference = target[0].clone()
     else:
         raise UserError("there is neither a reference nor a target", where=entry.title)
+    keyframes = read_keyframes(entry, size, source_size)
     if entry.mask is not None:
         clip = read_clip(local_copy(entry.mask, "mask"), what="mask", fps=entry.fps, num_frames=num_frames or count + MAX_TRIMMED)
         still = len(clip.frames) == 1
@@ -110,7 +116,16 @@ def load_entry(
     if entry.colour:
         red, green, blue = bytes.fromhex(entry.colour[1:])
         colour = (red / 255, green / 255, blue / 255)
-    return PairedEdit(EditRequest(source, reference, entry.instruction), target, mask, entry.name, colour)
+    return PairedEdit(EditRequest(source, reference, entry.instruction, keyframes), target, mask, entry.name, colour)
+
+
+def read_keyframes(entry: ManifestEntry, size: tuple[int, int], source_size: tuple[int, int] | None = None) -> tuple[Keyframe, ...]:
+    """Reads the entry's keyframes, in the order of their numbers, and fits them as fit_reference does."""
+    return tuple(
+        Keyframe(number, fit_reference(read_image(local_copy(path, what), what=what), size, f"{what} {str(path)!r}", source_size))
+        for number, path in sorted(entry.keyframes, key=lambda item: item[0])
+        for what in [f"keyframe {number}"]
+    )
 
 
 @dataclass(frozen=True)
@@ -155,6 +170,12 @@ def _write_pair(pair: PairedEdit, labels: Mapping[str, str], folder: Path, index
         "instruction": request.instruction,
         "fps": request.source.fps,
     }
+    if request.keyframes:
+        line["keyframes"] = {}
+        for keyframe in request.keyframes:
+            name = f"{stem}/keyframe_{keyframe.number:05d}"
+            write_frames(folder / name, keyframe.image[None])
+            line["keyframes"][str(keyframe.number)] = f"{name}/00000.png"
     if pair.colour is not None:
         line["colour"] = "#" + bytes(round(255 * value) for value in pair.colour).hex()
     for key, frames in (("target", pair.target), ("mask", pair.mask)):
@@ -177,7 +198,7 @@ def _check_length(clip: Clip, path: Path | str, what: str, count: int) -> Clip:
 
 
 def _entry(row: Row, manifest: str | os.PathLike, required: Sequence[str]) -> ManifestEntry:
-    values, known = row.values, (*PATH_KEYS, *TEXT_KEYS, "fps")
+    values, known = row.values, (*PATH_KEYS, *TEXT_KEYS, "fps", "keyframes")
     for key in values:
         if key not in known:
             raise UserError(f"unknown key {key!r}", where=row.at(key), expected=", ".join(known))
@@ -187,7 +208,7 @@ def _entry(row: Row, manifest: str | os.PathLike, required: Sequence[str]) -> Ma
     if "instruction" in required and values.get("reference") is None and values.get("target") is None:
         raise UserError("the key 'reference' is missing", where=row.where, fix="a line with a target may leave it out")
     fields = {key: value for key, value in values.items() if value is not None}
-    for key in fields.keys() - {"fps"}:
+    for key in fields.keys() - {"fps", "keyframes"}:
         if not isinstance(fields[key], str):
             raise UserError(f"the key {key!r} is not text", where=row.at(key), got=json.dumps(fields[key], default=str)[:80])
     if not re.fullmatch("(#[0-9a-fA-F]{6})?", fields.get("colour", "")):
@@ -197,7 +218,23 @@ def _entry(row: Row, manifest: str | os.PathLike, required: Sequence[str]) -> Ma
         raise UserError("the key 'fps' is not a frame rate", where=row.at("fps"), got=json.dumps(fps, default=str)[:80], expected="more than 0, less than 1000")
     for key in fields.keys() & set(PATH_KEYS):
         fields[key] = _resolve(fields[key], manifest, f"{row.at(key)}: the key {key!r}")
+    fields["keyframes"] = _keyframes(fields.get("keyframes", {}), row, manifest)
     return ManifestEntry(**{"reference": None, "instruction": "", **fields})
+
+
+def _keyframes(values: Any, row: Row, manifest: str | os.PathLike) -> tuple[tuple[int, Path | str], ...]:
+    """A JSON object of frame numbers and paths -> numbers and resolved paths. A table of columns has null for the numbers that a row lacks."""
+    if not isinstance(values, dict):
+        raise UserError("the key 'keyframes' is no object", where=row.at("keyframes"), got=json.dumps(values, default=str)[:80], expected='{"40": "image.png"}')
+    found = []
+    for number, path in values.items():
+        if path is None:
+            continue
+        if not re.fullmatch("[0-9]{1,9}", number) or not isinstance(path, str):
+            got = json.dumps({number: path}, default=str)[:80]
+            raise UserError("a keyframe is the number of a frame and an image", where=row.at("keyframes"), got=got, expected='"40": "image.png"')
+        found.append((int(number), _resolve(path, manifest, f"{row.at('keyframes')}: keyframe {number}")))
+    return tuple(found)
 
 
 def _resolve(text: str, manifest: str | os.PathLike, where: str) -> Path | str:

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..formats.checkpoint import read_config
 from ..formats.safetensors_file import read_header, resolve, shard_files, write_tensors
 from ..media.paths import atomic_write, check_output_folder, remove_partial_files
-from ..pipeline import check_device, check_vlm
+from ..pipeline import check_device, check_vlm, encode_references
 from ..types import Clip, PairedEdit
 from ..vae import VAE
 from ..vlm import VLM, WEIGHTS
@@ -59,6 +59,7 @@ class CacheEntry:
     grid: tuple[int, int, int]  # T, Y, X
     num_tokens: int  # S
     num_negative: int = 0  # S of the empty instruction, 0 if not cached; it varies too, since prompts contain timestamps
+    num_references: int = 1  # R, the reference and the keyframes
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,17 @@ class Encoders:
 
     @torch.inference_mode()
     def features(self, pair: PairedEdit, settings: CacheSettings) -> dict[str, Tensor]:
-        """Returns target, source (C, T, Y, X) and reference (C, 1, Y, X) in bf16; mask (T, Y, X); states, negative (K, S, D_vlm) and their scales."""
+        """Returns target, source (C, T, Y, X) and reference (C, R, Y, X) in bf16; mask (T, Y, X); states, negative (K, S, D_vlm) and their scales.
+
+        A pair with keyframes has reference_frames (R,) too.
+        """
         if pair.target is None:
             raise UserError("the pair has no target, so there is nothing to learn")
-        clips = {"target": pair.target, "source": pair.request.source.frames, "reference": pair.request.reference[None]}
-        features = {name: self.vae.encode(frames)[0].to(torch.bfloat16) for name, frames in clips.items()}
+        latents = {"target": self.vae.encode(pair.target), "source": self.vae.encode(pair.request.source.frames)}
+        latents["reference"], numbers = encode_references(pair.request, self.vae)
+        features = {name: values[0].to(torch.bfloat16) for name, values in latents.items()}
+        if len(numbers) > 1:
+            features["reference_frames"] = torch.tensor(numbers, dtype=torch.float32)
         mask = torch.ones(pair.target.shape[:3], dtype=torch.bool) if pair.mask is None else pair.mask
         features["mask"] = latent_mask(mask).to(torch.bfloat16)
         requests = {"states": pair.request} | ({"negative": replace(pair.request, instruction="")} if settings.negative else {})
@@ -286,6 +293,7 @@ def write_shard(shard: Shard, encoders: Encoders, settings: CacheSettings, preco
                     tuple(features["target"].shape[1:]),
                     features["states"].shape[1],
                     features["negative"].shape[1] if settings.negative else 0,
+                    features["reference"].shape[1],
                 )
             )
         )

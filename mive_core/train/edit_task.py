@@ -50,7 +50,7 @@ class CachedBatches(Dataset):
         self.shapes: dict[tuple, list[tuple[str, CacheEntry]]] = {}
         for folder in folders:
             for entry in read_index(folder)["entries"]:
-                self.shapes.setdefault((entry.grid, entry.num_tokens, entry.num_negative), []).append((folder, entry))
+                self.shapes.setdefault((entry.grid, entry.num_tokens, entry.num_negative, entry.num_references), []).append((folder, entry))
         self.num_batches = sum(-(-len(group) // batch_size) for group in self.shapes.values())
         self._epoch: tuple[int, list] = (-1, [])
         self._open: OrderedDict[Path, Any] = OrderedDict()
@@ -87,7 +87,8 @@ class CachedBatches(Dataset):
         if "target" not in tensors:
             raise UserError("a shard of the cache lacks a pair", where=path, got=f"no {entry.key}", fix="run `mive data cache` again")
         states = {name: dequantize_states(name, tensors) for name in ("states", "negative") if name in tensors}
-        return {name: tensors[name].float() for name in ("target", "source", "reference", "mask")} | states
+        names = ("target", "source", "reference", "mask", "reference_frames")
+        return {name: tensors[name].float() for name in names if name in tensors} | states
 
     def _file(self, path: Path) -> Any:
         """Returns the open shard; the least recently used one is closed above OPEN_SHARDS."""

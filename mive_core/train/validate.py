@@ -72,7 +72,7 @@ class HeldOutPairs(Sequence[PairedEdit]):
     def __getitem__(self, index: int) -> PairedEdit:  # type: ignore[override]  # without slices
         pair = read_pair(self.manifest_entry(self.entries[index]), self.settings)
         request = pair.request
-        return replace(pair, request=CachedRequest(request.source, request.reference, request.instruction, features=self.features(index)))
+        return replace(pair, request=CachedRequest(request.source, request.reference, request.instruction, request.keyframes, features=self.features(index)))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -116,7 +116,7 @@ class TrainedEditor:
         conditions = [Condition(of, config.resolved_layers) for of in states]
         with torch.autocast(torch.device(self.recipe.device).type, torch.bfloat16, enabled=self.recipe.bf16):
             latents = self.pipeline.denoise(
-                EditLatents(features.source, features.reference),
+                EditLatents(features.source, features.reference, (0, *(keyframe.number for keyframe in request.keyframes))),
                 conditions,
                 schedule(steps or config.steps, config.shift),
                 config.cfg if len(conditions) > 1 else 1.0,

@@ -68,6 +68,19 @@ def test_outside_of_a_mask_the_source_comes_back(pipeline, entry, tmp_path):
     assert (out[:, :, 90:] - source[:, :, 90:]).abs().mean() < 0.02 < (out[:, :, :60] - source[:, :, :60]).abs().mean()
 
 
+def test_a_keyframe_is_read_in_both_sizes(pipeline, entry, tmp_path):
+    write_image(tmp_path / "later.png", torch.rand(86, 150, 3))
+    keyed = replace(entry, keyframes=((5, tmp_path / "later.png"),))
+    prepared = prepare(keyed, replace(pipeline.config, edit_pixels=64 * 48))
+    assert prepared.keyframes[0].image.shape == (86, 150, 3) and prepared.request.keyframes[0].image.shape == (32, 64, 3)
+    path, _ = edit_file(pipeline, prepared, tmp_path / "out.mp4", EvaluationSettings(steps=1))
+    assert read_clip(path).frames.shape == (7, 86, 150, 3)
+    with pytest.raises(UserError, match="a keyframe lies outside of the clip; got frame 7; expected 1 to 6"):
+        prepare(replace(entry, keyframes=((7, tmp_path / "later.png"),)), pipeline.config)
+    with pytest.raises(UserError, match="was not taught keyframes"):
+        prepare(keyed, replace(pipeline.config, keyframes=False))
+
+
 def test_what_cannot_be(pipeline, entry):
     with pytest.raises(UserError, match="the clip is shorter than asked; got 7 frames; expected 9; ask for 5 or fewer"):
         prepare(entry, pipeline.config, FileOptions(num_frames=9))

@@ -10,7 +10,7 @@ from PIL import Image
 from mive_core.data.manifest import ManifestPairs, export_pairs, load_entry, read_manifest, write_manifest
 from mive_core.errors import UserError
 from mive_core.media.video import write_frames, write_video
-from mive_core.types import Clip, EditRequest, PairedEdit
+from mive_core.types import Clip, EditRequest, Keyframe, PairedEdit
 
 
 def bytes_like(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,6 +55,17 @@ def test_pairs_come_back_as_they_were_written(tmp_path):
         assert read.colour == written.colour
         assert (read.request.instruction, read.name) == (written.request.instruction, written.name)
     assert not [name for name in os.listdir(tmp_path) if "partial" in name]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_keyframes_come_back_as_they_were_written(tmp_path, suffix):
+    keyframes = (Keyframe(3, bytes_like(32, 48, 3, seed=7)), Keyframe(1, bytes_like(32, 48, 3, seed=8)))
+    with_two, without = pair("one"), pair("two")
+    with_two = replace(with_two, request=replace(with_two.request, keyframes=keyframes))
+    written = read_manifest(export_pairs(((p, {}) for p in (with_two, without)), tmp_path / "set"))
+    first, second = ManifestPairs(read_manifest(write_manifest(tmp_path / "set" / f"again{suffix}", written)))
+    assert [keyframe.number for keyframe in first.request.keyframes] == [1, 3] and second.request.keyframes == ()
+    assert all(torch.equal(read.image, known.image) for read, known in zip(first.request.keyframes, keyframes[::-1]))
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path):
@@ -123,6 +134,11 @@ def test_a_truth_shorter_than_its_source(folder, key):
         ({**LINE, "mask": "link.png"}, "the key 'mask': leads outside"),
         ({**LINE, "mask": "a\0b"}, "the key 'mask'.*NUL"),
         ({**LINE, "colour": "red"}, "'colour' is not a colour; got red; expected #rrggbb"),
+        ({**LINE, "keyframes": ["reference.png"]}, "'keyframes' is no object"),
+        ({**LINE, "keyframes": {"last": "reference.png"}}, "a keyframe is the number of a frame and an image"),
+        ({**LINE, "keyframes": {"4": 5}}, "a keyframe is the number of a frame and an image"),
+        ({**LINE, "keyframes": {"4": "gone.png"}}, "keyframe 4.*no such file"),
+        ({**LINE, "keyframes": {"4": "../outside.png"}}, "keyframe 4.*leads outside"),
         ({**LINE, "fps": 0}, "'fps' is not a frame rate; got 0"),
         ({**LINE, "fps": True}, "'fps' is not a frame rate"),
         ('{"source": "source", "reference": "reference.png", "instruction": "x", "fps": NaN}', "'fps' is not a frame rate"),

@@ -28,3 +28,13 @@ def test_turning_keeps_lengths_and_depends_on_distance_alone():
     scores = torch.einsum("blhd,bmhd->lm", turned, turned)
     assert torch.allclose(scores.diagonal(1), scores[0, 1].expand(4), atol=1e-4)
     assert abs(scores[0, 1] - scores[0, 2]) > 1e-3
+
+
+def test_a_keyframe_is_to_its_frame_what_the_reference_is_to_the_first():
+    times = torch.tensor([[0.0, 2.0], [0.0, 3.0]])
+    table = rotary_table(1, (4, 1, 1), 16, 100.0, reference_times=times)
+    assert table.shape == (2, 1 + 2 + 4, 1, 8)
+    alone = rotary_table(1, (4, 1, 1), 16, 100.0)
+    assert torch.equal(table[0, [0, 1, 3, 4, 5, 6]], alone[0])
+    for row, place in ((0, 2), (1, 3)):  # a keyframe at time 2 or 3 is rotated like target frame 1 or 2
+        assert torch.equal(table[row, 2], table[row, 3 + place - 1])

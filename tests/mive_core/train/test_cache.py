@@ -13,6 +13,7 @@ from mive_core.embedded.synthetic import PairedEdits
 from mive_core.errors import UserError
 from mive_core.train import cache as module
 from mive_core.train.cache import CacheSettings, Encoders, cache, dequantize_states, fit_bucket, quantize_states, read_index
+from mive_core.train.edit_task import CachedBatches
 from mive_core.vae import VAE
 from mive_core.vlm import VLM
 
@@ -48,6 +49,19 @@ def test_a_cache_holds_what_the_models_give(manifest, encoders, random_models, t
             torch.testing.assert_close(got[name], vlm.condition(request, encoders.config).states[0].to(torch.bfloat16))
     assert got["states"].shape[1] == kept[3].num_tokens != got["negative"].shape[1]
     assert tuple(got["target"].shape[1:]) == kept[3].grid == (2, 4, 6) and 0 < got["mask"].float().mean() <= 1
+
+
+def test_keyframes_are_cached_beside_the_reference(manifest, encoders, tmp_path):
+    entries = read_manifest(manifest)
+    entries[1] = replace(entries[1], keyframes=((4, entries[0].reference),))
+    cache(entries, encoders, tmp_path / "c", CacheSettings())
+    kept = read_index(tmp_path / "c")["entries"]
+    assert [entry.num_references for entry in kept] == [1, 2, 1, 1, 1]
+    got = tensors_of(tmp_path / "c", kept[1])
+    assert got["reference_frames"].tolist() == [0, 4] and "reference_frames" not in tensors_of(tmp_path / "c", kept[0])
+    torch.testing.assert_close(got["reference"][:, 1:], tensors_of(tmp_path / "c", kept[0])["reference"])
+    batches = CachedBatches((str(tmp_path / "c"),), batch_size=2, seed=0)
+    assert {batches[i].reference.shape[2] for i in range(batches.num_batches)} == {1, 2}
 
 
 def test_eight_bits_keep_a_massive_channel_and_the_small_ones():
