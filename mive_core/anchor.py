@@ -16,7 +16,7 @@ from scipy.sparse.linalg import cg
 from torch import Tensor
 from torch.nn import functional as F
 
-from .detail import radii, window_mean
+from .detail import radii, transform, window_mean
 
 NUM_NODES, NUM_ERROR_NODES = 17, 9
 SMOOTHNESS = 1e-4  # weight of the LUT's second differences against its error
@@ -24,6 +24,10 @@ MAX_PIXELS = 40_000  # drawn from each half of frame 0
 PRIOR_SAMPLES = 3.0  # of a colour: with fewer, the LUT is not trusted there
 SHOWN = 0.04  # change of a local mean from which a reference shows an edit; a JPEG of quality 25 changes them by half of that
 TOLERANCE = 0.003  # mean squared disagreement of LUT and edit that is never held against the LUT
+STRONG, MIN_STRONG, MIN_SHARE = 0.1, 0.005, 0.5  # change of an edit beyond doubt; its share of the frame; share of it that a reference shows
+UNEDITED, MIN_UNEDITED = 0.02, 0.6  # RMS change by the maps up to which a pixel is unedited; share of the frame that has to be
+SAME, CLIPPED = 0.01, 1 / 255  # gain and offset below which there is no cast; distance from 0 and 1 at which a channel is clipped
+MIN_CONTRAST = 6.0  # error of a cast in the edited part against that in the rest; weak looks have 2 at most, casts beside an edit 30 and more
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,11 @@ class Anchor:
     disagreement: Tensor  # (M, M, M, 1) squared difference of LUT and edit at the edit's size
 
 
-def fit_anchor(source: Tensor, detailed: Tensor, reference: Tensor, round_trip: Tensor, edited: Tensor) -> Anchor:
-    """Frame 0: the source, the edit with the source's detail and the registered reference, (H, W, 3) each; the small ones (h, w, 3)."""
+def fit_anchor(source: Tensor, detailed: Tensor, reference: Tensor, round_trip: Tensor, edited: Tensor, noise: float = 0.0) -> Anchor:
+    """Frame 0: the source, the edit with the source's detail and the registered reference, (H, W, 3) each; the small ones (h, w, 3).
+
+    noise: of the reference, a mean squared error, which is held against the LUT.
+    """
     height, width, _ = source.shape
     s, truth, edit = (x.reshape(-1, 3).cpu() for x in (source, reference, detailed))
     block = max(4, height // 12)
@@ -58,6 +65,7 @@ def fit_anchor(source: Tensor, detailed: Tensor, reference: Tensor, round_trip: 
     count = _table(small, disagreement)
     expected = (count[..., :1] + PRIOR_SAMPLES * disagreement.mean()) / (count[..., 1:] + PRIOR_SAMPLES)
     errors = F.interpolate(errors.movedim(-1, 0)[None], (NUM_NODES,) * 3, mode="trilinear", align_corners=True)[0].movedim(0, -1)
+    errors[..., 0] += 2 * noise
     return Anchor(torch.cat([lut, errors], dim=-1).to(source), expected.to(source))
 
 
@@ -70,10 +78,59 @@ def apply_anchor(anchor: Anchor, source: Tensor, detailed: Tensor, round_trip: T
     return torch.lerp(detailed, source + change, error_edit / (error_edit + error_lut + 1e-12)).clamp(0, 1)
 
 
+def lacks_edit(reference: Tensor, frame: Tensor, round_trip: Tensor, edited: Tensor) -> bool:
+    """Whether a registered reference, (H, W, 3) as the source's first frame, changes little where the edit (h, w, 3) changes much.
+
+    Words alone asked for such an edit, and a reference that was recompressed or tinted would undo it.
+    """
+    small = F.interpolate((reference - frame).movedim(-1, 0)[None], edited.shape[:2], mode="bilinear", antialias=True)
+    change = (edited - round_trip).movedim(-1, 0)[None]
+    shown, made = (window_mean(x, radii(change)[0]).square().mean(dim=1) for x in (small, change))
+    strong = made > STRONG**2
+    return bool(strong.float().mean() > MIN_STRONG and shown[strong].mean() < MIN_SHARE**2 * made[strong].mean())
+
+
 def shows_edit(reference: Tensor, first_frame: Tensor) -> bool:
     """Whether a registered reference differs from the source's first frame, (H, W, 3) each, by more than what storing a picture changes."""
     difference = (reference - first_frame).movedim(-1, 0)[None]
     return bool(window_mean(difference, max(2, first_frame.shape[0] // 32)).abs().amax(dim=1).flatten().quantile(0.998) > SHOWN)
+
+
+def restore(reference: Tensor, frame: Tensor, detailed: Tensor, maps: Tensor, round_trip: Tensor) -> tuple[Tensor, float]:
+    """The registered reference without what an image editor did to the whole picture: a colour cast, and the noise of a JPEG.
+
+    The reference, the source's first frame and the edit with the source's detail, (H, W, 3); frame 0's colour maps (13, h, w) and round trip
+    (h, w, 3). A cast is a gain and an offset per channel, fitted where the maps leave the source as it is. That must be most of the frame,
+    and the reference may show hardly anything else there, but must in the rest; otherwise the cast may be the edit, and the same tensor comes
+    back. The source stands in where nothing but the cast changed it, and `detailed` where the cast clipped what the reference showed.
+    Second comes the noise that was found, a mean squared error.
+    """
+    small = round_trip.movedim(-1, 0)[None]
+    change = transform(maps[None, :9], small) + maps[None, 9:12] - small
+    unedited = (change.square().mean(dim=1) < UNEDITED**2).flatten()
+    clipped = (reference > 1 - CLIPPED).to(frame) - (reference < CLIPPED).to(frame)
+    stack = torch.cat([reference, frame, clipped], dim=-1).movedim(-1, 0)[None]
+    stack = F.interpolate(stack, small.shape[2:], mode="bilinear", antialias=True)
+    x, y, side = window_mean(stack, radii(small)[0])[0].flatten(1).split(3)
+    candidates = kept = unedited & (side.abs().amax(dim=0) < 0.01)
+    if unedited.float().mean() < MIN_UNEDITED or unedited.all() or kept.float().mean() < MIN_UNEDITED / 10:
+        return reference, 0.0
+    for _ in range(5):
+        mean_x, mean_y = (z[:, kept].mean(dim=1, keepdim=True) for z in (x, y))
+        covariance, variance = (((x - mean_x) * z)[:, kept].mean(dim=1, keepdim=True) for z in (y - mean_y, x - mean_x))
+        gain = (covariance + 1e-5) / (variance + 1e-5)  # near 1 where the colours hardly vary
+        offset = mean_y - gain * mean_x
+        away = y - gain * x - offset
+        away = torch.where(side > 0.01, away.clamp(max=0), torch.where(side < -0.01, away.clamp(min=0), away))  # beyond a clipped value is no error
+        error = away.square().mean(dim=0)
+        kept = candidates & (error <= 6 * error[kept].mean() + 1e-12)
+    if error[~unedited].mean().sqrt() < MIN_CONTRAST * (error[kept].mean().sqrt() + 1e-3):
+        return reference, 0.0
+    same = F.interpolate(kept.to(frame).view(1, 1, *small.shape[2:]), frame.shape[:2], mode="bilinear", align_corners=False)[0, 0, :, :, None]
+    is_cast = max((gain - 1).abs().max(), offset.abs().max()) > SAME
+    restored = torch.where(clipped != 0, detailed, (reference * gain[:, 0] + offset[:, 0]).clamp(0, 1)) if is_cast else reference
+    noise = ((restored - frame).square() * same).mean() / same.mean()
+    return torch.lerp(restored, frame, same), float(noise)
 
 
 def fit_lut(colours: Tensor, values: Tensor) -> Tensor:

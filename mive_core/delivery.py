@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .anchor import apply_anchor, fit_anchor, shows_edit
+from .anchor import Anchor, apply_anchor, fit_anchor, lacks_edit, restore, shows_edit
 from .detail import HALO, apply_color_map, fit_color_maps
 from .errors import UserError
 from .media.fit import resize_and_crop
@@ -34,23 +34,26 @@ def deliver(
     where the edit may act; elsewhere the source comes back exactly. anchor: off, on, or auto: on where the reference shows an edit.
     Warns of an empty mask. Raises UserError for shapes and lengths that do not fit, and for values that are not finite.
     """
-    _check(edited, round_trip, reference, mask, anchor)
-    shots, fitted, correction, weight, count = find_shots(round_trip), iter(()), None, None, 0
+    check_options(len(edited), reference, mask, anchor)
+    _check_pair(edited, round_trip)
+    if mask is not None and not (mask > 0).any():
+        warnings.warn("the mask is empty: the source comes back unchanged", stacklevel=2)
+    fitted: Iterator[Tensor] = iter(())
+    shots, correction, weight, count = find_shots(round_trip), None, None, 0
     for index, frame in enumerate(frames):
         if index >= len(edited):
             raise UserError("the source is longer than its edit", got=f"more than {len(edited)} frames", expected=len(edited))
         if not frame.isfinite().all():
             raise UserError("NaN or infinite pixels", where="source", got=f"frame {index}", expected="finite values in 0..1")
         if index in shots:
-            fitted = _maps(edited, round_trip, index, min((start for start in shots if start > index), default=len(edited)))
-        small = edited[index].to(frame), round_trip[index].to(frame)
-        delivered = apply_color_map(next(fitted).to(frame), frame, small[0])
+            stop = min((start for start in shots if start > index), default=len(edited))
+            fitted = _maps(edited, round_trip, index, stop, frame.device)
+        maps, small = next(fitted), (round_trip[index].to(frame), edited[index].to(frame))
+        delivered = apply_color_map(maps, frame, small[1])
         if index == 0 and reference is not None and anchor != "off":
-            truth = register(resize_and_crop(reference[None].to(frame), (frame.shape[1], frame.shape[0]))[0], frame)
-            if anchor == "on" or shows_edit(truth, frame):
-                correction = fit_anchor(frame, delivered, truth, small[1], small[0])
+            correction = _correction(frame, delivered, reference.to(frame), maps, *small, always=anchor == "on")
         if correction is not None:
-            delivered = apply_anchor(correction, frame, delivered, small[1], small[0])
+            delivered = apply_anchor(correction, frame, delivered, *small)
         if mask is not None:
             if weight is None or len(mask) > 1:  # a still mask is feathered once
                 weight = feathered(mask[index % len(mask)].to(frame), frame.shape[:2])[..., None]
@@ -59,6 +62,19 @@ def deliver(
         count += 1
     if count < len(edited):
         raise UserError("the source is shorter than its edit", got=f"{count} frames", expected=len(edited))
+
+
+def check_options(num_frames: int, reference: Tensor | None, mask: Tensor | None, anchor: str) -> None:
+    """Raises UserError for options that cannot be followed; num_frames: of the edit. To be called before costly work; deliver does it too."""
+    if anchor not in ANCHORS:
+        raise UserError("unknown anchor", where="anchor", got=repr(anchor), expected=" or ".join(ANCHORS))
+    if anchor == "on" and reference is None:
+        raise UserError("an anchor needs a reference", where="anchor", got="none", fix="give the edited first frame, or set anchor to auto")
+    if mask is not None and (mask.ndim != 3 or len(mask) not in (1, num_frames)):
+        raise UserError("the mask does not fit the clip", where="mask", got=f"shape {tuple(mask.shape)}", expected=f"1 or {num_frames} masks (H, W)")
+    for what, values in (("reference", reference), ("mask", mask)):
+        if values is not None and not values.isfinite().all():
+            raise UserError("NaN or infinite values", where=what, expected="finite values in 0..1")
 
 
 def find_shots(frames: Tensor) -> list[int]:
@@ -81,30 +97,29 @@ def feathered(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.where(mask > 0, soft, torch.zeros_like(soft))[0, 0]
 
 
-def _maps(edited: Tensor, round_trip: Tensor, start: int, stop: int) -> Iterator[Tensor]:
+def _maps(edited: Tensor, round_trip: Tensor, start: int, stop: int, device: torch.device) -> Iterator[Tensor]:
     """Each frame's maps of the shot from `start` to `stop`, fitted in chunks that equal one fit of the whole shot."""
     for first in range(start, stop, CHUNK):
         last = min(first + CHUNK, stop)
         low, high = max(first - HALO, start), min(last + HALO, stop)
-        maps = fit_color_maps(edited[low:high].float(), round_trip[low:high].float())
+        maps = fit_color_maps(edited[low:high].to(device, torch.float32), round_trip[low:high].to(device, torch.float32))
         yield from maps[first - low : last - low]
 
 
-def _check(edited: Tensor, round_trip: Tensor, reference: Tensor | None, mask: Tensor | None, anchor: str) -> None:
-    if anchor not in ANCHORS:
-        raise UserError("unknown anchor", where="anchor", got=repr(anchor), expected=" or ".join(ANCHORS))
+def _correction(frame: Tensor, delivered: Tensor, reference: Tensor, maps: Tensor, round_trip: Tensor, edited: Tensor, always: bool) -> Anchor | None:
+    """The anchor learned from frame 0; none where the reference shows no edit, unless `always`."""
+    fitted = resize_and_crop(reference[None], (frame.shape[1], frame.shape[0]))[0]
+    truth, noise = restore(register(fitted, frame, delivered), frame, delivered, maps, round_trip)
+    if always or (shows_edit(truth, frame) and not lacks_edit(truth, frame, round_trip, edited)):
+        return fit_anchor(frame, delivered, truth, round_trip, edited, noise)
+    return None
+
+
+def _check_pair(edited: Tensor, round_trip: Tensor) -> None:
     if edited.ndim != 4 or edited.shape != round_trip.shape or not len(edited):
         raise UserError(
             "the edit and the source's round trip differ", got=f"{tuple(edited.shape)} and {tuple(round_trip.shape)}", expected="(F, h, w, 3) twice"
         )
-    for what, values in (("edited", edited), ("round_trip", round_trip), ("reference", reference), ("mask", mask)):
-        if values is not None and not values.isfinite().all():
+    for what, values in (("edited", edited), ("round_trip", round_trip)):
+        if not values.isfinite().all():
             raise UserError("NaN or infinite values", where=what, expected="finite values in 0..1")
-    if anchor == "on" and reference is None:
-        raise UserError("an anchor needs a reference", where="anchor", got="none", fix="give the edited first frame, or set anchor to auto")
-    if mask is None:
-        return
-    if mask.ndim != 3 or len(mask) not in (1, len(edited)):
-        raise UserError("the mask does not fit the clip", where="mask", got=f"shape {tuple(mask.shape)}", expected=f"1 or {len(edited)} masks (H, W)")
-    if not (mask > 0).any():
-        warnings.warn("the mask is empty: the source comes back unchanged", stacklevel=3)

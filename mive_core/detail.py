@@ -15,6 +15,7 @@ EPSILON = 2e-3  # variance below which a map tends to the identity
 RADIUS = 16  # the window's radius is the edit's shorter side divided by this
 FRAMES = 1  # the window reaches that many frames to each side
 HALO = 3 * FRAMES  # frames beside a frame that its map depends on: fit, smoothing, blend
+PLANES = 2_000_000  # pixels that are averaged at a time: what stays in a processor's cache
 NOISE = 0.06  # RMS change below which an edit is taken for the model's error, and the source stays
 # Log-odds that the edit's pixel is nearer to the truth than the mapped source: weights of log(1e-4 + x), x being the map's residual (near
 # and wide), the edit's variance (near) and the mapped source's variance (wide). A logistic regression, see embedded/detail_blend.py.
@@ -76,16 +77,33 @@ def apply_color_map(maps: Tensor, source: Tensor, edited: Tensor) -> Tensor:
 
 def window_mean(x: Tensor, radius: int) -> Tensor:
     """(F, C, h, w) -> the mean over windows of (2 radius + 1)^2 pixels and 2 FRAMES + 1 frames; at borders, over what lies inside."""
-    side = 2 * radius + 1
-    x = F.avg_pool2d(x, (1, side), 1, (0, radius), count_include_pad=False)
-    x = F.avg_pool2d(x, (side, 1), 1, (radius, 0), count_include_pad=False)
-    num_frames = len(x)
+    num_frames, _, height, width = x.shape
+    planes = x.flatten(0, 1).split(max(1, PLANES // (height * width)))
+    x = torch.cat([window_sum(window_sum(part, radius, 2), radius, 1) for part in planes]).view_as(x)
+    count = [window_sum(x.new_ones(n), radius, 0) for n in (height, width)]
+    x /= count[0][:, None] * count[1]
     if num_frames == 1:
         return x
-    padded = torch.cat([x.new_zeros(FRAMES, *x.shape[1:]), x, x.new_zeros(FRAMES, *x.shape[1:])])
-    total = sum(padded[i : i + num_frames] for i in range(2 * FRAMES + 1))
-    count = [min(i + FRAMES, num_frames - 1) - max(i - FRAMES, 0) + 1 for i in range(num_frames)]
-    return total / x.new_tensor(count).view(-1, 1, 1, 1)
+    total = x.clone()
+    for distance in range(1, min(FRAMES, num_frames - 1) + 1):
+        total[distance:] += x[:-distance]
+        total[:-distance] += x[distance:]
+    return total.div_(window_sum(x.new_ones(num_frames), FRAMES, 0).view(-1, 1, 1, 1))
+
+
+def window_sum(x: Tensor, radius: int, dim: int) -> Tensor:
+    """Sums over 2 radius + 1 neighbours along a dimension, in about 2 log2(radius) steps: sums over 1, 2, 4, ... are added as needed."""
+    size, side = x.shape[dim], 2 * radius + 1
+    x = F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [radius, radius])
+    total, done, power = torch.zeros_like(x.narrow(dim, 0, size)), 0, 1
+    while True:
+        if side & power:
+            total += x.narrow(dim, done, size)
+            done += power
+        if done == side:
+            return total
+        length = x.shape[dim] - power
+        x, power = x.narrow(dim, 0, length) + x.narrow(dim, power, length), 2 * power
 
 
 def variance(x: Tensor, radius: int) -> Tensor:

@@ -23,8 +23,11 @@ MIN_GAIN, MIN_CORRELATION = 0.05, 0.28  # of held-out edges; those of unrelated 
 SAME_SHIFT, SAME_ZOOM = 0.25, 0.002  # pixels of the full size, and relative size, below which nothing moved
 
 
-def register(reference: Tensor, frame: Tensor) -> Tensor:
-    """(H, W, 3) twice in 0..1 -> the reference moved over the frame by a zoom and a shift; the same tensor where it fits already."""
+def register(reference: Tensor, frame: Tensor, beyond: Tensor | None = None) -> Tensor:
+    """The reference moved over the frame by a zoom and a shift, (H, W, 3) in 0..1 each; the same tensor where it fits already.
+
+    beyond: stands in where the moved reference shows nothing; without it the reference's border is repeated.
+    """
     levels = [(edges(frame, side), edges(reference, side)) for side in (SEARCH_SIDE, FINE_SIDE)]
     if min(x.abs().max() for x in levels[0]) < 1e-3:  # flat
         return reference
@@ -38,7 +41,7 @@ def register(reference: Tensor, frame: Tensor) -> Tensor:
     transform = refine(levels, points, found)
     pixels = transform[1:].abs() * torch.tensor([frame.shape[1] / 2, frame.shape[0] / 2])
     fits = pixels.max() < SAME_SHIFT and abs(transform[0] - 1) < SAME_ZOOM
-    return reference if fits else warp(reference, transform)
+    return reference if fits else warp(reference, transform, beyond)
 
 
 def edges(image: Tensor, side: int) -> Tensor:
@@ -98,11 +101,12 @@ def correlation(fixed: Tensor, moving: Tensor, points: Tensor, transform: Tensor
     return float((a * b).mean() / ((a.square().mean() * b.square().mean()).sqrt() + 1e-6))
 
 
-def warp(image: Tensor, transform: Tensor) -> Tensor:
-    """(H, W, 3) in 0..1 -> the image at the transformed places, bicubic; its border is repeated."""
-    grid = (transform[0] * places(*image.shape[:2]) + transform[1:])[None].to(image)
-    moved = F.grid_sample(image.movedim(-1, 0)[None], grid, mode="bicubic", padding_mode="border", align_corners=False)
-    return moved[0].movedim(0, -1).clamp(0, 1)
+def warp(image: Tensor, transform: Tensor, beyond: Tensor | None = None) -> Tensor:
+    """(H, W, 3) in 0..1 -> the image at the transformed places, bicubic; past its border `beyond`, or the border repeated."""
+    grid = (transform[0] * places(*image.shape[:2]) + transform[1:]).to(image)
+    moved = F.grid_sample(image.movedim(-1, 0)[None], grid[None], mode="bicubic", padding_mode="border", align_corners=False)
+    moved = moved[0].movedim(0, -1).clamp(0, 1)
+    return moved if beyond is None else torch.where(grid.abs().amax(dim=-1, keepdim=True) > 1, beyond, moved)
 
 
 def sample(x: Tensor, points: Tensor, transform: Tensor) -> Tensor:

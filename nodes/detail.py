@@ -2,19 +2,21 @@
 
 import warnings
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..mive_core.delivery import ANCHORS, check_options, deliver
 from ..mive_core.errors import UserError
 from ..mive_core.media.fit import check_frames, fit_reference, resize
 from .bridge.messages import log_warnings
 from .bridge.progress import Progress
 from .bridge.vae import round_trip
 
-ANCHORS = ["auto", "on", "off"]  # delivery.ANCHORS
 MAX_STRETCH = 1.15  # ratio of the two aspect ratios from which the edit cannot have kept the source's framing
 NOTED_STRETCH = 1.01  # from which it matters whether an editor scaled the source to its size, or cropped it
+BYTES_PER_PIXEL = 500  # of device memory while a frame is delivered
 
 
 class MiVEKeepSourceDetail(io.ComfyNode):
@@ -43,7 +45,7 @@ class MiVEKeepSourceDetail(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "anchor",
-                    options=ANCHORS,
+                    options=list(ANCHORS),
                     default=ANCHORS[0],
                     tooltip="Whether the reference corrects the colours of all frames. auto: if it differs from the source's first frame.",
                 ),
@@ -53,8 +55,6 @@ class MiVEKeepSourceDetail(io.ComfyNode):
 
     @classmethod
     def execute(cls, source, edited, vae, reference=None, mask=None, anchor: str = "auto") -> io.NodeOutput:
-        from ..mive_core.delivery import deliver  # imports scikit-image, which would slow ComfyUI's start
-
         with log_warnings():
             edited = check_frames(edited.cpu(), "edited")
             if mask is not None:
@@ -64,9 +64,13 @@ class MiVEKeepSourceDetail(io.ComfyNode):
             check_framing(source, edited)
             if reference is not None:
                 reference = fit_reference(reference.cpu(), (source.shape[2], source.shape[1]))
+            check_options(len(edited), reference, mask, anchor)
             small = round_trip(vae, torch.stack([resize(frame, (width, height)) for frame in source]))
             delivered, progress = torch.empty_like(source), Progress(cls, "frame", len(source))
-            for index, frame in enumerate(deliver(source, edited, small, reference, mask, anchor=anchor)):
+            device = comfy.model_management.get_torch_device()
+            comfy.model_management.free_memory(BYTES_PER_PIXEL * source[0, :, :, 0].numel(), device)
+            frames = (frame.to(device) for frame in source)
+            for index, frame in enumerate(deliver(frames, edited, small, reference, mask, anchor=anchor)):
                 delivered[index] = frame
                 progress.advance()
         return io.NodeOutput(delivered)

@@ -171,6 +171,11 @@ def test_bad_input_is_refused(pack, vae, changed, message):
     assert message in refused(pack, **{**dict(source=clip(5, 112, 192), edited=clip(), vae=vae), **changed})
 
 
+@pytest.mark.parametrize("changed", [{"mask": torch.ones(3, 8, 8)}, {"anchor": "on"}, {"anchor": "maybe"}, {"mask": torch.full((1, 8, 8), float("nan"))}])
+def test_options_are_refused_before_the_round_trip(pack, changed):
+    refused(pack, source=clip(5, 112, 192), edited=clip(), vae=None, **changed)  # without a VAE, whatever came first would fail otherwise
+
+
 def test_an_empty_mask_is_noted(pack, vae, source, caplog):
     (video,) = pack.run(NODE, source=source, edited=warm(resized(source)), vae=vae, mask=torch.zeros(1, 64, 64))
     assert torch.equal(video, source) and "the mask is empty: the source comes back unchanged" in caplog.text

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import mive_core
-from mive_core.anchor import apply_anchor, fit_anchor, fit_lut, lookup, shows_edit
+from mive_core.anchor import apply_anchor, fit_anchor, fit_lut, lacks_edit, lookup, restore, shows_edit
+from mive_core.detail import fit_color_maps
 from mive_core.media.video import read_clip
 
 SAMPLE = Path(mive_core.__file__).parent / "assets" / "samples" / "bigbuckbunny_33f.mp4"
@@ -86,3 +87,59 @@ def test_a_lut_is_trilinear_and_smooth():
     assert torch.allclose(test + lookup(lut, test), test[..., [2, 0, 1]], atol=2e-2)
     one_colour = fit_lut(torch.full((100, 3), 0.4), torch.full((100, 3), 0.2))
     assert torch.isfinite(one_colour).all() and torch.allclose(lookup(one_colour, torch.full((1, 3), 0.4)), torch.full((1, 3), 0.2), atol=0.02)
+
+
+CASTS = {"warm": ((1.1, 1.0, 0.9), 0.0), "faded": ((0.9, 0.9, 0.9), 0.05), "tinted": ((1.06, 0.97, 0.92), 0.02)}
+
+
+def cast(frame: torch.Tensor, name: str) -> torch.Tensor:
+    gain, offset = CASTS[name]
+    return (frame * torch.tensor(gain) + offset).clamp(0, 1)
+
+
+def local_edit(frame: torch.Tensor) -> torch.Tensor:
+    edited = frame.clone()
+    edited[30:90, 40:110] = 1 - edited[30:90, 40:110]
+    return edited
+
+
+def restored(reference: torch.Tensor, frame: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """`edited`: what the model made of the frame."""
+    maps = fit_color_maps(small(edited)[None], small(frame)[None])[0]
+    return restore(reference, frame, edited, maps, small(frame))[0]
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_a_cast_beside_an_edit_is_removed(frames, name):
+    truth = local_edit(frames[0])
+    reference = cast(truth, name)
+    assert psnr(restored(reference, frames[0], truth), truth) > max(40, psnr(reference, truth) + 8)
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_a_weak_look_is_no_cast(frames, name):
+    """The model does a part of the look, or nothing: no edit stands beside it, so the change of the whole picture is the edit."""
+    reference = cast(frames[0], name)
+    for share in (0.0, 0.3, 1.0):
+        assert restored(reference, frames[0], frames[0] + share * (reference - frames[0])) is reference
+
+
+def test_a_clean_reference_stays_as_it_is(frames):
+    truth = local_edit(frames[0])
+    assert psnr(restored(truth, frames[0], truth), truth) > 60
+
+
+def test_noise_of_the_reference_is_measured(frames):
+    truth = local_edit(frames[0])
+    noisy = (truth + 0.02 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    maps = fit_color_maps(small(truth)[None], small(frames[0])[None])[0]
+    clean, noise = restore(noisy, frames[0], truth, maps, small(frames[0]))
+    assert 2e-4 < noise < 5e-4 and psnr(clean, truth) > psnr(noisy, truth) + 3
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_a_tinted_first_frame_lacks_the_edit_that_words_asked_for(frames, name):
+    edited, first = small(local_edit(frames[0])), small(frames[0])
+    assert lacks_edit(cast(frames[0], name), frames[0], first, edited)
+    assert not lacks_edit(cast(local_edit(frames[0]), name), frames[0], first, edited)
+    assert not lacks_edit(curve(frames[0]), frames[0], first, small(frames[0] + 0.5 * (curve(frames[0]) - frames[0])))

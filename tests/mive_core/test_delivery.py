@@ -48,6 +48,22 @@ def test_the_reference_anchors_every_frame(source):
     assert psnr(plain, night(source)) < 28 and psnr(anchored, night(source)) > 38
 
 
+def local_edit(frames: torch.Tensor) -> torch.Tensor:
+    """A third of the picture is inverted."""
+    edited = frames.clone()
+    edited[..., 30:90, 40:110, :] = 1 - edited[..., 30:90, 40:110, :]
+    return edited
+
+
+@pytest.mark.parametrize("gain, offset", [((1.1, 1.0, 0.9), 0.0), ((0.9, 0.9, 0.9), 0.05), ((1.06, 0.97, 0.92), 0.02)])
+def test_a_cast_of_the_reference_is_not_carried_on(source, gain, offset):
+    """Image editors tint what they return; the anchor took that for the edit and lost 9 dB."""
+    truth = local_edit(source[:9])
+    reference = (truth[0] * torch.tensor(gain) + offset).clamp(0, 1)
+    off, auto = (psnr(run(source[:9], small(truth), small(source[:9]), reference, anchor=anchor), truth) for anchor in ("off", "auto"))
+    assert auto > off - 0.1
+
+
 def test_a_reference_that_shows_no_edit_undoes_none(source):
     """Words alone ask for the edit: the reference is the source's first frame."""
     edited = small(night(source))

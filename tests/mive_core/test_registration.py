@@ -86,6 +86,13 @@ def test_a_moved_reference_comes_back(frame, edit, motion):
     assert np.abs(shift).max() < 0.25
 
 
+def test_past_the_border_of_a_moved_reference_stands_what_was_given(frame):
+    beyond = torch.full_like(frame, 0.5)
+    registered = register(shifted(frame, 8, 8), frame, beyond)
+    assert torch.equal(registered[-7:], beyond[-7:]) and torch.equal(registered[:, -7:], beyond[:, -7:])
+    assert psnr(registered[:-10, :-10], frame[:-10, :-10]) > 28 and register(frame, frame, beyond) is frame
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("motion", MOTIONS)
 @pytest.mark.parametrize("edit", EDITS)
