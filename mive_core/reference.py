@@ -21,7 +21,7 @@ def latent_times(frames: Tensor) -> Tensor:
 
 def within_window(reference: Tensor, times: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
     """References (B, C, R, Y, X) at times (B, R) relative to a window of T latent frames -> the first one, moved to 0, and those in the window."""
-    kept = (times[0] > -1) & (times[0] < num_frames)
+    kept = (times[0] > -0.5) & (times[0] < num_frames - 0.5)
     kept[0] = True
     times = times[:, kept].clone()
     times[:, 0] = 0

@@ -14,7 +14,8 @@ from ..mive_core.errors import UserError
 from ..mive_core.media.fit import fit_clip, fit_reference
 from ..mive_core.types import Clip
 from ..mive_core.vae import LATENT_CHANNELS
-from .bridge.conditioning import GUIDES, LAYERS
+from .bridge.conditioning import GUIDES, LAYERS, REFERENCE_FRAMES
+from .bridge.keyframes import KEYFRAME_NUMBERS, KEYFRAMES, read_keyframes
 from .bridge.messages import log_warnings
 from .bridge.vae import encode
 
@@ -46,6 +47,8 @@ class MiVEReferenceLatents(io.ComfyNode):
                     optional=True,
                     tooltip="White where the edit may act; one mask for all frames, or one per frame. Elsewhere the sampler keeps the source's latents.",
                 ),
+                KEYFRAMES,
+                KEYFRAME_NUMBERS,
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The positive conditioning with the latents of source and reference."),
@@ -55,7 +58,20 @@ class MiVEReferenceLatents(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, positive, negative, vae, source, reference, width: int, height: int, length: int, mask=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        positive,
+        negative,
+        vae,
+        source,
+        reference,
+        width: int,
+        height: int,
+        length: int,
+        mask=None,
+        keyframes: io.Autogrow.Type | None = None,
+        keyframe_numbers: str = "",
+    ) -> io.NodeOutput:
         for name, conditioning in (("positive", positive), ("negative", negative)):
             if any(LAYERS not in values for _, values in conditioning):
                 raise UserError("this conditioning was not made for MiVE", where=name, expected="the output of the MiVE Encode node")
@@ -63,7 +79,13 @@ class MiVEReferenceLatents(io.ComfyNode):
             clip = fit_clip(Clip(source, ANY_FPS), (width, height), length)
             image = fit_reference(reference, (width, height))
             noise_mask = None if mask is None else latent_mask(mask, (width, height), length)
-        guides = {GUIDES["source"]: encode(vae, clip.frames), GUIDES["reference"]: encode(vae, image[None])}
+            further = read_keyframes(keyframes, keyframe_numbers, (width, height), length)
+        references = torch.cat([encode(vae, picture[None]) for picture in (image, *(keyframe.image for keyframe in further))], dim=2)
+        guides = {
+            GUIDES["source"]: encode(vae, clip.frames),
+            GUIDES["reference"]: references,
+            REFERENCE_FRAMES: (0, *(keyframe.number for keyframe in further)),
+        }
         shape = guides[GUIDES["source"]].shape
         expected = (1, LATENT_CHANNELS, *latent_grid(length, height, width))
         if tuple(shape) != expected:

@@ -9,7 +9,7 @@ import nodes
 from ..mive_core.errors import UserError
 from ..mive_core.flow import schedule
 from ..mive_core.pipeline import check_cfg
-from .bridge.conditioning import GUIDES, states_of
+from .bridge.conditioning import GUIDES, reference_frames, states_of
 from .bridge.model import MiVEModel, check_shapes
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -82,6 +82,7 @@ class MiVESampler(io.ComfyNode):
         schedule(steps, shift or 1.0)
         for states, values in (*positive, *negative):
             states_of({**values, "cross_attn": states}, model.model.config)
+            reference_frames(values, model.model.config)
             check_shapes(latent["samples"], *(values[key] for key in GUIDES.values()))
         if shift:
             model = ModelSamplingSD3().patch(model, shift)[0]

@@ -1,7 +1,7 @@
 """How the method's inputs are stored in ComfyUI's CONDITIONING.
 
 The tensor of a CONDITIONING holds the raw hidden states of the chosen layers, (B, S, K * D_vlm), so that stock nodes
-can pass it on; its dict holds the layers' indices and the VAE latents of source and reference.
+can pass it on; its dict holds the layers' indices, the VAE latents of source and references, and the numbers of the references' frames.
 B batch, K chosen layers, S VLM tokens, D_vlm their width.
 """
 
@@ -11,13 +11,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...mive_core.config import MiVEConfig
+from ...mive_core.config import TEMPORAL_FACTOR, MiVEConfig
 from ...mive_core.errors import UserError
+from ...mive_core.reference import check_keyframes
 from ...mive_core.types import Condition
 
 LAYERS = "mive_layers"  # indices of the K layers
 VLM_NAME = "mive_vlm"
 GUIDES = {"source": "mive_source_latents", "reference": "mive_reference_latents"}  # raw VAE latents, not yet normalised
+REFERENCE_FRAMES = "mive_reference_frames"  # numbers of the pixel frames of reference and keyframes
 
 
 def to_conditioning(condition: Condition, vlm_name: str) -> list:
@@ -47,6 +49,14 @@ def states_of(cond: dict, config: MiVEConfig) -> Tensor:
             "the DiT was made for another VLM", got=f"{cond.get(VLM_NAME)} of width {states.shape[-1]}", expected=f"{config.vlm} of width {config.vlm_width}"
         )
     return states
+
+
+def reference_frames(cond: dict, config: MiVEConfig) -> list[int]:
+    """One of ComfyUI's conds -> the number of each reference's frame, the edited first frame before the keyframes. Raises UserError."""
+    numbers = list(cond.get(REFERENCE_FRAMES, (0,)))
+    num_frames = 1 + TEMPORAL_FACTOR * (cond[GUIDES["source"]].shape[2] - 1)
+    check_keyframes(numbers[1:], num_frames, config.keyframes)
+    return numbers
 
 
 def _join(layers: Iterable[int]) -> str:

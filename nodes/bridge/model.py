@@ -1,6 +1,6 @@
 """MiVE as a ComfyUI model: ComfyUI samples, patches and offloads it, and runs it in context windows, like its own models.
 
-B batch, C latent channels, T x Y x X latent grid; K chosen layers, S = N_c condition tokens, D_vlm their width, D model width.
+B batch, C latent channels, T x Y x X latent grid; R references, K chosen layers, S = N_c condition tokens, D_vlm their width, D model width.
 """
 
 import comfy.conds
@@ -19,7 +19,8 @@ from ...mive_core.cost.memory import activation_bytes
 from ...mive_core.dit import MiVEDiT
 from ...mive_core.dit.blocks import Modulation
 from ...mive_core.errors import UserError
-from .conditioning import GUIDES, states_of
+from ...mive_core.reference import fix_first_frame, latent_times, within_window
+from .conditioning import GUIDES, reference_frames, states_of
 from .metadata import with_config
 
 SLACK = 1.25  # factor for the attention kernel's workspace, a layer's weights in transfer, and memory that the allocator leaves unused
@@ -33,16 +34,35 @@ class HostedDiT(MiVEDiT):
         self.dtype = dtype
 
     def forward(  # type: ignore[override]  # ComfyUI's signature
-        self, x: Tensor, t: Tensor, context=None, control=None, transformer_options={}, *, source: Tensor, reference: Tensor, condition: Tensor, **kwargs
+        self,
+        x: Tensor,
+        t: Tensor,
+        context=None,
+        control=None,
+        transformer_options={},
+        *,
+        source: Tensor,
+        reference: Tensor,
+        condition: Tensor,
+        reference_times: Tensor | None = None,
+        **kwargs,
     ) -> Tensor:
-        """x (B, C, T, Y, X), t (B,) in 0..1 -> velocity (B, C, T, Y, X), through the wrappers added by patches."""
+        """x (B, C, T, Y, X), t (B,) in 0..1 -> velocity (B, C, T, Y, X), through the wrappers added by patches.
+
+        reference_times (B, R) count from the first frame of x, which may be a window of the clip; None: the edited first frame alone.
+        """
+        if reference_times is None:
+            reference_times = t.new_zeros(1, 1)
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._velocity, self, wrappers)
-        return executor.execute(x, t, source, reference, condition, transformer_options=transformer_options)
+        starts_clip = not reference_times[:, 0].any()
+        reference, reference_times = within_window(reference, reference_times, x.shape[2])
+        velocity = executor.execute(x, t, source, reference, condition, reference_times, transformer_options=transformer_options)
+        return fix_first_frame(velocity, x, t, source, reference) if self.config.fix_first_frame and starts_clip else velocity
 
-    def _velocity(self, x, t, source, reference, condition, transformer_options={}):
+    def _velocity(self, x, t, source, reference, condition, reference_times, transformer_options={}):
         transformer_options = {**transformer_options, "total_blocks": len(self.blocks), "block_type": "double"}
-        return super().forward(x, source, reference, condition, t, transformer_options=transformer_options)
+        return super().forward(x, source, reference, condition, t, reference_times, transformer_options=transformer_options)
 
     def run_block(  # type: ignore[override]  # ComfyUI's one attention option
         self, index: int, sequence: Tensor, time: Modulation, rotary: Tensor, transformer_options={}
@@ -73,17 +93,19 @@ class MiVEModel(comfy.model_base.BaseModel):
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)
 
     def extra_conds_shapes(self, **cond) -> dict[str, list[int]]:
-        """Returns the shape of the condition tokens. ComfyUI calls this before it loads weights, so bad conditioning raises UserError here."""
+        """Returns shapes of tokens and references. ComfyUI calls this before it loads weights, so bad conditioning raises UserError here."""
         states = states_of(cond, self.config)
-        return {"condition": [states.shape[0], states.shape[2], self.config.width]}
+        reference_frames(cond, self.config)
+        return {"condition": [states.shape[0], states.shape[2], self.config.width], "reference": list(cond[GUIDES["reference"]].shape)}
 
     def extra_conds(self, **cond) -> dict[str, comfy.conds.CONDRegular]:
-        """Called once per sampling: normalises the latents of source and reference, projects the raw states to condition tokens."""
+        """Called once per sampling: normalises the latents of source and references, projects the raw states to condition tokens."""
         noise, device = cond["noise"], cond["device"]
         guides = {name: self.process_latent_in(cond[key].to(device, torch.float32)) for name, key in GUIDES.items()}
         check_shapes(noise, guides["source"], guides["reference"])
         condition = self.diffusion_model.context(states_of(cond, self.config).to(device), self.get_dtype_inference())
-        return {name: comfy.conds.CONDRegular(value) for name, value in {**guides, "condition": condition}.items()}
+        times = latent_times(torch.tensor([reference_frames(cond, self.config)], device=device))
+        return {name: comfy.conds.CONDRegular(value) for name, value in {**guides, "condition": condition, "reference_times": times}.items()}
 
     def process_latent_out(self, latent: Tensor) -> Tensor:
         """Called at the end of every sampler. Raises UserError if the latents are not finite, which would decode to a black video."""
@@ -92,9 +114,11 @@ class MiVEModel(comfy.model_base.BaseModel):
         return super().process_latent_out(latent)
 
     def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
-        """Cuts the source latents to the window; reference and condition tokens are the same for every window."""
+        """Cuts the source latents to the window and moves the references' times; the rest is the same for every window."""
         if cond_key == "source":
             return cond_value._copy_with(window.get_tensor(cond_value.cond, device, dim=window.dim, retain_index_list=retain_index_list))
+        if cond_key == "reference_times":
+            return cond_value._copy_with(cond_value.cond.to(device) - window.index_list[0])
         if cond_key in ("reference", "condition"):
             return cond_value._copy_with(cond_value.cond.to(device))
         return super().resize_cond_for_context_window(cond_key, cond_value, window, x_in, device, retain_index_list)
@@ -102,7 +126,8 @@ class MiVEModel(comfy.model_base.BaseModel):
     def memory_required(self, input_shape, cond_shapes={}) -> float:
         """Estimates the bytes of a forward over the whole sequence (condition, reference and target tokens), times SLACK."""
         num_condition = max((shape[1] for shape in cond_shapes.get("condition", [])), default=0)
-        num_tokens = Layout(num_condition, self.config.patch_grid(*input_shape[2:])).num_tokens
+        num_references = max((shape[2] for shape in cond_shapes.get("reference", [])), default=1)
+        num_tokens = Layout(num_condition, self.config.patch_grid(*input_shape[2:]), num_references).num_tokens
         return SLACK * activation_bytes(self.config, num_tokens, self.get_dtype_inference().itemsize, input_shape[0])
 
 
@@ -135,11 +160,11 @@ def check_shapes(noise: Tensor, source: Tensor, reference: Tensor) -> None:
             expected="the same",
             fix="take the LATENT of the MiVE Reference Latents node that made the conditioning",
         )
-    if reference.shape[2:] != (1, height, width):
+    if reference.shape[3:] != (height, width):
         raise UserError(
             "the reference and the latent differ",
             got=f"reference latents of {_format_grid(reference)}",
-            expected=f"1 x {height} x {width} (frames x rows x columns)",
+            expected=f"{reference.shape[2]} x {height} x {width} (frames x rows x columns)",
         )
     if height % 2 or width % 2:
         raise UserError("the latent's sides are odd", got=_format_grid(noise), fix="choose sides in pixels that are multiples of 16")

@@ -190,6 +190,38 @@ def test_bad_masks_of_reference_latents(pack, loaded, caplog):
     assert "the mask is empty" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "num_images, numbers, said",
+    [
+        (1, "", "each keyframe needs the number of its frame; got 1 images, 0 numbers"),
+        (1, "4, 8", "got 1 images, 2 numbers"),
+        (1, "last", "these are no numbers of frames; got 'last'"),
+        (1, "17", "a keyframe lies outside of the clip; got frame 17; expected 1 to 16"),
+        (1, "0", "frame 0 is the reference"),
+        (2, "4, 4", "two keyframes for one frame; got frame 4"),
+    ],
+)
+def test_bad_keyframes(pack, loaded, num_images, numbers, said):
+    pictures = {f"keyframe_{i}": clip(1) for i in range(num_images)}
+    assert said in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, keyframes=pictures, keyframe_numbers=numbers))
+
+
+def test_a_keyframe_of_another_size_is_fitted(pack, loaded):
+    keyed = guides(pack, loaded, keyframes={"keyframe_0": clip(1, 96, 128), "keyframe_1": None}, keyframe_numbers="12")
+    positive, negative, _ = pack.run("MiVEReferenceLatents", **keyed)
+    for conditioning in (positive, negative):
+        assert conditioning[0][1]["mive_reference_latents"].shape == (1, 16, 2, 6, 8) and conditioning[0][1]["mive_reference_frames"] == (0, 12)
+
+
+def test_an_untaught_dit_refuses_keyframes_before_it_samples(pack, loaded, monkeypatch):
+    from dataclasses import replace
+
+    keyed = guides(pack, loaded, keyframes={"keyframe_0": clip(1)}, keyframe_numbers="12")
+    positive, negative, latent = pack.run("MiVEReferenceLatents", **keyed)
+    monkeypatch.setattr(loaded.model.model, "config", replace(loaded.model.model.config, keyframes=False))
+    assert "was not taught keyframes" in refused(pack, "MiVESampler", **sampler(loaded, positive=positive, negative=negative, latent=latent))
+
+
 def sampler(loaded, **changed) -> dict:
     return {**dict(model=loaded.model, positive=loaded.positive, negative=loaded.negative, latent=loaded.latent, steps=1), **changed}
 

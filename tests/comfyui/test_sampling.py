@@ -1,11 +1,15 @@
 """The MODEL among ComfyUI's own nodes, held against the library standing alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mive_core.flow import schedule
 from mive_core.formats.quantize import quantize
-from mive_core.types import Clip, EditRequest
+from mive_core.reference import fix_first_frame
+from mive_core.types import Clip, EditRequest, Keyframe
 
 DIT, LORA, STEPS, TOLERANCE = "random.safetensors", "random.safetensors", 4, 1e-5
 
@@ -66,12 +70,50 @@ def test_latents_equal_the_librarys(loaded, pipeline, request_):
 @torch.inference_mode()
 def test_dit_equals_the_librarys(loaded, pipeline):
     torch.manual_seed(0)
-    noisy, source, reference = torch.randn(2, 16, 5, 6, 8), torch.randn(2, 16, 5, 6, 8), torch.randn(2, 16, 1, 6, 8)
-    condition, t = torch.randn(2, 30, pipeline.config.width), torch.tensor([0.3, 0.9])
-    expected = pipeline.dit(noisy, source, reference, condition, t)
-    got = loaded.model.model.diffusion_model(noisy, t, source=source, reference=reference, condition=condition)
+    noisy, source, reference = torch.randn(2, 16, 5, 6, 8), torch.randn(2, 16, 5, 6, 8), torch.randn(2, 16, 2, 6, 8)
+    condition, t, times = torch.randn(2, 30, pipeline.config.width), torch.tensor([0.3, 0.9]), torch.tensor([[0.0, 2.5], [0.0, 2.5]])
+    expected = fix_first_frame(pipeline.dit(noisy, source, reference, condition, t, times), noisy, t, source, reference)
+    got = loaded.model.model.diffusion_model(noisy, t, source=source, reference=reference, condition=condition, reference_times=times)
     assert expected.std() > 0.01
     assert (got - expected).abs().max() <= TOLERANCE
+
+
+@torch.inference_mode()
+def test_keyframes_equal_the_librarys(pack, loaded, pipeline, request_):
+    frames = request_.source.frames
+    keyframes = (Keyframe(6, 1 - frames[6]), Keyframe(13, 1 - frames[13]))
+    keyed = replace(request_, reference=1 - frames[0], keyframes=keyframes)
+    latents, condition = pipeline.encode(keyed), pipeline.vlm.condition(keyed, pipeline.config)
+    expected = pipeline.denoise(latents, [condition], schedule(STEPS, 3.0), 1.0, seed=11)
+    encoded = pack.run("MiVEEncode", vlm=loaded.vlm, instruction=keyed.instruction, fps=8.0, source=frames, reference=keyed.reference)[0]
+    size = {"width": frames.shape[2], "height": frames.shape[1], "length": len(frames)}
+    pictures = {f"keyframe_{i}": keyframe.image[None] for i, keyframe in enumerate(reversed(keyframes))}
+    positive, negative, latent = pack.run(
+        "MiVEReferenceLatents",
+        **dict(positive=encoded, negative=encoded, vae=loaded.vae, source=frames, reference=keyed.reference[None], **size),
+        keyframes=pictures,
+        keyframe_numbers="13, 6",
+    )
+    got = sample(pack, loaded, positive=positive, negative=negative, latent=latent, shift=3.0)
+    assert (loaded.model.model.process_latent_in(got) - expected).abs().max() <= 10 * TOLERANCE
+    assert not torch.allclose(got, sample(pack, loaded, shift=3.0), atol=0.01)
+
+
+@torch.inference_mode()
+def test_in_a_context_window_times_count_from_its_first_frame(loaded):
+    """The first frame is fixed only where the clip begins, and a keyframe counts only in a window that holds it."""
+    torch.manual_seed(0)
+    noisy, source, references = torch.randn(1, 16, 5, 6, 8), torch.randn(1, 16, 5, 6, 8), torch.randn(1, 16, 2, 6, 8)
+    condition, t = torch.randn(1, 30, loaded.model.model.config.width), torch.tensor([0.5])
+
+    def velocity(reference, *times):
+        model = loaded.model.model.diffusion_model
+        return model(noisy, t, source=source, reference=reference, condition=condition, reference_times=torch.tensor([times]))
+
+    begins, later = velocity(references, 0.0, 9.0), velocity(references, -4.0, 5.0)
+    assert torch.equal(begins, velocity(references[:, :, :1], 0.0)) and torch.equal(later, velocity(references[:, :, :1], -4.0))
+    assert torch.allclose(noisy[:, :, :1] - 0.5 * begins[:, :, :1], references[:, :, :1], atol=1e-5)
+    assert torch.equal(begins[:, :, 1:], later[:, :, 1:]) and not torch.equal(begins[:, :, :1], later[:, :, :1])
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])

@@ -5,6 +5,7 @@ import torch
 from mive_core.data.manifest import export_pairs, read_manifest
 from mive_core.embedded.heldout import drawn_pairs
 from mive_core.embedded.synthetic import PairedEdits
+from mive_core.reference import fix_first_frame
 from mive_core.train.cache import Encoders, cache
 from mive_core.train.edit_task import EditRecipe, EditTask
 from mive_core.train.loop import run
@@ -44,7 +45,7 @@ def test_the_stock_loader_takes_a_trained_lora(pack, loaded, pipeline, base, tmp
     condition, t = torch.randn(1, 9, task.config.width), torch.tensor([0.5])
     with torch.inference_mode():
         hosted = patched.model.diffusion_model(noisy, t, source=source, reference=reference, condition=condition)
-        trained = task.model.eval()(noisy, source, reference, condition, t)
+        trained = fix_first_frame(task.model.eval()(noisy, source, reference, condition, t), noisy, t, source, reference)
         untrained = pipeline.dit(noisy, source, reference, condition, t)
     (base / "models" / "loras" / NAME).unlink()
     assert (trained - untrained).abs().max() > 1e-3
