@@ -41,6 +41,8 @@ class Anchor:
 def fit_anchor(source: Tensor, detailed: Tensor, reference: Tensor, round_trip: Tensor, edited: Tensor, noise: float = 0.0) -> Anchor:
     """Frame 0: the source, the edit with the source's detail and the registered reference, (H, W, 3) each; the small ones (h, w, 3).
 
+    Several edited frames stand one below the other.
+
     noise: of the reference, a mean squared error, which is held against the LUT.
     """
     height, width, _ = source.shape
@@ -93,7 +95,8 @@ def lacks_edit(reference: Tensor, frame: Tensor, round_trip: Tensor, edited: Ten
 def shows_edit(reference: Tensor, first_frame: Tensor) -> bool:
     """Whether a registered reference differs from the source's first frame, (H, W, 3) each, by more than what storing a picture changes."""
     difference = (reference - first_frame).movedim(-1, 0)[None]
-    return bool(window_mean(difference, max(2, first_frame.shape[0] // 32)).abs().amax(dim=1).flatten().quantile(0.998) > SHOWN)
+    change = window_mean(difference, max(2, first_frame.shape[0] // 32)).abs().amax(dim=1).flatten()
+    return bool(change.kthvalue(max(1, round(0.998 * len(change)))).values > SHOWN)
 
 
 def restore(reference: Tensor, frame: Tensor, detailed: Tensor, maps: Tensor, round_trip: Tensor) -> tuple[Tensor, float]:

@@ -6,7 +6,8 @@ F frames; h x w pixels of the edit, H x W of the source.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,15 +25,31 @@ CUT, CUT_RATIO = 0.10, 4.0  # mean change from which a frame may begin a shot, a
 FEATHER = 1 / 64  # of the shorter side: how far inside a mask's border the edit fades in
 
 
+@dataclass(frozen=True)
+class EditedFrame:
+    """An edited frame beside the frame of the source that it was made from."""
+
+    number: int  # of the frame, counted from 0
+    source: Tensor  # (H, W, 3) in 0..1
+    image: Tensor  # (H', W', 3) in 0..1
+
+
 def deliver(
-    frames: Iterable[Tensor], edited: Tensor, round_trip: Tensor, reference: Tensor | None = None, mask: Tensor | None = None, *, anchor: str = "auto"
+    frames: Iterable[Tensor],
+    edited: Tensor,
+    round_trip: Tensor,
+    reference: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    anchor: str = "auto",
+    keyframes: Sequence[EditedFrame] = (),
 ) -> Iterator[Tensor]:
     """Yields one delivered frame, (H, W, 3) in 0..1, per frame of the source.
 
     frames: F times (H, W, 3) in 0..1, with the same framing as edited and round_trip (the source decoded from its latents), (F, h, w, 3).
     reference: the edited first frame, (H', W', 3); it is scaled to the source's size and registered. mask: (F or 1, H', W') in 0..1, 1
-    where the edit may act; elsewhere the source comes back exactly. anchor: off, on, or auto: on where the reference shows an edit.
-    Warns of an empty mask. Raises UserError for shapes and lengths that do not fit, and for values that are not finite.
+    where the edit may act; elsewhere the source comes back exactly. anchor: off, on, or auto: on where the reference or a keyframe shows an
+    edit; it is learned from all that do. Warns of an empty mask. Raises UserError for shapes and lengths that do not fit, and for values that are not finite.
     """
     check_options(len(edited), reference, mask, anchor)
     _check_pair(edited, round_trip)
@@ -50,8 +67,9 @@ def deliver(
             fitted = _maps(edited, round_trip, index, stop, frame.device)
         maps, small = next(fitted), (round_trip[index].to(frame), edited[index].to(frame))
         delivered = apply_color_map(maps, frame, small[1])
-        if index == 0 and reference is not None and anchor != "off":
-            correction = _correction(frame, delivered, reference.to(frame), maps, *small, always=anchor == "on")
+        if index == 0 and anchor != "off":
+            known = [] if reference is None else [EditedFrame(0, frame, reference)]
+            correction = _correction([*known, *keyframes], edited, round_trip, shots, always=anchor == "on")
         if correction is not None:
             delivered = apply_anchor(correction, frame, delivered, *small)
         if mask is not None:
@@ -106,13 +124,28 @@ def _maps(edited: Tensor, round_trip: Tensor, start: int, stop: int, device: tor
         yield from maps[first - low : last - low]
 
 
-def _correction(frame: Tensor, delivered: Tensor, reference: Tensor, maps: Tensor, round_trip: Tensor, edited: Tensor, always: bool) -> Anchor | None:
-    """The anchor learned from frame 0; none where the reference shows no edit, unless `always`."""
-    fitted = resize_and_crop(reference[None], (frame.shape[1], frame.shape[0]))[0]
-    truth, noise = restore(register(fitted, frame, delivered), frame, delivered, maps, round_trip)
-    if always or (shows_edit(truth, frame) and not lacks_edit(truth, frame, round_trip, edited)):
-        return fit_anchor(frame, delivered, truth, round_trip, edited, noise)
-    return None
+def _correction(known: Sequence[EditedFrame], edited: Tensor, round_trip: Tensor, shots: list[int], always: bool) -> Anchor | None:
+    """The anchor learned from the edited frames; none where no one shows an edit, unless `always`.
+
+    A frame whose edit the words alone asked for is left out.
+    """
+    examples, noises, is_shown = [], [], False
+    for example in known:
+        frame, small = example.source, (round_trip[example.number].to(example.source), edited[example.number].to(example.source))
+        start = max(shot for shot in shots if shot <= example.number)
+        stop = min((shot for shot in shots if shot > example.number), default=len(edited))
+        low, high = max(example.number - HALO, start), min(example.number + HALO + 1, stop)
+        maps = fit_color_maps(*(x[low:high].to(frame) for x in (edited, round_trip)))[example.number - low]
+        detailed = apply_color_map(maps, frame, small[1])
+        fitted = resize_and_crop(example.image[None].to(frame), (frame.shape[1], frame.shape[0]))[0]
+        truth, noise = restore(register(fitted, frame, detailed), frame, detailed, maps, small[0])
+        if always or not lacks_edit(truth, frame, *small):
+            examples.append((frame, detailed, truth, *small))
+            noises.append(noise)
+            is_shown = is_shown or shows_edit(truth, frame)
+    if not examples or not (always or is_shown):
+        return None
+    return fit_anchor(*(torch.cat(column) for column in zip(*examples)), noise=sum(noises) / len(noises))  # one below the other
 
 
 def _check_pair(edited: Tensor, round_trip: Tensor) -> None:

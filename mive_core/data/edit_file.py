@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import MiVEConfig, latent_grid
-from ..delivery import deliver
+from ..delivery import EditedFrame, deliver
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluationSettings, show_steps
 from ..media.fit import check_frames, check_request_frames, check_request_size, edit_size, fit_reference, resize, valid_num_frames
@@ -22,7 +22,7 @@ from ..media.remote import local_copy
 from ..media.video import read_clip, read_fps, read_image, stream_clip, write_stream, write_video
 from ..pipeline import Pipeline
 from ..reference import check_keyframes
-from ..types import Clip, EditRequest, Keyframe
+from ..types import Clip, EditRequest
 from .manifest import ManifestEntry, read_keyframes
 
 DETAIL = ("auto", "off")
@@ -50,7 +50,7 @@ class PreparedEdit:
     num_frames: int  # of the source
     size: tuple[int, int]  # width, height of the source
     reference: Tensor  # (H, W, 3), fitted to the source's size
-    keyframes: tuple[Keyframe, ...]  # likewise
+    keyframes: tuple[EditedFrame, ...]  # likewise
     mask: Tensor | None  # (1 or F, H', W') in 0..1
 
 
@@ -62,12 +62,16 @@ def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = Fil
         check_request_size(options.size)
     source, where = local_copy(entry.source, "source"), f"source {str(entry.source)!r}"
     frames, size, small = [], (0, 0), (0, 0)
+    numbers = [number for number, _ in entry.keyframes]
+    sharp = {}  # the frames that keyframes were made from
     for index, frame in enumerate(stream_clip(source, what="source", num_frames=options.num_frames)):
         if not index:
             check_frames(frame[None], where)
             size = (frame.shape[1], frame.shape[0])
             small = options.size or edit_size(size, config.edit_pixels)
         frames.append(resize(frame, small))
+        if index in numbers:
+            sharp[index] = frame
     if options.num_frames is not None and len(frames) < options.num_frames:
         fix = f"ask for {valid_num_frames(len(frames))} or fewer"
         raise UserError("the clip is shorter than asked", where=where, got=f"{len(frames)} frames", expected=options.num_frames, fix=fix)
@@ -83,7 +87,7 @@ def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = Fil
     else:
         raise UserError("there is neither a reference nor a target", where=entry.title)
     reference = fit_reference(image, size, f"reference {str(entry.reference)!r}")
-    check_keyframes([number for number, _ in entry.keyframes], num_frames, config.keyframes)
+    check_keyframes(numbers, num_frames, config.keyframes)
     keyframes = read_keyframes(entry, size)
     request = EditRequest(
         Clip(torch.stack(padded), read_fps(source, entry.fps)),
@@ -95,7 +99,8 @@ def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = Fil
     if options.mask is not None:
         mask = read_clip(options.mask, what="mask", num_frames=num_frames).frames.mean(dim=-1)
     _warn_of_many_tokens(request, config, where, options)
-    return PreparedEdit(request, source, num_frames, size, reference, keyframes, mask)
+    pairs = tuple(EditedFrame(keyframe.number, sharp[keyframe.number], keyframe.image) for keyframe in keyframes)
+    return PreparedEdit(request, source, num_frames, size, reference, pairs, mask)
 
 
 def edit_file(
@@ -111,7 +116,7 @@ def edit_file(
         return write_video(output, replace(result.edited, frames=edited)), seconds
     round_trip = result.round_trip[: prepared.num_frames]
     source = islice(stream_clip(prepared.source, what="source"), prepared.num_frames)
-    frames = deliver(source, edited, round_trip, prepared.reference, prepared.mask, anchor=options.anchor)
+    frames = deliver(source, edited, round_trip, prepared.reference, prepared.mask, anchor=options.anchor, keyframes=prepared.keyframes)
     return write_stream(output, frames, prepared.size, prepared.request.source.fps), seconds
 
 

@@ -22,9 +22,7 @@ def axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
     return (positions.to(torch.float64)[..., None] * frequencies).to(torch.float32)
 
 
-def rotary_table(
-    num_condition: int, grid: tuple[int, int, int], head_dim: int, theta: float, device=None, reference_times: Tensor | None = None
-) -> Tensor:
+def rotary_table(num_condition: int, grid: tuple[int, int, int], head_dim: int, theta: float, device=None, reference_times: Tensor | None = None) -> Tensor:
     """N_c, the target's patch grid (T, Y, X) and the references' latent times (B, R) -> (B, N_c + (R+T)*Y*X, 1, d/2) complex64 rotations.
 
     reference_times None: one reference, of the first frame.

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import mive_core
-from mive_core.delivery import CHUNK, deliver, feathered, find_shots
+from mive_core.delivery import CHUNK, EditedFrame, deliver, feathered, find_shots
 from mive_core.errors import UserError
 from mive_core.media.video import read_clip
 
@@ -70,6 +70,20 @@ def test_a_reference_that_shows_no_edit_undoes_none(source):
     plain, auto = (run(source, edited, small(source), source[0], anchor=anchor) for anchor in ("off", "auto"))
     assert torch.equal(plain, auto)
     assert psnr(run(source, edited, small(source), source[0], anchor="on"), source) > psnr(plain, source) + 5  # on is the user's word
+
+
+def test_a_keyframe_anchors_what_frame_0_does_not_hold(source):
+    """A red patch enters at frame 8 and is to be blue; the edit makes it purple."""
+    before, truth, edited = source.clone(), source.clone(), source.clone()
+    for frames, colour in ((before, (0.9, 0.1, 0.1)), (truth, (0.1, 0.2, 0.9)), (edited, (0.5, 0.1, 0.5))):
+        frames[8:, 30:70, 60:120] = torch.tensor(colour)
+    plain = run(before, small(edited), small(before), before[0])
+    keyed = run(before, small(edited), small(before), before[0], keyframes=[EditedFrame(12, before[12], truth[12])])
+    patch = (slice(8, None), slice(32, 68), slice(62, 118))
+    assert psnr(plain[patch], truth[patch]) < 14 and psnr(keyed[patch], truth[patch]) > 30
+    assert psnr(keyed[:8], truth[:8]) > 45
+    off = run(before, small(edited), small(before), before[0], anchor="off", keyframes=[EditedFrame(12, before[12], truth[12])])
+    assert torch.equal(off, run(before, small(edited), small(before), anchor="off"))
 
 
 def test_each_shot_by_itself(source):
