@@ -133,6 +133,9 @@ def _add_edit(commands) -> None:
     edit.add_argument("--source", action=StoreOnce, type=text, metavar="VIDEO|DIR", help="the video to edit: a video file or a folder of frames")
     edit.add_argument("--reference", action=StoreOnce, type=text, metavar="IMAGE", help="the video's first frame, already edited")
     edit.add_argument(
+        "--register", action="store_true", help="move reference and keyframes over their frames of the source, where an image editor has shifted or zoomed them"
+    )
+    edit.add_argument(
         "--keyframe",
         action="append",
         type=keyframe,

@@ -2,15 +2,15 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import convert, detail, dit, encode, inspect, latents, lora, sampling, train, vlm
-from .bridge.paths import register
+from . import convert, detail, dit, encode, inspect, latents, lora, register, sampling, train, vlm
+from .bridge.paths import register as register_paths
 
-MODULES = (vlm, encode, dit, latents, sampling, inspect, detail, convert, lora, train)
+MODULES = (vlm, encode, register, dit, latents, sampling, inspect, detail, convert, lora, train)
 
 
 class MiVEExtension(ComfyExtension):
     async def on_load(self) -> None:
-        register()
+        register_paths()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for module in MODULES for node in module.NODES]

@@ -35,7 +35,7 @@ def run_edit(arguments: argparse.Namespace) -> None:
         raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
     from ..pipeline import Pipeline, find_config
 
-    options = FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, mask)
+    options = FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, mask, arguments.register)
     entry = ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS, keyframes=keyframes)
     prepared = prepare(entry, find_config(arguments.models), options)
     pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments))
@@ -61,7 +61,7 @@ def _edit_many(arguments: argparse.Namespace) -> None:
         load,
         output,
         settings_of(arguments),
-        options=FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor),
+        options=FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, registered=arguments.register),
         model_id=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in options.items())),
         executor=executor_of(arguments),
     )

@@ -22,6 +22,7 @@ from ..media.remote import local_copy
 from ..media.video import read_clip, read_fps, read_image, stream_clip, write_stream, write_video
 from ..pipeline import Pipeline
 from ..reference import check_keyframes
+from ..registration import register
 from ..types import Clip, EditRequest
 from .manifest import ManifestEntry, read_keyframes
 
@@ -39,6 +40,7 @@ class FileOptions:
     detail: str = "auto"  # off: the edit's own pixels at the edit's size
     anchor: str = "auto"  # as in deliver
     mask: Path | None = None  # video or image, white where the edit may act
+    registered: bool = False  # whether reference and keyframes are registered to their frames of the source
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = Fil
         check_request_size(options.size)
     source, where = local_copy(entry.source, "source"), f"source {str(entry.source)!r}"
     frames, size, small = [], (0, 0), (0, 0)
-    numbers = [number for number, _ in entry.keyframes]
-    sharp = {}  # the frames that keyframes were made from
+    numbers = [0, *(number for number, _ in entry.keyframes)]
+    sharp = {}  # the frames that reference and keyframes were made from
     for index, frame in enumerate(stream_clip(source, what="source", num_frames=options.num_frames)):
         if not index:
             check_frames(frame[None], where)
@@ -87,8 +89,11 @@ def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = Fil
     else:
         raise UserError("there is neither a reference nor a target", where=entry.title)
     reference = fit_reference(image, size, f"reference {str(entry.reference)!r}")
-    check_keyframes(numbers, num_frames, config.keyframes)
+    check_keyframes(numbers[1:], num_frames, config.keyframes)
     keyframes = read_keyframes(entry, size)
+    if options.registered:
+        reference = register(reference, sharp[0])
+        keyframes = tuple(replace(keyframe, image=register(keyframe.image, sharp[keyframe.number])) for keyframe in keyframes)
     request = EditRequest(
         Clip(torch.stack(padded), read_fps(source, entry.fps)),
         resize(reference, small),

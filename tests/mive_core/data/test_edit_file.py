@@ -3,11 +3,13 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import mive_core
 from mive_core.data.edit_file import FileOptions, edit_file, prepare
 from mive_core.data.manifest import ManifestEntry
 from mive_core.errors import UserError
@@ -15,6 +17,9 @@ from mive_core.evaluation.evaluate import EvaluationSettings
 from mive_core.media.video import read_clip, write_image, write_stream, write_video
 from mive_core.pipeline import Pipeline
 from mive_core.types import Clip
+
+
+SAMPLE = Path(mive_core.__file__).parent / "assets" / "samples" / "bigbuckbunny_33f.mp4"
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,17 @@ def test_a_keyframe_is_read_in_both_sizes(pipeline, entry, tmp_path):
         prepare(replace(entry, keyframes=((7, tmp_path / "later.png"),)), pipeline.config)
     with pytest.raises(UserError, match="was not taught keyframes"):
         prepare(keyed, replace(pipeline.config, keyframes=False))
+
+
+def test_a_shifted_reference_is_registered_where_asked(pipeline, tmp_path):
+    clip = read_clip(SAMPLE, num_frames=5)
+    write_video(tmp_path / "clip.mp4", clip)
+    first = read_clip(tmp_path / "clip.mp4").frames[0] * torch.tensor([0.9, 0.6, 0.4])
+    write_image(tmp_path / "moved.png", torch.roll(first, (4, 6), dims=(0, 1)))
+    entry = ManifestEntry(tmp_path / "clip.mp4", tmp_path / "moved.png", "make it warm")
+    given, registered = (prepare(entry, pipeline.config, FileOptions(registered=flag)).reference[12:-12, 16:-16] for flag in (False, True))
+    error = [(reference - first[12:-12, 16:-16]).square().mean() for reference in (given, registered)]
+    assert error[1] < 0.1 * error[0]
 
 
 def test_what_cannot_be(pipeline, entry):
