@@ -51,7 +51,7 @@ def deliver(
     where the edit may act; elsewhere the source comes back exactly. anchor: off, on, or auto: on where the reference or a keyframe shows an
     edit; it is learned from all that do. Warns of an empty mask. Raises UserError for shapes and lengths that do not fit, and for values that are not finite.
     """
-    check_options(len(edited), reference, mask, anchor)
+    check_options(len(edited), reference, mask, anchor, num_keyframes=len(keyframes))
     _check_pair(edited, round_trip)
     if mask is not None and not (mask > 0).any():
         warnings.warn("the mask is empty: the source comes back unchanged", stacklevel=2)
@@ -82,11 +82,11 @@ def deliver(
         raise UserError("the source is shorter than its edit", got=f"{count} frames", expected=len(edited))
 
 
-def check_options(num_frames: int, reference: Tensor | None, mask: Tensor | None, anchor: str) -> None:
+def check_options(num_frames: int, reference: Tensor | None, mask: Tensor | None, anchor: str, *, num_keyframes: int = 0) -> None:
     """Raises UserError for options that cannot be followed; num_frames: of the edit. To be called before costly work; deliver does it too."""
     if anchor not in ANCHORS:
         raise UserError("unknown anchor", where="anchor", got=repr(anchor), expected=" or ".join(ANCHORS))
-    if anchor == "on" and reference is None:
+    if anchor == "on" and reference is None and not num_keyframes:
         raise UserError("an anchor needs a reference", where="anchor", got="none", fix="give the edited first frame, or set anchor to auto")
     if mask is not None and (mask.ndim != 3 or len(mask) not in (1, num_frames)):
         raise UserError("the mask does not fit the clip", where="mask", got=f"shape {tuple(mask.shape)}", expected=f"1 or {num_frames} masks (H, W)")

@@ -7,9 +7,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..mive_core.delivery import ANCHORS, check_options, deliver
+from ..mive_core.delivery import ANCHORS, EditedFrame, check_options, deliver
 from ..mive_core.errors import UserError
 from ..mive_core.media.fit import check_frames, fit_reference, resize
+from .bridge.keyframes import KEYFRAME_NUMBERS, KEYFRAMES, read_keyframes
 from .bridge.messages import log_warnings
 from .bridge.progress import Progress
 from .bridge.vae import round_trip
@@ -49,12 +50,24 @@ class MiVEKeepSourceDetail(io.ComfyNode):
                     default=ANCHORS[0],
                     tooltip="Whether the reference corrects the colours of all frames. auto: if it differs from the source's first frame.",
                 ),
+                KEYFRAMES,
+                KEYFRAME_NUMBERS,
             ],
             outputs=[io.Image.Output(display_name="video", tooltip="The edit at the source's size, for Create Video.")],
         )
 
     @classmethod
-    def execute(cls, source, edited, vae, reference=None, mask=None, anchor: str = "auto") -> io.NodeOutput:
+    def execute(
+        cls,
+        source,
+        edited,
+        vae,
+        reference=None,
+        mask=None,
+        anchor: str = "auto",
+        keyframes: io.Autogrow.Type | None = None,
+        keyframe_numbers: str = "",
+    ) -> io.NodeOutput:
         with log_warnings():
             edited = check_frames(edited.cpu(), "edited")
             if mask is not None:
@@ -64,13 +77,15 @@ class MiVEKeepSourceDetail(io.ComfyNode):
             check_framing(source, edited)
             if reference is not None:
                 reference = fit_reference(reference.cpu(), (source.shape[2], source.shape[1]))
-            check_options(len(edited), reference, mask, anchor)
+            further = read_keyframes(keyframes, keyframe_numbers, (source.shape[2], source.shape[1]), len(edited))
+            check_options(len(edited), reference, mask, anchor, num_keyframes=len(further))
             small = round_trip(vae, torch.stack([resize(frame, (width, height)) for frame in source]))
             delivered, progress = torch.empty_like(source), Progress(cls, "frame", len(source))
             device = comfy.model_management.get_torch_device()
             comfy.model_management.free_memory(BYTES_PER_PIXEL * source[0, :, :, 0].numel(), device)
             frames = (frame.to(device) for frame in source)
-            for index, frame in enumerate(deliver(frames, edited, small, reference, mask, anchor=anchor)):
+            known = [EditedFrame(keyframe.number, source[keyframe.number].to(device), keyframe.image) for keyframe in further]
+            for index, frame in enumerate(deliver(frames, edited, small, reference, mask, anchor=anchor, keyframes=known)):
                 delivered[index] = frame
                 progress.advance()
         return io.NodeOutput(delivered)

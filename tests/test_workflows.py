@@ -9,7 +9,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "workflows").glob("*.json"))
-NAMES = {"mive_quickstart", "mive_720p", "mive_stock_sampler", "mive_long_video", "mive_layer_study", "mive_fewstep", "mive_train_lora"}
+NAMES = {"mive_quickstart", "mive_720p", "mive_stock_sampler", "mive_long_video", "mive_layer_study", "mive_fewstep", "mive_train_lora", "mive_keyframes"}
 TITLE = 30  # height in pixels of a node's title bar, which is above the node's position
 NOTE = "MarkdownNote"
 DRAWN_HEIGHTS = {  # below the title bar, with the node's output after a run; measured in the browser with the new (Vue) nodes
@@ -20,7 +20,7 @@ DRAWN_HEIGHTS = {  # below the title bar, with the node's output after a run; me
     "ImageFromBatch": 90,
     "EmptyImage": 146,
     "ImageBlend": 110,
-    "MiVEReferenceLatents": 242,
+    "MiVEReferenceLatents": 298,
     "MiVESampler": 314,
     "VAEDecode": 54,
     "MiVEKeepSourceDetail": 230,

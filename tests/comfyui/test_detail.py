@@ -207,3 +207,27 @@ def test_shows_its_progress_and_stops_at_cancel(pack, vae, source, monkeypatch):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         pack.run(NODE, source=source, edited=warm(resized(source)), vae=vae)
     assert shown == [1, 2, 3]
+
+
+def test_keyframes_anchor_too(pack, vae, library_vae, source):
+    """A patch enters at frame 3; the edit leaves it as it is, a keyframe shows it in blue."""
+    before, truth = source.clone(), source.clone()
+    before[3:, 30:80, 60:130] = torch.tensor([0.9, 0.1, 0.1])
+    truth[3:, 30:80, 60:130] = torch.tensor([0.1, 0.2, 0.9])
+    edited = resized(0.5 * (before + truth))
+    given = dict(source=before, edited=edited, vae=vae, reference=before[:1])
+    (plain,) = pack.run(NODE, **given)
+    (keyed,) = pack.run(NODE, **given, keyframes={"keyframe_0": truth[4:5]}, keyframe_numbers="4")
+    assert psnr(keyed[3:, 35:75, 65:125], truth[3:, 35:75, 65:125]) > psnr(plain[3:, 35:75, 65:125], truth[3:, 35:75, 65:125]) + 6
+
+
+def test_a_shifted_reference_is_registered(pack, source):
+    """By 6 pixels, in the size of a larger picture."""
+    moved = torch.roll(warm(source[:1]), (0, 6), dims=(1, 2))
+    larger = torch.nn.functional.interpolate(moved.movedim(-1, 1), scale_factor=2, mode="bicubic").movedim(1, -1).clamp(0, 1)
+    (registered,) = pack.run("MiVERegisterReference", source=source, reference=larger)
+    assert registered.shape == (1, 112, 192, 3)
+    inner = (0, slice(8, -8), slice(16, -16))
+    assert psnr(registered[inner], warm(source[:1])[inner]) > psnr(moved[inner], warm(source[:1])[inner]) + 6
+    (same,) = pack.run("MiVERegisterReference", source=source, reference=warm(source[:1]))
+    assert torch.equal(same, warm(source[:1]))

@@ -27,6 +27,7 @@ ENDS = {  # what is saved: frames, height, width
     "mive_layer_study": (17, 96, 4 * 96 + 3 * 4),
     "mive_fewstep": (9, 64, 112),
     "mive_train_lora": (17, 96, 2 * 96 + 4),
+    "mive_keyframes": (33, 96, 96),
 }
 RESOLVED = {"Layers: first + last": "1, 4", "Layers: evenly spaced 2": "1, 4", "Layers: first two": "1, 2", "Layers: last two": "3, 4"}
 
