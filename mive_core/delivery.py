@@ -145,7 +145,8 @@ def _correction(known: Sequence[EditedFrame], edited: Tensor, round_trip: Tensor
             is_shown = is_shown or shows_edit(truth, frame)
     if not examples or not (always or is_shown):
         return None
-    return fit_anchor(*(torch.cat(column) for column in zip(*examples)), noise=sum(noises) / len(noises))  # one below the other
+    frames, detailed, truths, round_trips, edits = (torch.cat(column) for column in zip(*examples))  # one below the other
+    return fit_anchor(frames, detailed, truths, round_trips, edits, sum(noises) / len(noises))
 
 
 def _check_pair(edited: Tensor, round_trip: Tensor) -> None:

@@ -58,15 +58,7 @@ class MiVEKeepSourceDetail(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        source,
-        edited,
-        vae,
-        reference=None,
-        mask=None,
-        anchor: str = "auto",
-        keyframes: io.Autogrow.Type | None = None,
-        keyframe_numbers: str = "",
+        cls, source, edited, vae, reference=None, mask=None, anchor: str = "auto", keyframes: io.Autogrow.Type | None = None, keyframe_numbers: str = ""
     ) -> io.NodeOutput:
         with log_warnings():
             edited = check_frames(edited.cpu(), "edited")

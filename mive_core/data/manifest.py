@@ -162,7 +162,7 @@ def _write_pair(pair: PairedEdit, labels: Mapping[str, str], folder: Path, index
     request = pair.request
     write_frames(folder / stem / "source", request.source.frames)
     write_frames(folder / stem / "reference", request.reference[None])
-    line = {
+    line: dict[str, Any] = {
         "name": pair.name or stem,
         **labels,
         "source": f"{stem}/source",
@@ -171,11 +171,10 @@ def _write_pair(pair: PairedEdit, labels: Mapping[str, str], folder: Path, index
         "fps": request.source.fps,
     }
     if request.keyframes:
-        line["keyframes"] = {}
+        names = {keyframe.number: f"{stem}/keyframe_{keyframe.number:05d}" for keyframe in request.keyframes}
         for keyframe in request.keyframes:
-            name = f"{stem}/keyframe_{keyframe.number:05d}"
-            write_frames(folder / name, keyframe.image[None])
-            line["keyframes"][str(keyframe.number)] = f"{name}/00000.png"
+            write_frames(folder / names[keyframe.number], keyframe.image[None])
+        line["keyframes"] = {str(number): f"{name}/00000.png" for number, name in names.items()}
     if pair.colour is not None:
         line["colour"] = "#" + bytes(round(255 * value) for value in pair.colour).hex()
     for key, frames in (("target", pair.target), ("mask", pair.mask)):

@@ -87,8 +87,8 @@ class CachedBatches(Dataset):
         if "target" not in tensors:
             raise UserError("a shard of the cache lacks a pair", where=path, got=f"no {entry.key}", fix="run `mive data cache` again")
         states = {name: dequantize_states(name, tensors) for name in ("states", "negative") if name in tensors}
-        names = ("target", "source", "reference", "mask", "reference_frames")
-        return {name: tensors[name].float() for name in names if name in tensors} | states
+        others = ("target", "source", "reference", "mask", "reference_frames")
+        return {name: tensors[name].float() for name in others if name in tensors} | states
 
     def _file(self, path: Path) -> Any:
         """Returns the open shard; the least recently used one is closed above OPEN_SHARDS."""

@@ -18,7 +18,6 @@ from mive_core.media.video import read_clip, write_image, write_stream, write_vi
 from mive_core.pipeline import Pipeline
 from mive_core.types import Clip
 
-
 SAMPLE = Path(mive_core.__file__).parent / "assets" / "samples" / "bigbuckbunny_33f.mp4"
 
 
