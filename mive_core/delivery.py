@@ -20,7 +20,7 @@ from .media.fit import resize_and_crop
 from .registration import register
 
 ANCHORS = ("auto", "on", "off")
-CHUNK = 16  # frames whose maps are fitted together
+CHUNK, CHUNK_PIXELS = 16, 1_600_000  # frames whose maps are fitted together, and their pixels in all, at most
 CUT, CUT_RATIO = 0.10, 4.0  # mean change from which a frame may begin a shot, and how many times that of its neighbours
 FEATHER = 1 / 64  # of the shorter side: how far inside a mask's border the edit fades in
 
@@ -117,8 +117,9 @@ def feathered(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _maps(edited: Tensor, round_trip: Tensor, start: int, stop: int, device: torch.device) -> Iterator[Tensor]:
     """Each frame's maps of the shot from `start` to `stop`, fitted in chunks that equal one fit of the whole shot."""
-    for first in range(start, stop, CHUNK):
-        last = min(first + CHUNK, stop)
+    length = min(CHUNK, max(1, CHUNK_PIXELS // edited[0, :, :, 0].numel()))
+    for first in range(start, stop, length):
+        last = min(first + length, stop)
         low, high = max(first - HALO, start), min(last + HALO, stop)
         maps = fit_color_maps(edited[low:high].to(device, torch.float32), round_trip[low:high].to(device, torch.float32))
         yield from maps[first - low : last - low]

@@ -2,7 +2,8 @@
 
 Per pixel and frame a local affine colour map leads from the source's VAE round trip to the edit, as in a guided filter (He et al. 2010).
 Both carry the same blur, so the map holds the edit alone; it is applied to the sharp source. Where no such map explains the edit
-(another shape, something new) the edit's own pixels stay. (ours)
+(another shape, something new) the edit's own pixels stay. (ours) Maps are smooth, so those of a large edit are fitted at a reduced size
+(He and Sun 2015, Fast Guided Filter).
 
 F frames of the edit, h x w pixels; H x W pixels of the source.
 """
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 EPSILON = 2e-3  # variance below which a map tends to the identity
 RADIUS = 16  # the window's radius is the edit's shorter side divided by this
+FIT_SIDE = 160  # shorter side, in pixels, of the size at which maps are fitted, at most
 FRAMES = 1  # the window reaches that many frames to each side
 HALO = 3 * FRAMES  # frames beside a frame that its map depends on: fit, smoothing, blend
 PLANES = 2_000_000  # pixels that are averaged at a time: what stays in a processor's cache
@@ -30,13 +32,24 @@ def fit_color_maps(edited: Tensor, round_trip: Tensor) -> Tensor:
     and the weight in 0..1 of the edit's own pixel.
     """
     e, g = edited.movedim(-1, 1), round_trip.movedim(-1, 1)
-    matrix, offset = fit_affine(e, g)
+    matrix, offset = fit_affine_reduced(e, g)
     mapped = transform(matrix, g) + offset
     log_odds = sum(w * x for w, x in zip(BLEND, blend_features(e, mapped))) + BLEND_BIAS
     change = window_mean((mapped - g).square().mean(dim=1, keepdim=True), radii(e)[1])
     gain = change.square() / (change.square() + NOISE**4)
     identity = torch.eye(3, device=e.device, dtype=e.dtype).view(1, 9, 1, 1)
     return torch.cat([identity + gain * (matrix - identity), gain * offset, torch.sigmoid(log_odds)], dim=1)
+
+
+def fit_affine_reduced(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """fit_affine of frames whose shorter side is at most FIT_SIDE; larger ones are reduced, and the result is enlarged."""
+    size, shorter = e.shape[2:], min(e.shape[2:])
+    if shorter <= FIT_SIDE:
+        return fit_affine(e, g)
+    reduced = [round(side * FIT_SIDE / shorter) for side in size]
+    fitted = fit_affine(*(F.interpolate(x, reduced, mode="bilinear", antialias=True) for x in (e, g)))
+    matrix, offset = (F.interpolate(x, size, mode="bilinear", align_corners=False) for x in fitted)
+    return matrix, offset
 
 
 def fit_affine(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

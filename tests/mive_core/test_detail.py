@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import mive_core
+from mive_core import detail
 from mive_core.detail import HALO, apply_color_map, fit_affine, fit_color_maps, invert, multiply, transform, window_mean
 from mive_core.media.video import read_clip
 
@@ -68,6 +69,23 @@ def test_chunks_with_a_halo_equal_the_whole(source):
     edited, whole = blurred(look(clip)), fit_color_maps(blurred(look(clip)), blurred(clip))
     part = fit_color_maps(edited[3 - HALO : 6 + HALO], blurred(clip)[3 - HALO : 6 + HALO])[HALO:-HALO]
     assert torch.allclose(part, whole[3:6], atol=1e-5)
+
+
+def test_maps_of_a_large_edit_are_fitted_at_a_reduced_size(source, monkeypatch):
+    """Nearly the same picture, and what is new in it stays as sharp."""
+    large = F.interpolate(source[:2].movedim(-1, 1), (224, 384), mode="bicubic").movedim(1, -1).clamp(0, 1)
+    target = look(large)
+    target[:, 60:160, 100:260] = torch.tensor([0.9, 0.1, 0.6])
+    edited, round_trip = (F.avg_pool2d(x.movedim(-1, 1), 5, 1, 2, count_include_pad=False).movedim(1, -1) for x in (target, large))
+    out = []
+    for side in (80, 224):
+        monkeypatch.setattr(detail, "FIT_SIDE", side)
+        maps = fit_color_maps(edited, round_trip)
+        assert maps.shape == (2, 13, 224, 384)
+        out.append(torch.stack([apply_color_map(*frame) for frame in zip(maps, large, edited)]))
+    patch = (slice(None), slice(60, 160), slice(100, 260))
+    for region in (slice(None), patch):
+        assert psnr(out[0][region], target[region]) > psnr(out[1][region], target[region]) - 0.5
 
 
 def test_one_frame_and_odd_sizes(source):
