@@ -13,6 +13,7 @@ IDS = [
     "MiVELoadVLM",
     "MiVELayerSelect",
     "MiVEEncode",
+    "MiVERegisterReference",
     "MiVELoadDiT",
     "MiVEReferenceLatents",
     "MiVESampler",
