@@ -47,6 +47,7 @@ class DiTRecipe(FlowMatchingRecipe):
     auxiliary_weight: float = 0.0  # loss weight of the auxiliary heads, see auxiliary_heads.py; 0: no heads
     auxiliary_blocks: tuple = (3, 7)  # blocks that predict place and shape of the edited object, and its outline
     start_from: str = ""  # checkpoint with the initial weights, of the same widths; it may have fewer blocks, see deepen; "": random
+    start_ratio: float = 0.0  # share of start_from's weights in the finished ones, which keeps more of what was known (Wortsman et al. 2022, WiSE-FT)
     num_blocks: int = 0  # number of blocks; 0: the preset's
     batch_size: int = 8
     learning_rate: float = 1.2e-3
@@ -106,7 +107,8 @@ class DiTTask(FlowMatchingTask):
         model = MiVEDiT(config, operations=nn, attention=training_attention(recipe))
         if recipe.start_from:
             weights = {key: value.float() for key, value in read_tensors(Path(recipe.start_from)).items()}
-            model.load_state_dict(deepen(weights, config.num_blocks))
+            self.start = deepen(weights, config.num_blocks)
+            model.load_state_dict(self.start)
         else:
             initialise(model)
             if recipe.identity_init:
@@ -117,6 +119,10 @@ class DiTTask(FlowMatchingTask):
             self.auxiliary = AuxiliaryHeads(model, *recipe.auxiliary_blocks).to(recipe.device)
             self.modules = {**self.modules, "auxiliary": self.auxiliary}
             self.optimizers["adamw"].add_param_group({"params": list(self.auxiliary.parameters())})
+
+    def exported(self, name: str, weight: Tensor) -> Tensor:
+        """Returns the mean of a trained weight and the one it started from, as start_ratio says."""
+        return torch.lerp(weight, self.start[name], self.recipe.start_ratio) if self.recipe.start_ratio else weight
 
     def loss(self, step: int, batch: EditFeatures, generator: torch.Generator) -> dict[str, Tensor]:
         """Adds the auxiliary heads' losses to those of FlowMatchingTask."""
@@ -213,6 +219,8 @@ def build(values: dict, where: object = None) -> DiTTask:
     check_recipe(recipe, where)
     config = PRESETS[recipe.preset]
     config = replace(config, layers=parse_layers(recipe.layers, config.vlm_num_layers), num_blocks=recipe.num_blocks or config.num_blocks)
+    if not 0 <= recipe.start_ratio < 1 or (recipe.start_ratio and not recipe.start_from):
+        raise UserError("start_ratio is a share of start_from's weights", where=where, got=recipe.start_ratio, expected="0 to 1, and a start_from")
     check_auxiliary(recipe, config.num_blocks, where)
     if recipe.growth_ratio and recipe.num_workers:
         raise UserError("clips that grow are read where they are waited for", where=where, got=f"num_workers {recipe.num_workers}", fix="set num_workers to 0")

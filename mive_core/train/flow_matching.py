@@ -144,6 +144,10 @@ class FlowMatchingTask(Task):
         trained_flops, prediction_flops = training_flops(self.config, layout, frozen=bool(self.recipe.lora_rank)), dit_flops(self.config, layout)
         return Workload(size, size * layout.num_tokens, size * trained_flops + self.num_predicted(size) * prediction_flops)
 
+    def exported(self, name: str, weight: Tensor) -> Tensor:
+        """Returns a weight as the finished model has it."""
+        return weight
+
     def export(self, path: Path) -> None:
         """Writes a full MiVE checkpoint, or a LoRA in peft's format."""
         if self.recipe.lora_rank:
@@ -155,7 +159,7 @@ class FlowMatchingTask(Task):
         for name, value in self.model.state_dict().items():
             full = full_tensor(value)
             if is_first:
-                weights[name] = full.cpu()
+                weights[name] = self.exported(name, full.cpu())
         if is_first:
             save_dit(path, weights, self.config, DTYPES.get(self.recipe.export_dtype), self.recipe.metadata)
 

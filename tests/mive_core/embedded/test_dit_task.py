@@ -19,9 +19,10 @@ from mive_core.errors import UserError
 from mive_core.flow import euler, flow_path, schedule
 from mive_core.formats.checkpoint import inspect, load_dit
 from mive_core.pipeline import EMBEDDED
+from mive_core.reference import fix_first_frame
 from mive_core.train.flow_matching import check_recipe
 from mive_core.train.loop import run, step_seed
-from mive_core.train.objective import EditFeatures, cauchy_loss, flow_matching_losses, latent_mask, loss_by_time, one_step_prediction
+from mive_core.train.objective import EditFeatures, cauchy_loss, flow_matching_losses, latent_mask, loss_by_time, one_step_prediction, reference_times
 from mive_core.train.recipe import parse_recipe
 
 CONFIG = replace(PRESETS["tiny"], num_blocks=1)
@@ -207,9 +208,14 @@ def test_a_drafted_entry_is_held_by_the_target_that_its_velocity_leads_to(tmp_pa
 def test_the_first_draft_is_one_step_of_sampling(tmp_path):
     task = make_task(tmp_path)
     batch = task.dataset[0]
-    noise, condition = torch.randn(batch.target.shape), task.model.embed_condition(batch.states)
+    noise, condition, times = torch.randn(batch.target.shape), task.model.embed_condition(batch.states), reference_times(batch)
+
+    def velocity(x, t):
+        t = torch.full((2,), t)
+        return fix_first_frame(task.model(x, batch.source, batch.reference, condition, t, times), x, t, batch.source, batch.reference)
+
     with torch.no_grad():
-        stepped = euler(lambda x, t: task.model(x, batch.source, batch.reference, condition, torch.full((2,), t)), noise, schedule(1, 3.0))
+        stepped = euler(velocity, noise, schedule(1, 3.0))
     draft = one_step_prediction(task.model, batch, batch.states, noise)
     assert not draft.requires_grad and torch.allclose(draft, stepped, atol=1e-5)
 

@@ -34,7 +34,7 @@ def test_the_batches_of_a_step_are_shared_out_and_none_is_left_over():
 @pytest.fixture(scope="module")
 def pairs(random_models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    manifest = export_pairs(drawn_pairs(PairedEdits(5, "train", (32, 32), 5), 6), folder / "pairs")
+    manifest = export_pairs(drawn_pairs(PairedEdits(5, "train", (32, 32), 5, kinds=("seen in reference",)), 6), folder / "pairs")
     cache(read_manifest(manifest), Encoders.load(random_models), folder / "cache")
     return folder / "cache"
 

@@ -67,7 +67,7 @@ def test_an_epoch_visits_every_pair_in_batches_of_one_shape(cached):
     assert torch.equal(features.target, again.target) and features.states.dtype == torch.float32
     widths = {batches[i].target.shape[-1]: batches[i].negative is not None for i in range(batches.num_batches)}
     assert widths == {6: True, 4: False}  # the squares were cached without the negative
-    assert {grid[-1]: num_negative > 0 for grid, _, num_negative in batches.shapes} == widths  # pairs with negatives of other lengths do not meet
+    assert {grid[-1]: num_negative > 0 for grid, _, num_negative, _ in batches.shapes} == widths  # pairs with negatives of other lengths do not meet
 
 
 @pytest.mark.parametrize("alpha", [0.0, 6.0])
