@@ -539,19 +539,11 @@ def _add_synth(data) -> None:
     synth.add_argument(
         "--split", default="heldout", choices=("train", "heldout"), help="train: what models train on; heldout: never trained on; default heldout"
     )
-    synth.add_argument("--seed", type=integer, default=0, metavar="N", help="random seed of the clips; default 0")
-    synth.add_argument("--size", type=size, default=(96, 96), metavar="WxH", help="size in pixels, multiples of 16; default 96x96")
-    synth.add_argument("--frames", type=positive_int, default=17, metavar="N", help="number of frames, 4n+1; default 17")
-    synth.add_argument(
-        "--kind",
-        action="append",
-        default=[],
-        type=text,
-        help='only this kind of clip: "seen in reference", "enters late", "two alike", "instruction only", "no instruction", or, drawn from the '
-        'heldout split only where named: "loose words", "vague words", "wrong words", "nothing asked"; can be repeated',
-    )
-    synth.add_argument(
-        "--edit", action="append", default=[], type=text, help="only this edit: recolour, replace, remove, add, background or look; can be repeated"
+    _add_drawn(
+        synth,
+        '"seen in reference", "enters late", "two alike", "instruction only", "no instruction", or, drawn from the heldout split only where named: '
+        '"loose words", "vague words", "wrong words", "nothing asked"',
+        "recolour, replace, remove, add, background or look",
     )
 
 
@@ -566,20 +558,20 @@ def _add_challenge(data) -> None:
     challenge.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to: clips and their manifest pairs.jsonl")
     challenge.add_argument("--source", type=text, metavar="VIDEO|DIR", help="video behind the objects: a video file or a folder of frames; default: noise")
     challenge.add_argument("--num", type=positive_int, default=32, metavar="N", help="number of pairs; default 32, in which every kind and edit occurs")
-    challenge.add_argument("--seed", type=integer, default=0, metavar="N", help="random seed of the clips; default 0")
-    challenge.add_argument("--size", type=size, default=(96, 96), metavar="WxH", help="size in pixels, multiples of 16; default 96x96")
-    challenge.add_argument("--frames", type=positive_int, default=17, metavar="N", help="number of frames, 4n+1; default 17")
-    challenge.add_argument(
-        "--kind",
-        action="append",
-        default=[],
-        type=text,
-        help='only this kind of clip: "seen in reference", "enters late", "two alike", "words alone", "vague words", "wrong words", "nothing asked" or '
-        '"look strengths"; can be repeated',
+    _add_drawn(
+        challenge,
+        '"seen in reference", "enters late", "two alike", "words alone", "vague words", "wrong words", "nothing asked" or "look strengths"',
+        "recolour, replace, remove, background, look, keep or absent",
     )
-    challenge.add_argument(
-        "--edit", action="append", default=[], type=text, help="only this edit: recolour, replace, remove, background, look, keep or absent; can be repeated"
-    )
+
+
+def _add_drawn(parser: Parser, kinds: str, edits: str) -> None:
+    """Adds the options of generators of clips; kinds and edits are listed in the help."""
+    parser.add_argument("--seed", type=integer, default=0, metavar="N", help="random seed of the clips; default 0")
+    parser.add_argument("--size", type=size, default=(96, 96), metavar="WxH", help="size in pixels, multiples of 16; default 96x96")
+    parser.add_argument("--frames", type=positive_int, default=17, metavar="N", help="number of frames, 4n+1; default 17")
+    parser.add_argument("--kind", action="append", default=[], type=text, help=f"only this kind of clip: {kinds}; can be repeated")
+    parser.add_argument("--edit", action="append", default=[], type=text, help=f"only this edit: {edits}; can be repeated")
 
 
 def _add_fit(parser: Parser) -> None:
