@@ -2,16 +2,16 @@
 
 from dataclasses import replace
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..mive_core.config import MiVEConfig
 from ..mive_core.layers import check_layers, warn_of_layers
 from ..mive_core.media.fit import SAME_SHAPE, fit_clip, fit_reference
 from ..mive_core.pipeline import check_vlm
 from ..mive_core.types import Clip, EditRequest
-from .bridge.agreement import ReadClip
+from .bridge.agreement import ReadClip, check_order
 from .bridge.conditioning import to_conditioning
-from .bridge.messages import log_warnings
+from .bridge.messages import log_warnings, show
 from .bridge.model import config_of
 from .bridge.vlm import HostedVLM
 from .vlm import LayerChoice, LayersType, VlmType
@@ -26,6 +26,7 @@ class MiVEEncode(io.ComfyNode):
             node_id="MiVEEncode",
             display_name="MiVE Encode",
             category="MiVE",
+            hidden=[io.Hidden.unique_id],
             description="The VLM reads instruction, reference and source in one pass; the hidden states of the chosen layers become the conditioning. "
             "With an empty instruction this is the negative conditioning.",
             search_aliases=["mive prompt", "instruction", "text encode", "conditioning", "edit prompt"],
@@ -79,7 +80,8 @@ class MiVEEncode(io.ComfyNode):
         layers: LayerChoice | None = None,
         model=None,
     ) -> io.NodeOutput:
-        with log_warnings():
+        check_order(source, reference)
+        with log_warnings() as warned:
             config = vlm.default_config if model is None else config_of(model)
             layer_indices = chosen_layers(vlm, layers, None if model is None else config)
             if sampled_fps != DEFAULTS.video_fps:
@@ -89,7 +91,10 @@ class MiVEEncode(io.ComfyNode):
             clip = fit_clip(Clip(source, fps), max_stretch=SAME_SHAPE)
             request = EditRequest(clip, fit_reference(reference, (clip.frames.shape[2], clip.frames.shape[1]), max_stretch=SAME_SHAPE), instruction)
             condition = vlm.condition(request, config, layer_indices)
-        return io.NodeOutput(to_conditioning(condition, vlm.vlm.name, ReadClip.of(request)))
+        if warned:
+            show(cls, "\n".join(warned))
+        text = ui.PreviewText("\n".join(warned)) if warned else None
+        return io.NodeOutput(to_conditioning(condition, vlm.vlm.name, ReadClip.of(request)), ui=text)
 
 
 def chosen_layers(vlm: HostedVLM, layers: LayerChoice | None, config: MiVEConfig | None) -> tuple[int, ...]:

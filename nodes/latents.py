@@ -5,19 +5,20 @@ import warnings
 import comfy.model_management
 import node_helpers
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 from torch.nn import functional
 
 from ..mive_core.config import TEMPORAL_FACTOR, latent_grid
 from ..mive_core.errors import UserError
 from ..mive_core.media.fit import SAME_SHAPE, fit_clip, fit_reference, nearest_side, stretch_of
+from ..mive_core.reference_check import warn_of_references
 from ..mive_core.types import Clip
 from ..mive_core.vae import LATENT_CHANNELS
-from .bridge.agreement import check_agreement
+from .bridge.agreement import check_agreement, check_order
 from .bridge.conditioning import GUIDES, LAYERS, REFERENCE_FRAMES
 from .bridge.keyframes import KEYFRAME_NUMBERS, KEYFRAMES, read_keyframes
-from .bridge.messages import log_warnings
+from .bridge.messages import log_warnings, show
 from .bridge.vae import encode
 
 ANY_FPS = 1.0  # the VAE ignores the frame rate
@@ -30,6 +31,7 @@ class MiVEReferenceLatents(io.ComfyNode):
             node_id="MiVEReferenceLatents",
             display_name="MiVE Reference Latents",
             category="MiVE",
+            hidden=[io.Hidden.unique_id],
             description="Encodes source video and reference image, adds them to both conditionings and creates the empty latent to sample.",
             search_aliases=["vae encode video", "video edit latent", "reference", "source video"],
             inputs=[
@@ -96,7 +98,8 @@ class MiVEReferenceLatents(io.ComfyNode):
         for name, conditioning in (("positive", positive), ("negative", negative)):
             if any(LAYERS not in values for _, values in conditioning):
                 raise UserError("this conditioning was not made for MiVE", where=name, expected="the output of the MiVE Encode node")
-        with log_warnings():
+        check_order(source, reference)
+        with log_warnings() as warned:
             clip = fit_clip(Clip(source, ANY_FPS), requested_size(source, width, height), length or None, max_stretch=SAME_SHAPE)
             length, height, width = clip.frames.shape[:3]
             image = fit_reference(reference, (width, height), max_stretch=SAME_SHAPE)
@@ -104,6 +107,9 @@ class MiVEReferenceLatents(io.ComfyNode):
                 check_agreement(conditioning, clip.frames, image, name)
             noise_mask = None if mask is None else latent_mask(mask, (width, height), length)
             further = read_keyframes(keyframes, keyframe_numbers, (width, height), length)
+            warn_of_references(clip.frames, image, further)
+        if warned:
+            show(cls, "\n".join(warned))
         references = torch.cat([encode(vae, picture[None]) for picture in (image, *(keyframe.image for keyframe in further))], dim=2)
         guides = {
             GUIDES["source"]: encode(vae, clip.frames),
@@ -118,7 +124,8 @@ class MiVEReferenceLatents(io.ComfyNode):
             latent = {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
         else:
             latent = {"samples": guides[GUIDES["source"]], "noise_mask": noise_mask}
-        return io.NodeOutput(node_helpers.conditioning_set_values(positive, guides), node_helpers.conditioning_set_values(negative, guides), latent)
+        conditionings = (node_helpers.conditioning_set_values(conditioning, guides) for conditioning in (positive, negative))
+        return io.NodeOutput(*conditionings, latent, ui=ui.PreviewText("\n".join(warned)) if warned else None)
 
 
 def requested_size(frames: Tensor, width: int, height: int) -> tuple[int, int] | None:
