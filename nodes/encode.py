@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..mive_core.config import MiVEConfig
 from ..mive_core.layers import check_layers, warn_of_layers
@@ -11,7 +11,7 @@ from ..mive_core.pipeline import check_vlm
 from ..mive_core.types import Clip, EditRequest
 from .bridge.agreement import ReadClip, check_order
 from .bridge.conditioning import to_conditioning
-from .bridge.messages import log_warnings, show
+from .bridge.messages import log_warnings, with_text
 from .bridge.model import config_of
 from .bridge.vlm import HostedVLM
 from .vlm import LayerChoice, LayersType, VlmType
@@ -26,7 +26,6 @@ class MiVEEncode(io.ComfyNode):
             node_id="MiVEEncode",
             display_name="MiVE Encode",
             category="MiVE",
-            hidden=[io.Hidden.unique_id],
             description="The VLM reads instruction, reference and source in one pass; the hidden states of the chosen layers become the conditioning. "
             "With an empty instruction this is the negative conditioning.",
             search_aliases=["mive prompt", "instruction", "text encode", "conditioning", "edit prompt"],
@@ -91,10 +90,7 @@ class MiVEEncode(io.ComfyNode):
             clip = fit_clip(Clip(source, fps), max_stretch=SAME_SHAPE)
             request = EditRequest(clip, fit_reference(reference, (clip.frames.shape[2], clip.frames.shape[1]), max_stretch=SAME_SHAPE), instruction)
             condition = vlm.condition(request, config, layer_indices)
-        if warned:
-            show(cls, "\n".join(warned))
-        text = ui.PreviewText("\n".join(warned)) if warned else None
-        return io.NodeOutput(to_conditioning(condition, vlm.vlm.name, ReadClip.of(request)), ui=text)
+        return io.NodeOutput(to_conditioning(condition, vlm.vlm.name, ReadClip.of(request)), ui=with_text("\n".join(warned)))
 
 
 def chosen_layers(vlm: HostedVLM, layers: LayerChoice | None, config: MiVEConfig | None) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ import warnings
 import comfy.model_management
 import node_helpers
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,7 +18,7 @@ from ..mive_core.vae import LATENT_CHANNELS
 from .bridge.agreement import check_agreement, check_order
 from .bridge.conditioning import GUIDES, LAYERS, REFERENCE_FRAMES
 from .bridge.keyframes import KEYFRAME_NUMBERS, KEYFRAMES, read_keyframes
-from .bridge.messages import log_warnings, show
+from .bridge.messages import log_warnings, with_text
 from .bridge.vae import encode
 
 ANY_FPS = 1.0  # the VAE ignores the frame rate
@@ -31,7 +31,6 @@ class MiVEReferenceLatents(io.ComfyNode):
             node_id="MiVEReferenceLatents",
             display_name="MiVE Reference Latents",
             category="MiVE",
-            hidden=[io.Hidden.unique_id],
             description="Encodes source video and reference image, adds them to both conditionings and creates the empty latent to sample.",
             search_aliases=["vae encode video", "video edit latent", "reference", "source video"],
             inputs=[
@@ -108,8 +107,6 @@ class MiVEReferenceLatents(io.ComfyNode):
             noise_mask = None if mask is None else latent_mask(mask, (width, height), length)
             further = read_keyframes(keyframes, keyframe_numbers, (width, height), length)
             warn_of_references(clip.frames, image, further)
-        if warned:
-            show(cls, "\n".join(warned))
         references = torch.cat([encode(vae, picture[None]) for picture in (image, *(keyframe.image for keyframe in further))], dim=2)
         guides = {
             GUIDES["source"]: encode(vae, clip.frames),
@@ -125,7 +122,7 @@ class MiVEReferenceLatents(io.ComfyNode):
         else:
             latent = {"samples": guides[GUIDES["source"]], "noise_mask": noise_mask}
         conditionings = (node_helpers.conditioning_set_values(conditioning, guides) for conditioning in (positive, negative))
-        return io.NodeOutput(*conditionings, latent, ui=ui.PreviewText("\n".join(warned)) if warned else None)
+        return io.NodeOutput(*conditionings, latent, ui=with_text("\n".join(warned)))
 
 
 def requested_size(frames: Tensor, width: int, height: int) -> tuple[int, int] | None:
