@@ -9,7 +9,7 @@ from ..mive_core.evaluation.drift import describe_drift, draw_drift, measure_dri
 from ..mive_core.media.fit import check_frames, fit_clip, fit_mask
 from ..mive_core.types import Clip
 from .bridge.estimate import describe_cost
-from .bridge.messages import log_warnings, show
+from .bridge.messages import log_warnings, with_text
 from .latents import ANY_FPS
 
 TRIM, PAD = "trim", "pad"
@@ -23,7 +23,6 @@ class MiVEPreflight(io.ComfyNode):
             display_name="MiVE Preflight",
             category="MiVE",
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             description="Fits a video to the model: 4n+1 frames, sides that are multiples of 16. Reports how much memory and time the edit takes.",
             search_aliases=["video size", "resize video", "frame count", "vram estimate", "4n+1"],
             inputs=[
@@ -75,8 +74,7 @@ class MiVEPreflight(io.ComfyNode):
         length, height, width = fitted.shape[:3]
         changes = [f"padded by {missing} frames"] if policy == PAD and missing else []
         report = "\n".join([f"{length} frames of {width}x{height}", *changes, *warned, *describe_cost(length, height, width, steps, model)])
-        show(cls, report)
-        return io.NodeOutput(fitted, width, height, length, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(fitted, width, height, length, report, ui=with_text(report))
 
 
 class MiVEDriftReport(io.ComfyNode):
@@ -113,7 +111,8 @@ class MiVEDriftReport(io.ComfyNode):
                 mask = mask.expand(len(source), -1, -1) if len(mask) == 1 else mask
         drift = measure_drift(source.cpu(), edited.cpu(), mask)
         plot = torch.from_numpy(np.array(draw_drift(drift)))[None].float() / 255
-        return io.NodeOutput(plot, describe_drift(drift), ui=ui.PreviewImage(plot, cls=cls))
+        report = describe_drift(drift)
+        return io.NodeOutput(plot, report, ui=with_text(report, ui.PreviewImage(plot, cls=cls)))
 
 
 def round_to_multiple(side: int) -> int:
