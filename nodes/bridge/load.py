@@ -3,6 +3,7 @@
 ComfyUI's model detection is skipped, because by the file's keys it would detect plain Wan.
 """
 
+import inspect
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
     model = support.get_model(state)
     dynamic = comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher
     patcher_class = HostedDynamicPatcher if dynamic and not disable_dynamic and not comfy.model_management.is_device_cpu(device) else HostedPatcher
-    patcher = patcher_class(model, load_device=device, offload_device=offload_device)
+    patcher = patcher_class(model, load_device=device, offload_device=offload_device, **disk_options(state))
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
@@ -76,6 +77,15 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
     if config.guided_above:
         patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "mive_guidance", partial(skip_guidance, config.guided_above))
     return patcher
+
+
+def disk_options(state: dict[str, torch.Tensor]) -> dict[str, bool]:
+    """Returns the argument that tells a ModelPatcher of ComfyUI 0.38 whether the weights lie on a fast disk; nothing for one without it, as in 0.29."""
+    if "fast_disk" not in inspect.signature(comfy.model_patcher.ModelPatcher).parameters:
+        return {}
+    from comfy.storage import state_dict_fast_disk
+
+    return {"fast_disk": state_dict_fast_disk(state)}
 
 
 def skip_guidance(threshold: float, executor, model, conds: list, x: torch.Tensor, sigma: torch.Tensor, model_options: dict) -> list:
