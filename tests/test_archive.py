@@ -16,7 +16,23 @@ import mive_core
 
 MAX_BYTES = 36e6
 NO_ADDRESS = "https://no-public-address-yet.invalid/mive"  # a name that can never be reached, RFC 2606
-KINDS = {"", ".jinja", ".jpg", ".json", ".md", ".mp4", ".png", ".py", ".safetensors", ".svg", ".toml", ".txt", ".webp", ".yaml"}  # no built or packed code
+KINDS = {
+    ".js",
+    "",
+    ".jinja",
+    ".jpg",
+    ".json",
+    ".md",
+    ".mp4",
+    ".png",
+    ".py",
+    ".safetensors",
+    ".svg",
+    ".toml",
+    ".txt",
+    ".webp",
+    ".yaml",
+}  # no built or packed code
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PAGES = [path for path in FILES if path.suffix == ".md"]
 

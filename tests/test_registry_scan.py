@@ -241,3 +241,14 @@ def test_a_violation_in_a_real_file_is_found():
     """A file of the archive, with a forbidden call added."""
     source = (ROOT / "nodes" / "dit.py").read_text(encoding="utf-8")
     assert violations(source + "\nimport os\nos.system('ls')\n") == [f"line {source.count(chr(10)) + 3} uses os.system"]
+
+
+SCRIPT_VIOLATIONS = re.compile(r"\beval\b|\bFunction\(|\bimport\(|innerHTML|insertAdjacentHTML|document\.write|https?:|\bfetch\(|XMLHttpRequest|cookie|atob")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".js"], ids=lambda path: path.name)
+def test_scripts_of_the_page_run_no_text_and_call_no_other_server(path):
+    source = path.read_text(encoding="utf-8")
+    assert not SCRIPT_VIOLATIONS.search(source)
+    for line in ("eval(text);", "box.innerHTML = text;", 'fetch("/view");', 'import("./more.js");'):
+        assert SCRIPT_VIOLATIONS.search(source + line), line
