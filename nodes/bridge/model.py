@@ -17,27 +17,11 @@ from ...mive_core.cost.memory import activation_bytes
 from ...mive_core.errors import UserError
 from ...mive_core.reference import latent_times
 from .conditioning import GUIDES, reference_frames, states_of
+from .conds import CONDReference, CONDTimes
 from .dit import HostedDiT
 from .metadata import with_config
 
 SLACK = 1.25  # factor for the attention kernel's workspace, a layer's weights in transfer, and memory that the allocator leaves unused
-
-
-class CONDReference(comfy.conds.CONDRegular):
-    """Latents of the references, (B, C, R, Y, X), which an area cuts in rows and columns only."""
-
-    def process_cond(self, batch_size, area=None, **kwargs):
-        if area is None:
-            return super().process_cond(batch_size)
-        _, height, width, _, top, left = area
-        return self._copy_with(self.cond[..., top : top + height, left : left + width]).process_cond(batch_size)
-
-
-class CONDTimes(comfy.conds.CONDRegular):
-    """Latent times of the references, (B, R), which count from an area's first frame."""
-
-    def process_cond(self, batch_size, area=None, **kwargs):
-        return super().process_cond(batch_size) if area is None else self._copy_with(self.cond - area[3]).process_cond(batch_size)
 
 
 class MiVEModel(comfy.model_base.BaseModel):
