@@ -116,18 +116,18 @@ def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = Fil
 def edit_file(
     pipeline: Pipeline, prepared: PreparedEdit, output: str | Path, settings: EvaluationSettings, options: FileOptions = FileOptions()
 ) -> tuple[Path, float]:
-    """Edits and writes the video -> its path, and the seconds that the edit took, delivery left out. Raises UserError."""
+    """Edits and writes the video, with the source's sound -> its path, and the seconds that the edit took, delivery left out. Raises UserError."""
     keep_detail = options.detail == "auto"
     start = time.perf_counter()
     result = pipeline.run(prepared.request, **settings.sampling, progress=show_steps, with_round_trip=keep_detail)
     seconds = time.perf_counter() - start
     edited = result.edited.frames[: prepared.num_frames]
     if not keep_detail or result.round_trip is None:
-        return write_video(output, replace(result.edited, frames=edited)), seconds
+        return write_video(output, replace(result.edited, frames=edited), sound=prepared.source), seconds
     round_trip = result.round_trip[: prepared.num_frames]
     source = islice(stream_clip(prepared.source, what="source"), prepared.num_frames)
     frames = deliver(source, edited, round_trip, prepared.reference, prepared.mask, anchor=options.anchor, keyframes=prepared.keyframes)
-    return write_stream(output, frames, prepared.size, prepared.request.source.fps), seconds
+    return write_stream(output, frames, prepared.size, prepared.request.source.fps, sound=prepared.source), seconds
 
 
 def _warn_of_many_tokens(request: EditRequest, config: MiVEConfig, where: str, options: FileOptions) -> None:

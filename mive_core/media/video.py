@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..types import Clip
 from .fit import as_rgb, check_frames, check_size
 from .paths import atomic_write, check_input, check_output
+from .sound import add_sound
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
@@ -67,9 +68,10 @@ def read_image(path: str | os.PathLike, *, what: str = "image") -> Tensor:
     return as_rgb(torch.from_numpy(pixels), where)
 
 
-def write_video(path: str | os.PathLike, clip: Clip) -> Path:
+def write_video(path: str | os.PathLike, clip: Clip, *, sound: Path | None = None) -> Path:
     """Clip -> H.264 file (.mp4, .mov or .mkv; yuv420p, crf 12, BT.709), written completely or not at all.
 
+    `sound` is a source as `read_clip` takes it, whose sound the file gets, see `add_sound`.
     Raises UserError for odd sizes, non-finite pixels and paths that cannot be written.
     """
     path = check_output(path, "output", VIDEO_SUFFIXES)
@@ -77,24 +79,18 @@ def write_video(path: str | os.PathLike, clip: Clip) -> Path:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise UserError("H.264 in yuv420p needs even sizes", where=path, got=f"{width}x{height}")
-    with atomic_write(path) as partial, _encoder(partial, (width, height), _frame_rate(clip.fps, path), path) as encode:
-        for frame in frames:
-            encode(frame)
-    return path
+    return _write(path, frames, (width, height), clip.fps, sound)
 
 
-def write_stream(path: str | os.PathLike, frames: Iterable[Tensor], size: tuple[int, int], fps: float) -> Path:
+def write_stream(path: str | os.PathLike, frames: Iterable[Tensor], size: tuple[int, int], fps: float, *, sound: Path | None = None) -> Path:
     """Frames (H, W, 3) in 0..1, one by one -> a file as `write_video` makes it; for odd sizes yuv444p. Memory holds one frame at a time.
 
-    Raises UserError as `write_video` does, and what `frames` raises.
+    `sound` as in `write_video`. Raises UserError as that does, and what `frames` raises.
     """
     path = check_output(path, "output", VIDEO_SUFFIXES)
     if size[0] % 2 or size[1] % 2:
         warnings.warn(f"{path}: {size[0]}x{size[1]} is odd, so the file is 4:4:4, which some players do not show", stacklevel=2)
-    with atomic_write(path) as partial, _encoder(partial, size, _frame_rate(fps, path), path) as encode:
-        for frame in frames:
-            encode(frame)
-    return path
+    return _write(path, frames, size, fps, sound)
 
 
 def stream_clip(path: str | os.PathLike, *, what: str = "video", num_frames: int | None = None) -> Iterator[Tensor]:
@@ -112,8 +108,7 @@ def stream_clip(path: str | os.PathLike, *, what: str = "video", num_frames: int
 
 def read_fps(path: str | os.PathLike, fps: float = DEFAULT_FPS) -> float:
     """Frames a second of a video file; `fps` for folders, images and files without a frame rate."""
-    is_file = not os.path.isdir(path) and Path(path).suffix.lower() not in IMAGE_SUFFIXES
-    return _file_rate(Path(path), fps) if is_file else fps
+    return _file_rate(Path(path), fps) if _is_file(path) else fps
 
 
 def write_frames(folder: Path, frames: Tensor) -> None:
@@ -128,6 +123,21 @@ def write_frames(folder: Path, frames: Tensor) -> None:
 def write_image(path: Path, image: Tensor) -> None:
     """(H, W, 3) in 0..1, or (H, W) bool -> PNG; lossless at 8 bits."""
     Image.fromarray(_to_uint8(image)).save(path)
+
+
+def _write(path: Path, frames: Iterable[Tensor], size: tuple[int, int], fps: float, sound: Path | None) -> Path:
+    with atomic_write(path) as partial:
+        with _encoder(partial, size, _frame_rate(fps, path), path) as encode:
+            for frame in frames:
+                encode(frame)
+        if sound is not None and _is_file(sound):
+            add_sound(partial, sound, path)
+    return path
+
+
+def _is_file(path: str | os.PathLike) -> bool:
+    """Whether a source is a video file, not a folder of frames or an image."""
+    return not os.path.isdir(path) and Path(path).suffix.lower() not in IMAGE_SUFFIXES
 
 
 def _image_pixels(image: Image.Image) -> np.ndarray:

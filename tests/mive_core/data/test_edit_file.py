@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from torch.nn import functional as F
@@ -49,6 +50,26 @@ def test_without_detail_it_is_the_models_own_picture(pipeline, entry, tmp_path):
     path, _ = edit_file(pipeline, prepare(entry, pipeline.config, options), tmp_path / "out.mp4", EvaluationSettings(steps=1), options)
     expected = pipeline.edit(prepare(entry, pipeline.config, options).request, steps=1).frames
     assert (read_clip(path).frames - expected).abs().mean() < 0.06  # a codec on noise
+
+
+@pytest.mark.parametrize("detail", ["auto", "off"])
+def test_the_sources_sound_comes_back(pipeline, entry, tmp_path, detail):
+    with av.open(str(tmp_path / "loud.mp4"), "w") as loud, av.open(str(entry.source)) as silent:
+        video, audio = loud.add_stream_from_template(silent.streams.video[0]), loud.add_stream("aac", rate=48000, layout="mono")
+        for packet in silent.demux(video=0):
+            if packet.size:
+                packet.stream = video
+                loud.mux(packet)
+        frame = av.AudioFrame.from_ndarray(torch.rand(1, 48000).numpy(), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 48000, 0
+        loud.mux(audio.encode(frame))
+        loud.mux(audio.encode())
+    options = FileOptions(num_frames=5, detail=detail)
+    prepared = prepare(replace(entry, source=tmp_path / "loud.mp4"), replace(pipeline.config, edit_pixels=64 * 48), options)
+    path, _ = edit_file(pipeline, prepared, tmp_path / "out.mp4", EvaluationSettings(steps=1), options)
+    with av.open(str(path)) as out:
+        samples = sum(frame.samples for frame in out.decode(audio=0))
+    assert samples / 48000 == pytest.approx(5 / 12, abs=0.05)
 
 
 def test_an_odd_size_comes_back_odd(pipeline, entry, tmp_path):
