@@ -16,6 +16,7 @@ from .commands.bench import (
     run_bench_dit,
     run_bench_growth,
     run_bench_load,
+    run_bench_long,
     run_bench_scale,
     run_bench_stage,
     run_bench_train,
@@ -294,6 +295,19 @@ def _add_bench(commands) -> None:
     )
     growth.add_argument("--repeats", type=positive_int, default=1, metavar="N", help="number of measurements; default 1")
     growth.add_argument("--plot", type=text, metavar="FILE.png", help="also write a plot")
+    long = _command(
+        bench,
+        "long",
+        run_bench_long,
+        "compare ways to edit clips longer than the model knows",
+        "Edits every clip of a manifest in each way and measures quality over time, seams, time and memory.",
+    )
+    long.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl", help="pairs with a target, of more frames than the model knows")
+    long.add_argument("--way", action="append", default=[], type=text, help="only this way: stretches (as in `mive edit`), windows or latents; can be repeated")
+    _add_fit(long)
+    _add_sampling(long)
+    _add_machine(long)
+    _add_float8(long)
     card = _command(
         bench,
         "card",

@@ -106,6 +106,12 @@ def find_shots(frames: Tensor) -> list[int]:
     return starts
 
 
+def detailed_last_frame(source: Tensor, edited: Tensor, round_trip: Tensor) -> Tensor:
+    """Frames of one shot, (F, h, w, 3) each -> the last edited frame with the source's detail, (h, w, 3)."""
+    maps = fit_color_maps(*(x[-1 - HALO :].float() for x in (edited, round_trip)))[-1]
+    return apply_color_map(maps, source[-1].to(maps), edited[-1].to(maps))
+
+
 def feathered(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """(H', W') in 0..1 -> (H, W): exactly 0 outside of the mask, rising to 1 inside of its border."""
     mask = F.interpolate(mask[None, None].float(), size, mode="bilinear", align_corners=False)

@@ -4,7 +4,7 @@ F pixel frames (4n+1) of H x W; B batch, C latent channels, T x Y x X latent gri
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import environ
 from pathlib import Path
@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from .attention import get_attention
-from .config import MiVEConfig, latent_grid
+from .config import TEMPORAL_FACTOR, MiVEConfig
+from .delivery import detailed_last_frame, find_shots
 from .dit import MiVEDiT
 from .errors import UserError
 from .flow import classifier_free_guidance, euler, schedule
 from .formats.checkpoint import load_dit, read_config, resolve
 from .layers import check_layers, parse_layers
-from .reference import check_keyframes, fix_first_frame, latent_times, within_window
+from .reference import check_keyframes, fix_first_frame, latent_times
 from .types import Clip, Condition, EditLatents, EditRequest, EditResult
 from .vae import VAE
 from .vlm import VLM
@@ -28,6 +29,7 @@ from .vlm import VLM
 EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 MAX_CFG = 100.0
 COMPILERS = ("g++", "clang++", "cl")
+MIN_SHOT = 9  # frames; a shorter one is edited together with another
 
 
 @dataclass(frozen=True)
@@ -88,22 +90,35 @@ class Pipeline:
     ) -> EditResult:
         """Edits, and decodes the source's latents too, which delivery.py compares the edit with.
 
-        None selects the checkpoint's own setting; `progress` wraps the iterable of steps. More latent frames than the checkpoint's
-        edit_frames make are denoised in overlapping windows, whose velocities are averaged; the reference precedes each of them. A keyframe
-        counts in the windows that hold its frame.
+        None selects the checkpoint's own setting; `progress` wraps the iterable of steps. A clip longer than the checkpoint's edit_frames is
+        edited in stretches, one after the other. Each is an edit of its own: its reference is the last edited frame of the one before, with
+        the source's detail, or a keyframe where there is one; the VLM reads the stretch alone, the keyframes are those that lie in it.
         """
         cfg = self.config.cfg if cfg is None else cfg
         times = schedule(self.config.steps if steps is None else steps, self.config.shift if shift is None else shift)
         check_cfg(cfg)
-        conditions = [self.vlm.condition(request, self.config)]
-        if cfg != 1.0:
-            conditions.append(self.vlm.condition(replace(request, instruction=""), self.config))
-        latents = self.encode(request)
-        edited = self.vae.decode(self.denoise(latents, conditions, times, cfg, seed, progress))
-        return EditResult(Clip(edited, request.source.fps), self.vae.decode(latents.source) if with_round_trip else None)
+        self.check(request)
+        frames, reference = request.source.frames, request.reference
+        edited: list[Tensor] = []
+        round_trips: list[Tensor] = []
+        for first, last in find_stretches(frames, self.config.edit_frames):
+            part = cut_stretch(request, first, last, reference)
+            is_last, repeated = last == len(frames), 1 if first else 0
+            conditions = [self.vlm.condition(part, self.config)]
+            if cfg != 1.0:
+                conditions.append(self.vlm.condition(replace(part, instruction=""), self.config))
+            latents = self.encode(part)
+            made = self.vae.decode(self.denoise(latents, conditions, times, cfg, seed, progress))[: last - first]
+            edited.append(made[repeated:])
+            if with_round_trip or not is_last:
+                round_trip = self.vae.decode(latents.source)[: last - first]
+                round_trips.append(round_trip[repeated:])
+            if not is_last:
+                reference = detailed_last_frame(frames[first:last], made, round_trip).to(request.reference)
+        return EditResult(Clip(torch.cat(edited), request.source.fps), torch.cat(round_trips) if with_round_trip else None)
 
-    def encode(self, request: EditRequest) -> EditLatents:
-        """Pixels -> latents of the source (1, C, T, Y, X), and of reference and keyframes (1, C, R, Y, X). Raises UserError."""
+    def check(self, request: EditRequest) -> None:
+        """Raises UserError for keyframes that cannot be, and for images of another size than the source's."""
         source, numbers = request.source.frames, [keyframe.number for keyframe in request.keyframes]
         check_keyframes(numbers, len(source), self.config.keyframes)
         images = {"the reference": request.reference} | {f"keyframe {keyframe.number}": keyframe.image for keyframe in request.keyframes}
@@ -112,7 +127,11 @@ class Pipeline:
                 raise UserError(
                     f"{what} and the source differ in size", got=f"{image.shape[1]}x{image.shape[0]}", expected=f"{source.shape[2]}x{source.shape[1]}"
                 )
-        return EditLatents(self.vae.encode(source), *encode_references(request, self.vae))
+
+    def encode(self, request: EditRequest) -> EditLatents:
+        """Pixels -> latents of the source (1, C, T, Y, X), and of reference and keyframes (1, C, R, Y, X). Raises UserError."""
+        self.check(request)
+        return EditLatents(self.vae.encode(request.source.frames), *encode_references(request, self.vae))
 
     def denoise(
         self, latents: EditLatents, conditions: list[Condition], times: Tensor, cfg: float, seed: int, progress: Callable[[Iterable], Iterable] = iter
@@ -121,24 +140,10 @@ class Pipeline:
         tokens = [self.dit.embed_condition(condition.states) for condition in conditions]
         source, places = latents.source, latent_times(torch.tensor([latents.reference_frames])).to(latents.source)
 
-        length = latent_grid(self.config.edit_frames, 0, 0)[0]
-        windows = context_windows(source.shape[2], length, max(length // 4, 1))
-
-        def windowed(x: Tensor, condition: Tensor, t: Tensor) -> Tensor:
-            if len(windows) == 1:
-                return self.dit(x, source, latents.reference, condition, t, places)
-            total, count = torch.zeros_like(x), x.new_zeros(x.shape[2], 1, 1)
-            for first, last in windows:
-                weight = triangle(last - first).to(x).view(-1, 1, 1)
-                reference, inside = within_window(latents.reference, places - first, last - first)
-                total[:, :, first:last] += weight * self.dit(x[:, :, first:last], source[:, :, first:last], reference, condition, t, inside)
-                count[first:last] += weight
-            return total / count
-
         def velocity(x: Tensor, t: float) -> Tensor:
             contexts = tokens if t > self.config.guided_above else tokens[:1]
             t = torch.full((len(x),), t, device=x.device)
-            guided = classifier_free_guidance(*(windowed(x, c, t) for c in contexts), cfg=cfg)
+            guided = classifier_free_guidance(*(self.dit(x, source, latents.reference, c, t, places) for c in contexts), cfg=cfg)
             return fix_first_frame(guided, x, t, source, latents.reference) if self.config.fix_first_frame else guided
 
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source)
@@ -160,18 +165,41 @@ def find_config(models: str | Path) -> MiVEConfig:
     return read_config(resolve(folder, "dit.safetensors"))
 
 
-def context_windows(num_frames: int, length: int, overlap: int) -> list[tuple[int, int]]:
-    """Spans that cover 0..T in steps of length - overlap; the last one ends with the clip."""
-    if num_frames <= length:
-        return [(0, num_frames)]
-    starts = [*range(0, num_frames - length, length - overlap), num_frames - length]
-    return [(start, start + length) for start in starts]
+def find_stretches(frames: Tensor, length: int) -> list[tuple[int, int]]:
+    """Frames (F, H, W, 3) -> spans in which a model that knows `length` = 4n+1 frames edits them: all at once, or what `stretches` gives."""
+    return [(0, len(frames))] if len(frames) <= length else stretches(len(frames), length, find_shots(frames))
 
 
-def triangle(length: int) -> Tensor:
-    """(length,) weights of a window's frames, which fall to both of its ends."""
-    position = torch.arange(length, dtype=torch.float32)
-    return torch.minimum(position + 1, length - position)
+def stretches(num_frames: int, length: int, shots: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """Spans of at most `length` = 4n+1 frames that cover a clip; each begins with the last frame of the one before.
+
+    No span goes beyond the end of a shot; `shots` holds the first frame of each. A shot's frames are shared out evenly, and in fours, so
+    that no span is much shorter than the others and only a shot's last one may have other than 4n+1 frames.
+    """
+    ends: list[int] = []
+    for start in shots:
+        if start - (ends[-1] if ends else 0) >= MIN_SHOT and num_frames - start >= MIN_SHOT:
+            ends.append(start)
+    ends.append(num_frames)
+    spans, first = [], 0
+    for end in ends:
+        fours = -(-(end - first - 1) // TEMPORAL_FACTOR)
+        num_spans = -(-fours // ((length - 1) // TEMPORAL_FACTOR))
+        for number in range(num_spans):
+            more = TEMPORAL_FACTOR * (fours // num_spans + (number < fours % num_spans))
+            last = min(first + more + 1, end)
+            spans.append((first, last))
+            first = last - 1
+    return spans
+
+
+def cut_stretch(request: EditRequest, first: int, last: int, reference: Tensor) -> EditRequest:
+    """The request for frames first to last - 1; its last frame is repeated until there are 4n+1. A keyframe at `first` replaces the reference."""
+    frames = request.source.frames[first:last]
+    padded = torch.cat([frames, *[frames[-1:]] * (-(len(frames) - 1) % TEMPORAL_FACTOR)])
+    keyframes = [replace(keyframe, number=keyframe.number - first) for keyframe in request.keyframes if first <= keyframe.number < last]
+    reference = next((keyframe.image for keyframe in keyframes if not keyframe.number), reference)
+    return replace(request, source=replace(request.source, frames=padded), reference=reference, keyframes=tuple(k for k in keyframes if k.number))
 
 
 def choose_layers(config: MiVEConfig, spec: str) -> MiVEConfig:

@@ -24,7 +24,6 @@ from ..cost.memory import activation_bytes
 from ..dit import MiVEDiT
 from ..errors import UserError
 from ..media.paths import atomic_write
-from ..pipeline import context_windows
 from ..vae import LATENT_CHANNELS
 from .against_diffusers import timed
 from .load import resident
@@ -177,6 +176,14 @@ def make_windowed_forward(model: MiVEDiT, work: Workload, point: Point) -> tuple
         return total.div_(count)
 
     return len(spans), averaged
+
+
+def context_windows(num_frames: int, length: int, overlap: int) -> list[tuple[int, int]]:
+    """Spans that cover 0..T in steps of length - overlap; the last one ends with the clip."""
+    if num_frames <= length:
+        return [(0, num_frames)]
+    starts = [*range(0, num_frames - length, length - overlap), num_frames - length]
+    return [(start, start + length) for start in starts]
 
 
 def growth_exponent(rows: list[dict]) -> float | None:

@@ -4,9 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from ..errors import UserError
-from .arguments import dtype_of
+from .arguments import dtype_of, machine_options, settings_of
 
 
 def run_bench_dit(arguments: argparse.Namespace) -> None:
@@ -93,6 +94,16 @@ def run_bench_growth(arguments: argparse.Namespace) -> None:
         return report
 
     _report(arguments, measure)
+
+
+def run_bench_long(arguments: argparse.Namespace) -> None:
+    from ..bench.long_clips import bench_long_clips
+    from ..data.manifest import ManifestPairs, read_manifest
+    from ..pipeline import Pipeline
+
+    pairs = ManifestPairs(read_manifest(arguments.manifest), arguments.size, arguments.frames)
+    load = partial(Pipeline.load, arguments.models, **machine_options(arguments))
+    _report(arguments, lambda: bench_long_clips(load(), pairs, settings_of(arguments), arguments.way))
 
 
 def run_bench_card(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """The pipeline with random weights: one way through, and what refuses to go through it."""
 
+import itertools
 import math
 import shutil
 from dataclasses import replace
@@ -9,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mive_core.attention import torch_attention
+from mive_core.delivery import detailed_last_frame
 from mive_core.errors import UserError
 from mive_core.flow import schedule
 from mive_core.formats.checkpoint import load_dit, save_dit
-from mive_core.pipeline import Pipeline
+from mive_core.pipeline import MIN_SHOT, Pipeline, find_stretches, stretches
 from mive_core.types import Clip, EditRequest
 
 
@@ -144,3 +146,51 @@ def test_guidance_acts_only_above_the_checkpoints_time(pipeline):
     assert torch.equal(frames(1.0, 4.0), frames(1.0, 1.0))
     everywhere, first_only = frames(0.0, 4.0), frames(0.9, 4.0)
     assert not torch.equal(first_only, everywhere) and not torch.equal(first_only, frames(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "num_frames, shots, spans",
+    [
+        (33, (), [(0, 33)]),
+        (97, (), [(0, 33), (32, 65), (64, 97)]),
+        (37, (), [(0, 21), (20, 37)]),  # one latent frame too many: two halves, not a rest of five frames
+        (34, (), [(0, 21), (20, 34)]),
+        (60, (0, 40), [(0, 21), (20, 40), (39, 60)]),
+        (60, (0, 4, 40, 44, 57), [(0, 21), (20, 40), (39, 60)]),  # short shots have no stretch of their own
+    ],
+)
+def test_stretches_share_a_frame_and_end_with_their_shot(num_frames, shots, spans):
+    assert stretches(num_frames, 33, shots) == spans
+
+
+@pytest.mark.parametrize("length", [5, 9, 33, 81])
+def test_stretches_cover_every_length(length):
+    for num_frames in range(1, 200):
+        for shots in ((0,), (0, num_frames // 3), (0, num_frames // 3, num_frames // 2)):
+            if num_frames > length:
+                spans = stretches(num_frames, length, shots)
+                assert spans[0][0] == 0 and spans[-1][1] == num_frames
+                assert all(2 <= last - first <= length for first, last in spans) and all(b[0] == a[1] - 1 for a, b in itertools.pairwise(spans))
+                assert all(cut in {last for _, last in spans} for cut in shots[1:2] if cut >= MIN_SHOT and num_frames - cut >= MIN_SHOT)
+
+
+def test_a_cut_ends_a_stretch_of_a_long_clip_only():
+    frames = torch.cat([torch.rand(1, 16, 16, 3).expand(12, -1, -1, -1), torch.rand(1, 16, 16, 3).expand(13, -1, -1, -1)])
+    assert find_stretches(frames, 17) == [(0, 12), (11, 25)]
+    assert find_stretches(frames, 25) == [(0, 25)]
+
+
+@pytest.mark.parametrize("num_frames", [17, 15])
+def test_a_stretch_is_an_edit_whose_reference_is_the_last_frame_before_it(pipeline, num_frames):
+    """Written out by hand; 15 frames leave a last stretch that is no 4n+1."""
+    long = replace(pipeline, config=replace(pipeline.config, edit_frames=9))
+    request = make_request(num_frames)
+    result = long.run(request, steps=2)
+    frames = request.source.frames
+    first = pipeline.run(replace(request, source=Clip(frames[:9], 8.0)), steps=2)
+    rest = torch.cat([frames[8:], frames[-1:].expand(17 - num_frames, -1, -1, -1)])
+    reference = detailed_last_frame(frames[:9], first.edited.frames, first.round_trip)
+    second = pipeline.run(replace(request, source=Clip(rest, 8.0), reference=reference), steps=2)
+    for got, a, b in ((result.edited.frames, first.edited.frames, second.edited.frames), (result.round_trip, first.round_trip, second.round_trip)):
+        assert torch.equal(got, torch.cat([a, b[1:]])[:num_frames])
+    assert torch.equal(long.edit(request, steps=2).frames, result.edited.frames)

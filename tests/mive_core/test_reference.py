@@ -72,14 +72,14 @@ def test_a_keyframe_changes_the_edit_and_its_number_matters(pipeline):
     assert not torch.equal(edits[0], edits[1]) and not torch.equal(edits[1], edits[2])
 
 
-def test_in_windows_a_keyframe_counts_where_its_frame_is(pipeline):
-    """Two windows, latent frames 0 to 2 and 2 to 4; the keyframe lies in the last one."""
-    windowed = replace(pipeline, config=replace(pipeline.config, edit_frames=9, fix_first_frame=False))
-    plain, keyed = (windowed.encode(request(17, keyframes)) for keyframes in ((), (Keyframe(16, image()),)))
-    condition = pipeline.vlm.condition(request(17), pipeline.config)
-    with torch.inference_mode():
-        without, given = (windowed.denoise(latents, [condition], schedule(1, 1.0), 1.0, seed=0) for latents in (plain, keyed))
-    assert torch.equal(without[:, :, :2], given[:, :, :2]) and not torch.equal(without[:, :, 3:], given[:, :, 3:])
+def test_in_a_long_clip_a_keyframe_counts_in_the_stretch_that_holds_its_frame(pipeline):
+    """Stretches of 9 frames that share one, 0 to 8 and 8 to 16. A keyframe at a shared frame ends one and is the reference of the next."""
+    long = replace(pipeline, config=replace(pipeline.config, edit_frames=9))
+    plain, late, shared = (long.edit(request(17, keyframes), steps=1).frames for keyframes in ((), (Keyframe(13, image()),), (Keyframe(8, image()),)))
+    assert torch.equal(plain[:9], late[:9]) and not torch.equal(plain[9:], late[9:])
+    assert not torch.equal(plain[:9], shared[:9])
+    later = replace(request(17), source=replace(request(17).source, frames=request(17).source.frames[8:]), reference=image())
+    assert torch.equal(shared[9:], long.edit(later, steps=1).frames[1:])
 
 
 @pytest.mark.parametrize(
