@@ -170,7 +170,7 @@ def _means(rows: Sequence[dict]) -> list[dict]:
     means = []
     for way, frames in sorted({(row["way"], row["frames"]) for row in rows}):
         chosen = [row for row in rows if (row["way"], row["frames"]) == (way, frames)]
-        figures = {key: mean([row[key] for row in chosen]) for key in ("seconds", "processor_seconds", "peak_bytes")}
+        figures: dict = {key: mean([row[key] for row in chosen]) for key in ("seconds", "processor_seconds", "peak_bytes")}
         for kind in ("raw", "delivered"):
             figures |= {
                 kind: {

@@ -66,7 +66,8 @@ class MiVEModel(comfy.model_base.BaseModel):
         if cond_key == "source":
             return cond_value._copy_with(window.get_tensor(cond_value.cond, device, dim=window.dim, retain_index_list=retain_index_list))
         if cond_key == "reference_times":
-            return cond_value._copy_with(cond_value.cond.to(device) - window.index_list[0])
+            anchor = getattr(window, "causal_anchor_index", None)  # a frame before the window that ComfyUI puts in front of it
+            return cond_value._copy_with(cond_value.cond.to(device) - (window.index_list[0] if anchor is None else anchor))
         if cond_key in ("reference", "condition"):
             return cond_value._copy_with(cond_value.cond.to(device))
         return super().resize_cond_for_context_window(cond_key, cond_value, window, x_in, device, retain_index_list)
