@@ -6,6 +6,7 @@ F pixel frames (4n+1) of H x W; B batch, C latent channels, T x Y x X latent gri
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from os import environ
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from .vlm import VLM
 EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 MAX_CFG = 100.0
 COMPILERS = ("g++", "clang++", "cl")
-MIN_SHOT = 9  # frames; a shorter one is edited together with another
 
 
 @dataclass(frozen=True)
@@ -98,24 +98,27 @@ class Pipeline:
         times = schedule(self.config.steps if steps is None else steps, self.config.shift if shift is None else shift)
         check_cfg(cfg)
         self.check(request)
+        numbers = latent_order(request.source.frames, self.config.edit_frames)
+        kept = [place for place, number in enumerate(numbers) if not place or number != numbers[place - 1]]
+        request = at_frames(request, numbers)
         frames, reference = request.source.frames, request.reference
         edited: list[Tensor] = []
         round_trips: list[Tensor] = []
-        for first, last in find_stretches(frames, self.config.edit_frames):
+        for first, last in stretches(len(frames), self.config.edit_frames):
             part = cut_stretch(request, first, last, reference)
             is_last, repeated = last == len(frames), 1 if first else 0
             conditions = [self.vlm.condition(part, self.config)]
             if cfg != 1.0:
                 conditions.append(self.vlm.condition(replace(part, instruction=""), self.config))
             latents = self.encode(part)
-            made = self.vae.decode(self.denoise(latents, conditions, times, cfg, seed, progress))[: last - first]
+            made = self.vae.decode(self.denoise(latents, conditions, times, cfg, seed, progress))
             edited.append(made[repeated:])
             if with_round_trip or not is_last:
-                round_trip = self.vae.decode(latents.source)[: last - first]
+                round_trip = self.vae.decode(latents.source)
                 round_trips.append(round_trip[repeated:])
             if not is_last:
-                reference = detailed_last_frame(frames[first:last], made, round_trip).to(request.reference)
-        return EditResult(Clip(torch.cat(edited), request.source.fps), torch.cat(round_trips) if with_round_trip else None)
+                reference = detailed_last_frame(part.source.frames, made, round_trip).to(request.reference)
+        return EditResult(Clip(torch.cat(edited)[kept], request.source.fps), torch.cat(round_trips)[kept] if with_round_trip else None)
 
     def check(self, request: EditRequest) -> None:
         """Raises UserError for keyframes that cannot be, and for images of another size than the source's."""
@@ -165,41 +168,44 @@ def find_config(models: str | Path) -> MiVEConfig:
     return read_config(resolve(folder, "dit.safetensors"))
 
 
-def find_stretches(frames: Tensor, length: int) -> list[tuple[int, int]]:
-    """Frames (F, H, W, 3) -> spans in which a model that knows `length` = 4n+1 frames edits them: all at once, or what `stretches` gives."""
-    return [(0, len(frames))] if len(frames) <= length else stretches(len(frames), length, find_shots(frames))
+def latent_order(frames: Tensor, length: int) -> list[int]:
+    """Frames (F, H, W, 3) -> 4n+1 numbers of frames, in order: the last one is repeated as needed.
 
-
-def stretches(num_frames: int, length: int, shots: Sequence[int] = ()) -> list[tuple[int, int]]:
-    """Spans of at most `length` = 4n+1 frames that cover a clip; each begins with the last frame of the one before.
-
-    No span goes beyond the end of a shot; `shots` holds the first frame of each. A shot's frames are shared out evenly, and in fours, so
-    that no span is much shorter than the others and only a shot's last one may have other than 4n+1 frames.
+    In a clip of more than `length` frames the last one of every shot is, so that no latent frame holds a cut.
     """
-    ends: list[int] = []
-    for start in shots:
-        if start - (ends[-1] if ends else 0) >= MIN_SHOT and num_frames - start >= MIN_SHOT:
-            ends.append(start)
-    ends.append(num_frames)
-    spans, first = [], 0
-    for end in ends:
-        fours = -(-(end - first - 1) // TEMPORAL_FACTOR)
-        num_spans = -(-fours // ((length - 1) // TEMPORAL_FACTOR))
-        for number in range(num_spans):
-            more = TEMPORAL_FACTOR * (fours // num_spans + (number < fours % num_spans))
-            last = min(first + more + 1, end)
-            spans.append((first, last))
-            first = last - 1
-    return spans
+    starts = find_shots(frames) if len(frames) > length else [0]
+    numbers: list[int] = []
+    for start, stop in pairwise([*starts, len(frames)]):
+        numbers += range(start, stop)
+        numbers += [stop - 1] * ((1 - len(numbers)) % TEMPORAL_FACTOR)
+    return numbers
+
+
+def at_frames(request: EditRequest, numbers: Sequence[int]) -> EditRequest:
+    """The request for the frames of these numbers, the last of them being the clip's."""
+    if len(numbers) == len(request.source.frames):
+        return request
+    keyframes = tuple(replace(keyframe, number=numbers.index(keyframe.number)) for keyframe in request.keyframes)
+    return replace(request, source=replace(request.source, frames=request.source.frames[list(numbers)]), keyframes=keyframes)
+
+
+def stretches(num_frames: int, length: int) -> list[tuple[int, int]]:
+    """Spans of at most `length` frames that cover a clip; each begins with the last frame of the one before. Both numbers are 4n+1.
+
+    All spans have 4n+1 frames, and nearly equally many: a few frames too many do not leave a short rest.
+    """
+    fours = (num_frames - 1) // TEMPORAL_FACTOR
+    num_spans = max(1, -(-fours // ((length - 1) // TEMPORAL_FACTOR)))
+    borders = [TEMPORAL_FACTOR * (number * fours // num_spans) for number in range(num_spans + 1)]
+    return [(first, last + 1) for first, last in pairwise(borders)]
 
 
 def cut_stretch(request: EditRequest, first: int, last: int, reference: Tensor) -> EditRequest:
-    """The request for frames first to last - 1; its last frame is repeated until there are 4n+1. A keyframe at `first` replaces the reference."""
-    frames = request.source.frames[first:last]
-    padded = torch.cat([frames, *[frames[-1:]] * (-(len(frames) - 1) % TEMPORAL_FACTOR)])
+    """The request for frames first to last - 1. A keyframe at `first` replaces the reference."""
     keyframes = [replace(keyframe, number=keyframe.number - first) for keyframe in request.keyframes if first <= keyframe.number < last]
     reference = next((keyframe.image for keyframe in keyframes if not keyframe.number), reference)
-    return replace(request, source=replace(request.source, frames=padded), reference=reference, keyframes=tuple(k for k in keyframes if k.number))
+    source = replace(request.source, frames=request.source.frames[first:last])
+    return replace(request, source=source, reference=reference, keyframes=tuple(keyframe for keyframe in keyframes if keyframe.number))
 
 
 def choose_layers(config: MiVEConfig, spec: str) -> MiVEConfig:

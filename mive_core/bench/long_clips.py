@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..evaluation.evaluate import EvaluationSettings, edited_region, vae_round_trip
 from ..evaluation.metrics import mean, region_psnr
 from ..flow import euler, schedule
-from ..pipeline import Pipeline, find_stretches
+from ..pipeline import Pipeline, latent_order, stretches
 from ..reference import fix_first_frame, latent_times, within_window
 from ..types import EditLatents, EditRequest, PairedEdit
 from .growth import CLEAR_REFS, context_windows
@@ -98,8 +98,8 @@ def score(pair: PairedEdit, frames: Tensor, borders: Sequence[int]) -> dict:
 def in_stretches(pipeline: Pipeline, request: EditRequest, settings: EvaluationSettings) -> tuple[Tensor, Tensor, list[int]]:
     result = pipeline.run(request, **settings.sampling)
     assert result.round_trip is not None
-    spans = find_stretches(request.source.frames, pipeline.config.edit_frames)
-    return result.edited.frames, result.round_trip, [first + 1 for first, _ in spans[1:]]
+    numbers, length = latent_order(request.source.frames, pipeline.config.edit_frames), pipeline.config.edit_frames
+    return result.edited.frames, result.round_trip, [numbers[first + 1] for first, _ in stretches(len(numbers), length)[1:]]
 
 
 @torch.inference_mode()

@@ -14,8 +14,8 @@ from mive_core.delivery import detailed_last_frame
 from mive_core.errors import UserError
 from mive_core.flow import schedule
 from mive_core.formats.checkpoint import load_dit, save_dit
-from mive_core.pipeline import MIN_SHOT, Pipeline, find_stretches, stretches
-from mive_core.types import Clip, EditRequest
+from mive_core.pipeline import Pipeline, latent_order, stretches
+from mive_core.types import Clip, EditRequest, Keyframe
 
 
 @pytest.fixture(scope="module")
@@ -149,35 +149,47 @@ def test_guidance_acts_only_above_the_checkpoints_time(pipeline):
 
 
 @pytest.mark.parametrize(
-    "num_frames, shots, spans",
+    "num_frames, spans",
     [
-        (33, (), [(0, 33)]),
-        (97, (), [(0, 33), (32, 65), (64, 97)]),
-        (37, (), [(0, 21), (20, 37)]),  # one latent frame too many: two halves, not a rest of five frames
-        (34, (), [(0, 21), (20, 34)]),
-        (60, (0, 40), [(0, 21), (20, 40), (39, 60)]),
-        (60, (0, 4, 40, 44, 57), [(0, 21), (20, 40), (39, 60)]),  # short shots have no stretch of their own
+        (1, [(0, 1)]),
+        (33, [(0, 33)]),
+        (37, [(0, 17), (16, 37)]),  # one latent frame too many: two halves, not a rest of five frames
+        (97, [(0, 33), (32, 65), (64, 97)]),
+        (161, [(0, 33), (32, 65), (64, 97), (96, 129), (128, 161)]),
     ],
 )
-def test_stretches_share_a_frame_and_end_with_their_shot(num_frames, shots, spans):
-    assert stretches(num_frames, 33, shots) == spans
+def test_stretches_share_a_frame_and_are_of_nearly_equal_length(num_frames, spans):
+    assert stretches(num_frames, 33) == spans
 
 
 @pytest.mark.parametrize("length", [5, 9, 33, 81])
 def test_stretches_cover_every_length(length):
-    for num_frames in range(1, 200):
-        for shots in ((0,), (0, num_frames // 3), (0, num_frames // 3, num_frames // 2)):
-            if num_frames > length:
-                spans = stretches(num_frames, length, shots)
-                assert spans[0][0] == 0 and spans[-1][1] == num_frames
-                assert all(2 <= last - first <= length for first, last in spans) and all(b[0] == a[1] - 1 for a, b in itertools.pairwise(spans))
-                assert all(cut in {last for _, last in spans} for cut in shots[1:2] if cut >= MIN_SHOT and num_frames - cut >= MIN_SHOT)
+    for num_frames in range(1, 400, 4):
+        spans = stretches(num_frames, length)
+        assert spans[0][0] == 0 and spans[-1][1] == num_frames and all(b[0] == a[1] - 1 for a, b in itertools.pairwise(spans))
+        sizes = {last - first for first, last in spans}
+        assert all(size % 4 == 1 and size <= length for size in sizes) and max(sizes) - min(sizes) <= 4
 
 
-def test_a_cut_ends_a_stretch_of_a_long_clip_only():
-    frames = torch.cat([torch.rand(1, 16, 16, 3).expand(12, -1, -1, -1), torch.rand(1, 16, 16, 3).expand(13, -1, -1, -1)])
-    assert find_stretches(frames, 17) == [(0, 12), (11, 25)]
-    assert find_stretches(frames, 25) == [(0, 25)]
+def test_no_latent_frame_of_a_long_clip_holds_a_cut():
+    shots = [torch.rand(1, 16, 16, 3).expand(count, -1, -1, -1) for count in (12, 7, 6)]
+    assert latent_order(torch.cat(shots), 17) == [*range(12), 11, *range(12, 19), 18, *range(19, 25), 24, 24]
+    assert latent_order(torch.cat(shots), 25) == [*range(25)]
+    assert latent_order(torch.cat(shots)[:24], 25) == [*range(24), 23]
+
+
+def test_after_a_cut_frames_and_keyframes_keep_their_numbers(pipeline):
+    """Twelve frames of one shot and five of another: the second is padded to begin with a latent frame of its own."""
+    long = replace(pipeline, config=replace(pipeline.config, edit_frames=13, fix_first_frame=False))
+    request = make_request(17)
+    frames = torch.cat([request.source.frames[:1].expand(12, -1, -1, -1) * 0.2, 0.8 + request.source.frames[1:2].expand(5, -1, -1, -1) * 0.2])
+    request = replace(request, source=Clip(frames, 8.0))
+    plain, keyed = (long.run(replace(request, keyframes=keyframes), steps=1) for keyframes in ((), (Keyframe(15, request.reference),)))
+    assert plain.edited.frames.shape == plain.round_trip.shape == frames.shape
+    by_hand = torch.cat([frames[8:12], frames[11:12], frames[12:], frames[-1:].expand(3, -1, -1, -1)])
+    assert torch.equal(plain.round_trip[9:12], pipeline.vae.decode(pipeline.vae.encode(by_hand))[1:4])
+    assert torch.equal(plain.round_trip[12:], pipeline.vae.decode(pipeline.vae.encode(by_hand))[5:10])
+    assert torch.equal(plain.edited.frames[:9], keyed.edited.frames[:9]) and not torch.equal(plain.edited.frames[9:], keyed.edited.frames[9:])
 
 
 @pytest.mark.parametrize("num_frames", [17, 15])
