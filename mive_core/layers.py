@@ -5,6 +5,7 @@ decoder layer k, L (also -1 or `last`) that of the last one, after the final nor
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 
 from .errors import UserError
@@ -29,6 +30,28 @@ def parse_layers(spec: str | Sequence[int], num_layers: int) -> tuple[int, ...]:
                 raise _error(f"layer {k} is chosen twice", column, text, "each layer at most once")
             layers.append(k)
     return tuple(layers)
+
+
+def check_layers(layers: Sequence[int], trained: Sequence[int], where: object = None) -> None:
+    """Resolved layers against those that the DiT was trained with: raises UserError for another number, and for the same ones in another order.
+
+    Other layers are no error, since each projection takes any layer's states, and studies of layers do so.
+    """
+    shown = {"where": where, "got": f"{len(layers)} ({_join(layers)})", "expected": f"{len(trained)} ({_join(trained)})"}
+    if len(layers) != len(trained):
+        raise UserError("the DiT was not made for that many layers", **shown, fix="choose them in MiVE Layer Select, or with --layers")
+    if tuple(layers) != tuple(trained) and sorted(layers) == sorted(trained):
+        raise UserError("the layers stand in another order than the DiT was trained with", **shown, fix="write them in that order, or choose none")
+
+
+def warn_of_layers(layers: Sequence[int], trained: Sequence[int]) -> None:
+    """Warns where resolved layers are other ones than the DiT was trained with."""
+    if tuple(layers) != tuple(trained):
+        warnings.warn(f"layers {_join(layers)} are read by a DiT that was trained with layers {_join(trained)}: expect a worse edit", stacklevel=2)
+
+
+def _join(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def _items(text: str) -> list[tuple[int, str]]:

@@ -19,7 +19,7 @@ from .dit import MiVEDiT
 from .errors import UserError
 from .flow import classifier_free_guidance, euler, schedule
 from .formats.checkpoint import load_dit, read_config, resolve
-from .layers import parse_layers
+from .layers import check_layers, parse_layers
 from .reference import check_keyframes, fix_first_frame, latent_times, within_window
 from .types import Clip, Condition, EditLatents, EditRequest, EditResult
 from .vae import VAE
@@ -175,15 +175,9 @@ def triangle(length: int) -> Tensor:
 
 
 def choose_layers(config: MiVEConfig, spec: str) -> MiVEConfig:
-    """Returns the config with other layers. Raises UserError unless they are as many as before."""
+    """Returns the config with other layers. Raises UserError unless they are as many as before; the same ones keep their order."""
     layers = parse_layers(spec, config.vlm_num_layers)
-    if len(layers) != len(config.layers):
-        raise UserError(
-            "the DiT was not made for that many layers",
-            where=f"layers {spec!r}",
-            got=f"{len(layers)} ({', '.join(map(str, layers))})",
-            expected=f"{len(config.layers)} ({', '.join(map(str, config.layers))})",
-        )
+    check_layers(layers, config.resolved_layers, where=f"layers {spec!r}")
     return config.with_layers(layers)
 
 

@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..mive_core.config import TEMPORAL_FACTOR
 from ..mive_core.delivery import ANCHORS, EditedFrame, check_options, deliver
 from ..mive_core.errors import UserError
 from ..mive_core.media.fit import check_frames, fit_reference, resize
@@ -32,7 +33,11 @@ class MiVEKeepSourceDetail(io.ComfyNode):
             search_aliases=["detail transfer", "restore detail", "upscale edit", "color match", "sharpen"],
             inputs=[
                 io.Image.Input("source", tooltip="The video before the edit, at full size. Frames beyond the edit's length are left out."),
-                io.Image.Input("edited", tooltip="The edited video, from VAE Decode: of any size, with the source's framing and frame rate."),
+                io.Image.Input(
+                    "edited",
+                    tooltip="The edited video, from VAE Decode: of any size, with the source's framing and frame rate. "
+                    "The frames by which MiVE Preflight padded the source are cut off.",
+                ),
                 io.Vae.Input("vae", tooltip="The VAE that decoded the edit. What it blurs in the source is not counted as a change made by the edit."),
                 io.Image.Input(
                     "reference",
@@ -61,10 +66,11 @@ class MiVEKeepSourceDetail(io.ComfyNode):
         cls, source, edited, vae, reference=None, mask=None, anchor: str = "auto", keyframes: io.Autogrow.Type | None = None, keyframe_numbers: str = ""
     ) -> io.NodeOutput:
         with log_warnings():
-            edited = check_frames(edited.cpu(), "edited")
+            num_frames = delivered_frames(len(source), len(edited))
             if mask is not None:
-                mask = cut_mask(mask.cpu(), len(source), len(edited))
-            source = check_frames(cut_source(source, len(edited)).cpu(), "source")
+                mask = cut_mask(mask.cpu(), (len(source), len(edited)), num_frames)
+            edited = check_frames(edited[:num_frames].cpu(), "edited")
+            source = check_frames(source[:num_frames].cpu(), "source")
             height, width = edited.shape[1:3]
             check_framing(source, edited)
             if reference is not None:
@@ -83,19 +89,23 @@ class MiVEKeepSourceDetail(io.ComfyNode):
         return io.NodeOutput(delivered)
 
 
-def cut_source(source: Tensor, num_frames: int) -> Tensor:
-    """(F, H, W, C) -> the first `num_frames`. Warns of those left out; raises UserError if there are fewer."""
-    if 0 < len(source) < num_frames:
-        raise UserError("the source is shorter than its edit", got=f"{len(source)} frames", expected=f"{num_frames}, as the edit has")
-    if len(source) > num_frames:
-        warnings.warn(f"source: {len(source)} frames are cut to the edit's {num_frames}", stacklevel=2)
-    return source[:num_frames]
+def delivered_frames(num_source: int, num_edited: int) -> int:
+    """How many frames come out: the edit's, less those that repeat the source's last one up to 4n+1. Warns of the source's that are left out.
+
+    Raises UserError for a shorter source.
+    """
+    padded = num_source + -(num_source - 1) % TEMPORAL_FACTOR
+    if 0 < num_source < num_edited != padded:
+        raise UserError("the source is shorter than its edit", got=f"{num_source} frames", expected=f"{num_edited}, as the edit has")
+    if num_edited < num_source:
+        warnings.warn(f"source: {num_source} frames are cut to the edit's {num_edited}", stacklevel=2)
+    return min(num_edited, num_source or num_edited)
 
 
-def cut_mask(mask: Tensor, num_source: int, num_frames: int) -> Tensor:
-    """(F or 1, H, W), where F may be the source's number of frames -> (num_frames or 1, H, W) in 0..1."""
+def cut_mask(mask: Tensor, lengths: tuple[int, int], num_frames: int) -> Tensor:
+    """(F or 1, H, W), where F may be one of `lengths`, the source's and the edit's -> (num_frames or 1, H, W) in 0..1."""
     mask = mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1)
-    return mask[:num_frames] if len(mask) == num_source else mask
+    return mask[:num_frames] if len(mask) in lengths else mask
 
 
 def check_framing(source: Tensor, edited: Tensor) -> None:

@@ -5,10 +5,13 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..mive_core.config import MiVEConfig
-from ..mive_core.media.fit import fit_clip, fit_reference
+from ..mive_core.layers import check_layers, warn_of_layers
+from ..mive_core.media.fit import SAME_SHAPE, fit_clip, fit_reference
+from ..mive_core.pipeline import check_vlm
 from ..mive_core.types import Clip, EditRequest
 from .bridge.conditioning import to_conditioning
 from .bridge.messages import log_warnings
+from .bridge.model import config_of
 from .bridge.vlm import HostedVLM
 from .vlm import LayerChoice, LayersType, VlmType
 
@@ -51,24 +54,54 @@ class MiVEEncode(io.ComfyNode):
                     tooltip="The source is scaled down to give the VLM at most this many tokens. More tokens cost memory and time. "
                     "The default, 4096, means the number used in training: 512 for the tiny VLM, 4096 for the others.",
                 ),
-                LayersType.Input("layers", optional=True, tooltip="From MiVE Layer Select. If not connected: first + last."),
+                LayersType.Input("layers", optional=True, tooltip="From MiVE Layer Select. If not connected: those of model, else first + last."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Straight from MiVE Load DiT. If connected, its own layers and token budgets are used, "
+                    "and whether VLM and layers fit is checked before the VLM runs.",
+                ),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For MiVE Reference Latents.")],
         )
 
     @classmethod
     def execute(
-        cls, vlm: HostedVLM, source, reference, instruction: str, fps: float, sampled_fps: float, max_video_tokens: int, layers: LayerChoice = LayerChoice()
+        cls,
+        vlm: HostedVLM,
+        source,
+        reference,
+        instruction: str,
+        fps: float,
+        sampled_fps: float,
+        max_video_tokens: int,
+        layers: LayerChoice | None = None,
+        model=None,
     ) -> io.NodeOutput:
-        layer_indices = layers.resolve(vlm.vlm.num_layers)
-        config = replace(vlm.default_config, video_fps=sampled_fps)
-        if max_video_tokens != DEFAULTS.max_video_tokens:
-            config = replace(config, max_video_tokens=max_video_tokens)
         with log_warnings():
-            clip = fit_clip(Clip(source, fps))
-            request = EditRequest(clip, fit_reference(reference, (clip.frames.shape[2], clip.frames.shape[1])), instruction)
+            config = vlm.default_config if model is None else config_of(model)
+            layer_indices = chosen_layers(vlm, layers, None if model is None else config)
+            if sampled_fps != DEFAULTS.video_fps:
+                config = replace(config, video_fps=sampled_fps)
+            if max_video_tokens != DEFAULTS.max_video_tokens:
+                config = replace(config, max_video_tokens=max_video_tokens)
+            clip = fit_clip(Clip(source, fps), max_stretch=SAME_SHAPE)
+            request = EditRequest(clip, fit_reference(reference, (clip.frames.shape[2], clip.frames.shape[1]), max_stretch=SAME_SHAPE), instruction)
             condition = vlm.condition(request, config, layer_indices)
         return io.NodeOutput(to_conditioning(condition, vlm.vlm.name))
+
+
+def chosen_layers(vlm: HostedVLM, layers: LayerChoice | None, config: MiVEConfig | None) -> tuple[int, ...]:
+    """The layers to read, numbered from 0 to the VLM's depth. Raises UserError for a VLM or layers that the DiT of `config` was not made for."""
+    if config is None:
+        return (layers or LayerChoice()).resolve(vlm.vlm.num_layers)
+    check_vlm(vlm.vlm, config, "vlm")
+    if layers is None:
+        return config.resolved_layers
+    indices = layers.resolve(vlm.vlm.num_layers)
+    check_layers(indices, config.resolved_layers, "layers")
+    warn_of_layers(indices, config.resolved_layers)
+    return indices
 
 
 NODES = [MiVEEncode]

@@ -3,16 +3,19 @@
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
+from torch import Tensor
 
-from ..mive_core.config import SIZE_MULTIPLE
+from ..mive_core.config import MiVEConfig
 from ..mive_core.evaluation.drift import describe_drift, draw_drift, measure_drift
-from ..mive_core.media.fit import check_frames, fit_clip, fit_mask
+from ..mive_core.media.fit import SAME_SHAPE, check_frames, edit_size, fit_clip, fit_mask, stretch_of
 from ..mive_core.types import Clip
 from .bridge.estimate import describe_cost
 from .bridge.messages import log_warnings, show
-from .latents import ANY_FPS
+from .bridge.model import config_of
+from .latents import ANY_FPS, requested_size
 
 TRIM, PAD = "trim", "pad"
+OWN_SIZE = "0 in both: the video's own, or the size that the connected model knows best where the video is larger. 0 in one: the video's own."
 
 
 class MiVEPreflight(io.ComfyNode):
@@ -24,12 +27,12 @@ class MiVEPreflight(io.ComfyNode):
             category="MiVE",
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
-            description="Fits a video to the model: 4n+1 frames, sides that are multiples of 16. Reports how much memory and time the edit takes.",
+            description="Fits a video to the model: 4n+1 frames, the size that the model knows best. Reports how much memory and time the edit takes.",
             search_aliases=["video size", "resize video", "frame count", "vram estimate", "4n+1"],
             inputs=[
                 io.Image.Input("video", tooltip="The source video, as frames."),
-                io.Int.Input("width", default=0, min=0, max=8192, step=16, tooltip="In pixels, a multiple of 16. 0: the multiple nearest to the video's own."),
-                io.Int.Input("height", default=0, min=0, max=8192, step=16, tooltip="In pixels, a multiple of 16. 0: the multiple nearest to the video's own."),
+                io.Int.Input("width", default=0, min=0, max=8192, step=16, tooltip=f"In pixels, a multiple of 16. {OWN_SIZE}"),
+                io.Int.Input("height", default=0, min=0, max=8192, step=16, tooltip=f"In pixels, a multiple of 16. {OWN_SIZE}"),
                 io.Int.Input(
                     "length",
                     default=0,
@@ -43,15 +46,20 @@ class MiVEPreflight(io.ComfyNode):
                     default=TRIM,
                     tooltip="If the number of frames is not 4n+1. trim: drop the last 1 to 3 frames. pad: repeat the last frame.",
                 ),
-                io.Model.Input("model", optional=True, tooltip="From MiVE Load DiT. If connected, the report estimates memory and time for this model."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="From MiVE Load DiT. If connected, a video that is larger than this model knows is scaled down, "
+                    "and the report estimates memory and time.",
+                ),
                 io.Int.Input(
                     "steps",
-                    default=20,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=1000,
                     optional=True,
                     advanced=True,
-                    tooltip="Number of sampling steps that the report's time is computed for.",
+                    tooltip="Number of sampling steps that the report's time is computed for. 0: the model's own number, as in MiVE Sampler.",
                 ),
             ],
             outputs=[
@@ -64,16 +72,22 @@ class MiVEPreflight(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, video, width: int, height: int, length: int, policy: str, model=None, steps: int = 20) -> io.NodeOutput:
+    def execute(cls, video, width: int, height: int, length: int, policy: str, model=None, steps: int = 0) -> io.NodeOutput:
+        changes, reason = [], "as asked"
         with log_warnings() as warned:
             frames = video[:length] if length else video
             missing = -(len(frames) - 1) % 4
             if policy == PAD and missing and len(frames):
                 frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
-            size = (width or round_to_multiple(video.shape[2]), height or round_to_multiple(video.shape[1])) if width or height else None
-            fitted = fit_clip(Clip(frames, ANY_FPS), size).frames
+                changes.append(f"{len(frames)} frames: the model takes 4n+1; padded by {missing} frames")
+            size = requested_size(video, width, height)
+            if model is not None and size is None and video.ndim == 4:
+                size, reason = known_size(video, config_of(model))
+            fitted = fit_clip(Clip(frames, ANY_FPS), size, max_stretch=SAME_SHAPE).frames
         length, height, width = fitted.shape[:3]
-        changes = [f"padded by {missing} frames"] if policy == PAD and missing else []
+        if size is not None and fitted.shape[1:3] != video.shape[1:3]:
+            how = "scaled" if stretch_of(video.shape, size) <= SAME_SHAPE else "scaled and cropped at the centre"
+            changes.append(f"{video.shape[2]}x{video.shape[1]} is {how} to {width}x{height}: {reason}")
         report = "\n".join([f"{length} frames of {width}x{height}", *changes, *warned, *describe_cost(length, height, width, steps, model)])
         show(cls, report)
         return io.NodeOutput(fitted, width, height, length, report, ui=ui.PreviewText(report))
@@ -116,9 +130,11 @@ class MiVEDriftReport(io.ComfyNode):
         return io.NodeOutput(plot, describe_drift(drift), ui=ui.PreviewImage(plot, cls=cls))
 
 
-def round_to_multiple(side: int) -> int:
-    """Rounds a side in pixels to the nearest multiple of 16."""
-    return max(SIZE_MULTIPLE, int(side / SIZE_MULTIPLE + 0.5) * SIZE_MULTIPLE)
+def known_size(frames: Tensor, config: MiVEConfig) -> tuple[tuple[int, int] | None, str]:
+    """Frames (F, H, W, C) that are larger than the checkpoint knows -> the size to edit them at, and why; None for smaller ones."""
+    if frames.shape[1] * frames.shape[2] <= config.edit_pixels:
+        return None, ""
+    return edit_size((frames.shape[2], frames.shape[1]), config.edit_pixels), f"the model knows frames of about {config.edit_pixels} pixels best"
 
 
 NODES = [MiVEPreflight, MiVEDriftReport]

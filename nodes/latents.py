@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ..mive_core.config import TEMPORAL_FACTOR, latent_grid
 from ..mive_core.errors import UserError
-from ..mive_core.media.fit import fit_clip, fit_reference
+from ..mive_core.media.fit import SAME_SHAPE, fit_clip, fit_reference, nearest_side, stretch_of
 from ..mive_core.types import Clip
 from ..mive_core.vae import LATENT_CHANNELS
 from .bridge.conditioning import GUIDES, LAYERS, REFERENCE_FRAMES
@@ -35,12 +35,32 @@ class MiVEReferenceLatents(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="From MiVE Encode, with the instruction."),
                 io.Conditioning.Input("negative", tooltip="From MiVE Encode, with an empty instruction. Not used when cfg is 1."),
                 io.Vae.Input("vae", tooltip="A Wan 2.1 VAE: wan_2.1_vae.safetensors, or tiny/vae.safetensors for the embedded models."),
-                io.Image.Input("source", tooltip="The video to edit, as frames. Scaled to cover width x height, cropped at the centre, cut to length."),
+                io.Image.Input(
+                    "source", tooltip="The video to edit, as frames. Scaled to width x height, cropped at the centre if the shapes differ, cut to length."
+                ),
                 io.Image.Input("reference", tooltip="One image: the video's first frame, already edited. Scaled and cropped like the source."),
-                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Width of the edited video in pixels, a multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Height of the edited video in pixels, a multiple of 16."),
                 io.Int.Input(
-                    "length", default=81, min=1, max=8193, step=4, tooltip="Number of frames of the edited video: 4n+1, at most as many as the source has."
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=16,
+                    tooltip="Of the edited video in pixels, a multiple of 16. 0: the multiple nearest to the source's.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=16,
+                    tooltip="Of the edited video in pixels, a multiple of 16. 0: the multiple nearest to the source's.",
+                ),
+                io.Int.Input(
+                    "length",
+                    default=0,
+                    min=0,
+                    max=8193,
+                    tooltip="Number of frames of the edited video: 4n+1, at most as many as the source has. 0: all but the last 1 to 3 that are too many.",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -76,8 +96,9 @@ class MiVEReferenceLatents(io.ComfyNode):
             if any(LAYERS not in values for _, values in conditioning):
                 raise UserError("this conditioning was not made for MiVE", where=name, expected="the output of the MiVE Encode node")
         with log_warnings():
-            clip = fit_clip(Clip(source, ANY_FPS), (width, height), length)
-            image = fit_reference(reference, (width, height))
+            clip = fit_clip(Clip(source, ANY_FPS), requested_size(source, width, height), length or None, max_stretch=SAME_SHAPE)
+            length, height, width = clip.frames.shape[:3]
+            image = fit_reference(reference, (width, height), max_stretch=SAME_SHAPE)
             noise_mask = None if mask is None else latent_mask(mask, (width, height), length)
             further = read_keyframes(keyframes, keyframe_numbers, (width, height), length)
         references = torch.cat([encode(vae, picture[None]) for picture in (image, *(keyframe.image for keyframe in further))], dim=2)
@@ -97,6 +118,13 @@ class MiVEReferenceLatents(io.ComfyNode):
         return io.NodeOutput(node_helpers.conditioning_set_values(positive, guides), node_helpers.conditioning_set_values(negative, guides), latent)
 
 
+def requested_size(frames: Tensor, width: int, height: int) -> tuple[int, int] | None:
+    """A node's width and height, where 0 stands for the frames' own, rounded to a multiple of 16 -> the size; None if both are 0."""
+    if not (width or height) or frames.ndim != 4:
+        return None
+    return width or nearest_side(frames.shape[2]), height or nearest_side(frames.shape[1])
+
+
 def latent_mask(mask: Tensor, size: tuple[int, int], length: int) -> Tensor:
     """(F or 1, H, W) with F >= length, 1 where to edit -> (1, 1, T, Y, X): the largest value in each latent cell, cropped like the source.
 
@@ -109,8 +137,10 @@ def latent_mask(mask: Tensor, size: tuple[int, int], length: int) -> Tensor:
     if not mask.isfinite().all():
         raise UserError("NaN or infinite values", where="mask", expected="finite values in 0..1")
     (width, height), (rows, columns) = size, mask.shape[1:]
-    scale = max(width / columns, height / rows)
-    top, left = int((rows - height / scale) / 2), int((columns - width / scale) / 2)
+    top, left = 0, 0
+    if stretch_of(mask.shape, size) > SAME_SHAPE:
+        scale = max(width / columns, height / rows)
+        top, left = int((rows - height / scale) / 2), int((columns - width / scale) / 2)
     num_frames, *grid = latent_grid(length, height, width)
     cells = functional.adaptive_max_pool2d(mask[:, top : rows - top, left : columns - left].clamp(0, 1), grid)
     if len(cells) == 1:

@@ -6,11 +6,10 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 import nodes
 
-from ..mive_core.errors import UserError
 from ..mive_core.flow import schedule
 from ..mive_core.pipeline import check_cfg
 from .bridge.conditioning import GUIDES, reference_frames, states_of
-from .bridge.model import MiVEModel, check_shapes
+from .bridge.model import check_shapes, config_of
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -32,7 +31,7 @@ class MiVESampler(io.ComfyNode):
                 io.Int.Input(
                     "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip="Random seed of the noise. The same seed gives the same video."
                 ),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Number of denoising steps. Time grows in proportion."),
+                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Number of denoising steps. Time grows in proportion. 0: the model's own number."),
                 io.Float.Input(
                     "cfg",
                     default=1.0,
@@ -76,13 +75,13 @@ class MiVESampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent, seed: int, steps: int, cfg: float, shift: float, sampler: str, scheduler: str, denoise: float
     ) -> io.NodeOutput:
-        if not isinstance(model.model, MiVEModel):
-            raise UserError("this MODEL is not MiVE's", where="model", got=type(model.model).__name__, expected="the output of MiVE Load DiT")
+        config = config_of(model)
+        steps = steps or config.steps
         check_cfg(cfg)
         schedule(steps, shift or 1.0)
         for states, values in (*positive, *negative):
-            states_of({**values, "cross_attn": states}, model.model.config)
-            reference_frames(values, model.model.config)
+            states_of({**values, "cross_attn": states}, config)
+            reference_frames(values, config)
             check_shapes(latent["samples"], *(values[key] for key in GUIDES.values()))
         if shift:
             model = ModelSamplingSD3().patch(model, shift)[0]

@@ -99,6 +99,13 @@ def test_links_are_consistent(workflow):
         assert all(links[entry["link"]][3:5] == [node["id"], slot] for slot, entry in enumerate(node["inputs"]) if entry["link"] is not None)
 
 
+def test_preflight_counts_the_steps_that_are_made(workflow):
+    """0 is the number of the model's own; the embedded one's is 4."""
+    preflight = {node["widgets_values"][-1] or 4 for node in workflow["nodes"] if node["type"] == "MiVEPreflight"}
+    samplers = {node["widgets_values"][2] for node in workflow["nodes"] if node["type"] in ("MiVESampler", "KSampler")}
+    assert preflight == samplers and len(samplers) == 1
+
+
 def test_nodes_are_as_high_as_they_are_drawn(workflow):
     """The new (Vue) nodes are taller than the classic ones, and cover the nodes below if the file gives a smaller height."""
     for node in workflow["nodes"]:

@@ -6,6 +6,7 @@ F frames, H x W pixels. The model takes 4n+1 frames and sides that are multiples
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..errors import UserError
 from ..types import Clip
 
 MIN_SIDE, MAX_SIDE = 16, 16384
+SAME_SHAPE = 1.05  # ratio of two ratios of width to height up to which a picture may be scaled whole instead of cropped; edit_size keeps below
 AREA_SLACK, AREA_WEIGHT = 1.07, 0.1  # of edit_size: area over the most pixels, and what less area costs beside another shape
 
 
@@ -63,7 +65,7 @@ def check_size(width: int, height: int, where: str) -> None:
 def check_request_size(size: tuple[int, int]) -> None:
     """Raises UserError unless the requested (width, height) are multiples of 16 within bounds."""
     width, height = size
-    fit = (_nearest(width), _nearest(height))
+    fit = (nearest_side(width), nearest_side(height))
     if fit != (width, height):
         raise UserError(
             "the model takes sides that are multiples of 16", where="size", got=f"{width}x{height}", expected=f"{fit[0]}x{fit[1]}, the nearest that fits"
@@ -77,12 +79,12 @@ def check_request_frames(num_frames: int) -> None:
         raise UserError("the model takes 4n+1 frames", where="frames", got=num_frames, expected=f"{lower} or {lower + TEMPORAL_FACTOR}, the nearest that fit")
 
 
-def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | None = None, where: str = "source") -> Clip:
+def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | None = None, where: str = "source", max_stretch: float = 1.0) -> Clip:
     """Clip -> Clip of 4n+1 frames with sides that are multiples of 16. The pixels are checked by check_frames.
 
     Frames: the first `num_frames`; without it 0 to 3 frames are cut off at the end, with a warning.
     Size: (width, height); without it each side is rounded to the nearest multiple of 16, with a warning.
-    Frames are scaled to cover the size and cropped at the centre.
+    Frames are scaled to cover the size and cropped at the centre, or scaled whole, see resize_and_crop.
     Raises UserError if `num_frames` or `size` does not fit, or if the clip is shorter than `num_frames`.
     """
     frames = trim_clip(clip, num_frames, where).frames
@@ -90,12 +92,11 @@ def fit_clip(clip: Clip, size: tuple[int, int] | None = None, num_frames: int | 
         check_request_size(size)
     else:
         width, height = frames.shape[2], frames.shape[1]
-        size = (_nearest(width), _nearest(height))
+        size = (nearest_side(width), nearest_side(height))
         if size != (width, height):
-            warnings.warn(
-                f"{where}: the model takes sides that are multiples of 16; {width}x{height} is scaled and cropped to {size[0]}x{size[1]}", stacklevel=2
-            )
-    return Clip(resize_and_crop(frames, size), clip.fps)
+            how = "scaled" if stretch_of(frames.shape, size) <= max_stretch else "scaled and cropped"
+            warnings.warn(f"{where}: the model takes sides that are multiples of 16; {width}x{height} is {how} to {size[0]}x{size[1]}", stacklevel=2)
+    return Clip(resize_and_crop(frames, size, max_stretch), clip.fps)
 
 
 def trim_clip(clip: Clip, num_frames: int | None = None, where: str = "source") -> Clip:
@@ -118,7 +119,9 @@ def trim_clip(clip: Clip, num_frames: int | None = None, where: str = "source") 
     return Clip(check_frames(frames, where), clip.fps)
 
 
-def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "reference", source_size: tuple[int, int] | None = None) -> Tensor:
+def fit_reference(
+    reference: Tensor, size: tuple[int, int], where: str = "reference", source_size: tuple[int, int] | None = None, max_stretch: float = 1.0
+) -> Tensor:
     """(H, W, C) -> (height, width, 3) in 0..1 for size (width, height), scaled and cropped like the source.
 
     `source_size` is the source's size before it was fitted, by default `size`. Warns if its aspect ratio differs by more than a tenth
@@ -137,7 +140,7 @@ def fit_reference(reference: Tensor, size: tuple[int, int], where: str = "refere
             f"{where}: {shape[2]}x{shape[1]} is cropped at the centre to the shape of {size[0]}x{size[1]}; it should be the source's first frame, edited",
             stacklevel=2,
         )
-    return resize_and_crop(image, size)[0]
+    return resize_and_crop(image, size, max_stretch)[0]
 
 
 def fit_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -174,11 +177,16 @@ def resize(frame: Tensor, size: tuple[int, int]) -> Tensor:
     return resized[0].movedim(0, -1).clamp(0, 1).contiguous()
 
 
-def resize_and_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """(F, H, W, 3) -> (F, height, width, 3): scaled to cover size (width, height), cropped at the centre."""
+def resize_and_crop(frames: Tensor, size: tuple[int, int], max_stretch: float = 1.0) -> Tensor:
+    """(F, H, W, 3) -> (F, height, width, 3): scaled to cover size (width, height), cropped at the centre.
+
+    Scaled whole instead, with nothing cropped, where that scales one direction at most `max_stretch` times as much as the other.
+    """
     width, height = size
     if frames.shape[1:3] == (height, width):
         return frames
+    if 1 < stretch_of(frames.shape, size) <= max_stretch:
+        return torch.stack([resize(frame, size) for frame in frames])
     scale = max(width / frames.shape[2], height / frames.shape[1])
     scaled = (max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale)))
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
@@ -189,10 +197,17 @@ def resize_and_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack(images).movedim(1, -1).clamp(0, 1).contiguous()
 
 
+def stretch_of(shape: Sequence[int], size: tuple[int, int]) -> float:
+    """Of frames (F, H, W, ...) that are scaled whole to size (width, height): how many times one direction is scaled as much as the other."""
+    ratio = shape[2] * size[1] / (shape[1] * size[0])
+    return max(ratio, 1 / ratio)
+
+
 def valid_num_frames(num_frames: int) -> int:
     """The largest number of the form 4n+1 up to num_frames."""
     return (num_frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1
 
 
-def _nearest(side: int) -> int:
+def nearest_side(side: int) -> int:
+    """The multiple of 16 nearest to a side in pixels, within bounds."""
     return min(MAX_SIDE, max(SIZE_MULTIPLE, int(side / SIZE_MULTIPLE + 0.5) * SIZE_MULTIPLE))

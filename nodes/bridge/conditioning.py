@@ -5,14 +5,13 @@ can pass it on; its dict holds the layers' indices, the VAE latents of source an
 B batch, K chosen layers, S VLM tokens, D_vlm their width.
 """
 
-from collections.abc import Iterable
-
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from ...mive_core.config import TEMPORAL_FACTOR, MiVEConfig
 from ...mive_core.errors import UserError
+from ...mive_core.layers import check_layers
 from ...mive_core.reference import check_keyframes
 from ...mive_core.types import Condition
 
@@ -36,13 +35,7 @@ def states_of(cond: dict, config: MiVEConfig) -> Tensor:
     missing = [name for name, key in GUIDES.items() if cond.get(key) is None]
     if missing:
         raise UserError(f"the conditioning has no {' and no '.join(missing)}", fix="put the MiVE Reference Latents node between MiVE Encode and the sampler")
-    if len(layers) != len(config.layers):
-        raise UserError(
-            "the DiT was not made for that many layers",
-            got=f"{len(layers)} ({_join(layers)})",
-            expected=f"{len(config.layers)} ({_join(config.resolved_layers)})",
-            fix="choose them in MiVE Layer Select",
-        )
+    check_layers(layers, config.resolved_layers)
     states = rearrange(cond["cross_attn"], "b s (k d) -> b k s d", k=len(layers))
     if states.shape[-1] != config.vlm_width:
         raise UserError(
@@ -57,7 +50,3 @@ def reference_frames(cond: dict, config: MiVEConfig) -> list[int]:
     num_frames = 1 + TEMPORAL_FACTOR * (cond[GUIDES["source"]].shape[2] - 1)
     check_keyframes(numbers[1:], num_frames, config.keyframes)
     return numbers
-
-
-def _join(layers: Iterable[int]) -> str:
-    return ", ".join(map(str, layers))

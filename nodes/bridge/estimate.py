@@ -16,7 +16,7 @@ CPU_MATRIX_SIDE, GPU_MATRIX_SIDE = 512, 8192  # of the square matrices that meas
 
 
 def describe_cost(num_frames: int, height: int, width: int, steps: int, patcher=None) -> list[str]:
-    """Returns the lines of a cost report. Without a MODEL it only counts tokens."""
+    """Returns the lines of a cost report; steps 0 is the model's own number. Without a MODEL it only counts tokens."""
     config = MiVEConfig() if patcher is None else patcher.model.config
     cells = latent_grid(num_frames, height, width)
     grid, num_reference = config.patch_grid(*cells), cells[1] * cells[2] // VLM_TOKEN_CELLS
@@ -34,8 +34,15 @@ def describe_cost(num_frames: int, height: int, width: int, steps: int, patcher=
         f"memory: {_format_bytes(weights)} of weights and at most {_format_bytes(activations)} for one step; "
         f"{_format_bytes(free)} free on {patcher.load_device}",
         describe_vlm_and_vae(config, num_frames, height, width, layout.num_condition, config.max_video_tokens + num_reference),
-        f"time: at best {seconds:.2g} s a step, {steps * seconds:.2g} s for {steps} steps; twice that where cfg is not 1",
+        describe_time(seconds, steps, config),
     ]
+
+
+def describe_time(seconds: float, steps: int, config: MiVEConfig) -> str:
+    """Of one step's seconds; says which number of steps was assumed, which is not that of any sampler node."""
+    num_steps = steps or config.steps
+    source = "the number set here" if steps else "the model's own number"
+    return f"time: at best {seconds:.2g} s a step, {num_steps * seconds:.2g} s for {num_steps} steps ({source}); twice that where cfg is not 1"
 
 
 def describe_vlm_and_vae(config: MiVEConfig, num_frames: int, height: int, width: int, num_tokens: int, num_visual: int) -> str:

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...mive_core.errors import UserError
-from ...mive_core.media.fit import fit_reference
+from ...mive_core.media.fit import SAME_SHAPE, fit_reference
 from ...mive_core.reference import check_keyframes
 from ...mive_core.types import Keyframe
 
@@ -37,4 +37,4 @@ def read_keyframes(images: dict[str, Tensor | None] | None, numbers: str, size: 
         )
     check_keyframes([int(text) for text in found], num_frames, taught=True)
     pairs = sorted(zip(map(int, found), given), key=lambda pair: pair[0])
-    return tuple(Keyframe(number, fit_reference(image, size, f"keyframe {number}")) for number, image in pairs)
+    return tuple(Keyframe(number, fit_reference(image, size, f"keyframe {number}", max_stretch=SAME_SHAPE)) for number, image in pairs)

@@ -92,8 +92,23 @@ class MiVESupport(comfy.supported_models_base.BASE):
         return with_config(state_dict, self.unet_config["config"])
 
 
+def config_of(patcher) -> MiVEConfig:
+    """A MODEL -> the config of its checkpoint. Raises UserError for other models than MiVE's."""
+    if not isinstance(patcher.model, MiVEModel):
+        raise UserError("this MODEL is not MiVE's", where="model", got=type(patcher.model).__name__, expected="the output of MiVE Load DiT")
+    return patcher.model.config
+
+
 def check_shapes(noise: Tensor, source: Tensor, reference: Tensor) -> None:
-    """Raises UserError unless the latents of source and reference match the size of the latent to sample."""
+    """Raises UserError unless the latents of source and reference match the size of the latent to sample, (B, C, T, Y, X)."""
+    if noise.ndim != 5:
+        raise UserError(
+            "this is the latent of an image",
+            where="latent",
+            got=f"shape {tuple(noise.shape)}",
+            expected="(batch, channels, frames, rows, columns)",
+            fix="take the LATENT of the MiVE Reference Latents node that made the conditioning",
+        )
     _frames, height, width = noise.shape[2:]
     if source.shape[2:] != noise.shape[2:]:
         raise UserError(

@@ -135,6 +135,18 @@ def test_a_longer_source_is_cut(pack, vae, source, caplog):
     assert torch.equal(video, pack.run(NODE, source=source, edited=edited, vae=vae, mask=left_half())[0])
 
 
+@pytest.mark.parametrize("num_frames", [2, 3, 4])
+def test_frames_that_padded_the_source_are_cut_off(pack, vae, source, num_frames):
+    """Preflight repeats the last frame up to 4n+1; the masks may be as many as the source's frames or the edit's."""
+    padded = pack.run("MiVEPreflight", video=source[:num_frames], policy="pad", width=112, height=64)[0]
+    assert len(padded) == 5
+    mask = left_half(5)
+    expected = pack.run(NODE, source=source[:num_frames], edited=warm(padded)[:num_frames], vae=vae, mask=mask[:num_frames])[0]
+    for masks in (mask, mask[:num_frames]):
+        (video,) = pack.run(NODE, source=source[:num_frames], edited=warm(padded), vae=vae, mask=masks)
+        assert video.shape == (num_frames, 112, 192, 3) and torch.equal(video, expected)
+
+
 def test_another_shape_is_noted(pack, vae, source, caplog):
     pack.run(NODE, source=source[:, :100], edited=warm(resized(source)), vae=vae)
     assert "112x64 is taken for the whole picture of 192x100, stretched by 9.7%" in caplog.text
@@ -152,7 +164,8 @@ def broken(frames: Tensor, index: int) -> Tensor:
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"source": clip(4, 112, 192)}, "the source is shorter than its edit; got 4 frames; expected 5"),
+        ({"source": clip(1, 112, 192)}, "the source is shorter than its edit; got 1 frames; expected 5"),
+        ({"source": clip(3, 112, 192), "edited": clip(4)}, "the source is shorter than its edit; got 3 frames; expected 4"),
         ({"source": clip(5, 112, 112)}, "edited: the edit has another shape than the source; got 112x64 for a source of 112x112"),
         ({"source": clip(5, 64, 192)}, "the editor must keep the source's framing"),
         ({"source": clip(5, 112, 192)[:0]}, "source: the clip holds 0 frames"),

@@ -1,6 +1,7 @@
 """Each node on its own: what it gives, and what it says to bad input."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mive_core.cost.memory import vae_decode_bytes
+from mive_core.media.fit import edit_size, resize
 
 DIT, VLM = "random.safetensors", "Qwen3-VL-random"
 
@@ -105,6 +107,39 @@ def test_mended_pictures_are_told_of(pack, loaded, caplog):
     assert "clamped to 0..1" in caplog.text
 
 
+def test_a_connected_model_says_what_to_read(pack, loaded, monkeypatch, caplog):
+    """Its layers and budgets; other layers are noted, those that cannot fit are refused before the VLM runs."""
+    from dataclasses import replace
+
+    model, read = loaded.model.model, []
+    condition = type(loaded.vlm).condition
+    monkeypatch.setattr(
+        type(loaded.vlm), "condition", lambda vlm, request, config, layers: read.append((config, layers)) or condition(vlm, request, config, layers)
+    )
+
+    def ask(spec: str | None = None, trained: tuple[int, ...] = (1, -1), **changed) -> None:
+        monkeypatch.setattr(model, "config", replace(model.config, layers=trained, max_video_tokens=300, video_fps=4.0))
+        chosen = {} if spec is None else {"layers": pack.run("MiVELayerSelect", preset="custom", custom=spec)[0]}
+        encoded(pack, loaded, model=loaded.model, **chosen, **changed)
+
+    ask(trained=(-1, 2))
+    ask("1,-1", max_video_tokens=200)
+    assert [(config.max_video_tokens, config.video_fps, layers) for config, layers in read] == [(300, 4.0, (4, 2)), (200, 4.0, (1, 4))] and not caplog.records
+    ask("1,2")
+    assert "layers 1, 2 are read by a DiT that was trained with layers 1, 4" in caplog.text
+    monkeypatch.setattr(type(loaded.vlm), "condition", None)
+    for spec, said in (
+        ("-1,1", "another order than the DiT was trained with; got 2 (4, 1); expected 2 (1, 4)"),
+        ("1,2,3", "got 3 (1, 2, 3); expected 2 (1, 4)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            ask(spec)
+    monkeypatch.setattr(model, "config", replace(model.config, vlm="Qwen3-VL-8B", vlm_width=4096, vlm_num_layers=36))
+    assert "vlm: the DiT was made for another VLM; got Qwen3-VL-tiny of width 128, 4 layers; expected Qwen3-VL-8B of width 4096" in refused(
+        pack, "MiVEEncode", vlm=loaded.vlm, source=clip(), reference=clip(1), instruction="", fps=8.0, model=loaded.model
+    )
+
+
 # Reference Latents and the sampler
 
 
@@ -126,6 +161,32 @@ def test_short_clips_are_refused_with_both_counts(pack, loaded):
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do(pack, loaded):
     assert "got 16; expected 13 or 17" in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, length=16))
     assert "got 60x48; expected 64x48" in refused(pack, "MiVEReferenceLatents", **guides(pack, loaded, width=60))
+
+
+def test_0_is_the_sources_own_size_and_length(pack, loaded):
+    positive, _, latent = pack.run(
+        "MiVEReferenceLatents", **guides(pack, loaded, source=clip(16, 50, 70), reference=clip(1, 50, 70), width=0, height=0, length=0)
+    )
+    assert latent["samples"].shape == (1, 16, 4, 6, 8) and positive[0][1]["mive_reference_latents"].shape == (1, 16, 1, 6, 8)
+    *_, latent = pack.run("MiVEReferenceLatents", **guides(pack, loaded, width=32, height=0, length=0))
+    assert latent["samples"].shape == (1, 16, 5, 6, 4)
+
+
+def test_nearly_the_same_shape_is_scaled_whole(pack, loaded, monkeypatch):
+    """Source, reference, keyframe and mask alike, so that they keep lying over one another; other shapes are cropped."""
+    seen = []
+    encode = pack.submodule("nodes.latents").encode
+    monkeypatch.setattr(pack.submodule("nodes.latents"), "encode", lambda vae, frames: seen.append(frames) or encode(vae, frames))
+    wide = clip(1, 48, 66).expand(17, -1, -1, -1)
+    mask = torch.zeros(1, 48, 66)
+    mask[:, :, :1] = 1
+    keyed = dict(keyframes={"keyframe_0": wide[:1]}, keyframe_numbers="4", mask=mask)
+    *_, latent = pack.run("MiVEReferenceLatents", **guides(pack, loaded, source=wide, reference=wide[:1], **keyed))
+    assert len(seen) == 3 and all(torch.equal(frames[0], resize(wide[0], (64, 48))) for frames in seen)
+    assert latent["noise_mask"][0, 0, 0, 0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]  # cropped, the column would be gone
+    seen.clear()
+    pack.run("MiVEReferenceLatents", **guides(pack, loaded, source=clip(1, 48, 72).expand(17, -1, -1, -1)))
+    assert torch.equal(seen[1][0], clip(1, 48, 72)[0, :, 4:68])
 
 
 def test_one_frame_works(pack, loaded):
@@ -233,6 +294,7 @@ def sampler(loaded, **changed) -> dict:
         ({"shift": float("inf")}, "shift: the timestep shift must be a positive number; got inf"),
         ({"latent": {"samples": torch.zeros(1, 16, 3, 6, 8)}}, "source latents of 5 x 6 x 8 (frames x rows x columns), a latent of 3 x 6 x 8"),
         ({"latent": {"samples": torch.zeros(1, 16, 5, 8, 8)}}, "a latent of 5 x 8 x 8"),
+        ({"latent": {"samples": torch.zeros(1, 4, 64, 64)}}, "latent: this is the latent of an image; got shape (1, 4, 64, 64)"),
     ],
 )
 def test_bad_settings_of_the_sampler(pack, loaded, changed, said):
@@ -256,6 +318,8 @@ def test_foreign_wires_are_named(pack, loaded):
 def test_another_number_of_layers_or_width(pack, loaded):
     states, values = loaded.positive[0]
     three = [[states[..., :1].expand(-1, -1, 3 * 128), {**values, "mive_layers": (1, 2, 4)}]]
+    swapped = [[states, {**values, "mive_layers": (4, 1)}]]
+    assert "another order than the DiT was trained with; got 2 (4, 1); expected 2 (1, 4)" in refused(pack, "MiVESampler", **sampler(loaded, positive=swapped))
     assert "got 3 (1, 2, 4); expected 2 (1, 4)" in refused(pack, "MiVESampler", **sampler(loaded, positive=three))
     wide = [[states.repeat(1, 1, 2), values]]
     assert "got Qwen3-VL-tiny of width 256; expected Qwen3-VL-tiny of width 128" in refused(pack, "MiVESampler", **sampler(loaded, positive=wide))
@@ -374,9 +438,9 @@ def test_embedded_files_are_offered(pack):
 def test_preflight_trims_and_pads(pack, caplog):
     video, width, height, length, report = pack.run("MiVEPreflight", video=clip(16, 50, 70))
     assert (width, height, length) == (64, 48, 13) and video.shape == (13, 48, 64, 3)
-    assert "trimmed to 13" in report and "cropped to 64x48" in report and "tokens: 48 target, 12 reference" in report
+    assert "trimmed to 13" in report and "70x50 is scaled to 64x48" in report and "tokens: 48 target, 12 reference" in report
     video, *_, length, report = pack.run("MiVEPreflight", video=clip(16), policy="pad")
-    assert length == 17 and torch.equal(video[16], video[15]) and "padded by 1 frames" in report
+    assert length == 17 and torch.equal(video[16], video[15]) and "17 frames: the model takes 4n+1; padded by 1 frames" in report
 
 
 def test_preflight_takes_size_and_length(pack):
@@ -386,9 +450,33 @@ def test_preflight_takes_size_and_length(pack):
     assert "0 frames" in refused(pack, "MiVEPreflight", video=clip(17)[:0])
 
 
+def test_preflight_scales_to_what_the_model_knows(pack, loaded):
+    """As `mive edit` does: whole, in nearly the source's shape. What is smaller stays, and an explicit size counts."""
+    frames = clip(5, 180, 320)
+    video, width, height, length, report = pack.run("MiVEPreflight", video=frames, model=loaded.model)
+    assert (width, height, length) == (*edit_size((320, 180), 160 * 96), 5) == (144, 80, 5)
+    torch.testing.assert_close(video, torch.stack([resize(frame, (144, 80)) for frame in frames]))
+    assert "320x180 is scaled to 144x80: the model knows frames of about 15360 pixels best" in report
+    assert pack.run("MiVEPreflight", video=frames)[1:3] == (320, 176)
+    assert pack.run("MiVEPreflight", video=clip(), model=loaded.model)[1:3] == (64, 48)
+    *sizes, _, report = pack.run("MiVEPreflight", video=frames, model=loaded.model, width=192, height=192)
+    assert sizes[1:] == [192, 192] and "320x180 is scaled and cropped at the centre to 192x192: as asked" in report
+
+
+def test_preflight_states_the_samplers_number_of_steps(pack, loaded, monkeypatch):
+    import nodes
+
+    asked = []
+    monkeypatch.setattr(nodes, "common_ksampler", lambda model, seed, steps, *rest: asked.append(steps) or ({},))
+    pack.run("MiVESampler", **{**sampler(loaded), "steps": 0})
+    report = pack.run("MiVEPreflight", video=clip(), model=loaded.model)[-1]
+    assert asked == [4] and "s for 4 steps (the model's own number)" in report
+    assert "steps" not in pack.run("MiVEPreflight", video=clip())[-1]
+
+
 def test_preflight_counts_the_models_cost(pack, loaded):
     report = pack.run("MiVEPreflight", video=clip(), model=loaded.model, steps=6)[-1]
-    assert "of weights" in report and "s for 6 steps" in report
+    assert "of weights" in report and "s for 6 steps (the number set here)" in report
     num_frames, height, width, _ = clip().shape
     assert (
         f"to decode with Wan's VAE {vae_decode_bytes(num_frames, height, width, 2) / 2**20:.0f} MB whole" in report
