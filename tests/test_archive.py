@@ -185,10 +185,13 @@ def test_contains_what_comfyui_needs_and_no_more():
         "pyproject.toml",
         "requirements.txt",
         "web/docs/MiVESampler.md",
-        "workflows/mive_quickstart.json",
-        "workflows/mive_quickstart.jpg",
+        "subgraphs/Video Edit (MiVE).json",
+        "subgraphs/Video Edit Frame MiVE.json",
+        "workflows/MiVE 1 Edit a Video.json",
+        "workflows/MiVE 1 Edit a Video.jpg",
         "mive_core/assets/tiny/dit.safetensors",
         "mive_core/assets/samples/bigbuckbunny_33f.mp4",
+        "mive_core/assets/samples/bigbuckbunny_grass.mp4",
     }
     left_out = (
         "tests/",
