@@ -9,6 +9,7 @@ from ..mive_core.layers import check_layers, warn_of_layers
 from ..mive_core.media.fit import SAME_SHAPE, fit_clip, fit_reference
 from ..mive_core.pipeline import check_vlm
 from ..mive_core.types import Clip, EditRequest
+from .bridge.agreement import ReadClip
 from .bridge.conditioning import to_conditioning
 from .bridge.messages import log_warnings
 from .bridge.model import config_of
@@ -88,7 +89,7 @@ class MiVEEncode(io.ComfyNode):
             clip = fit_clip(Clip(source, fps), max_stretch=SAME_SHAPE)
             request = EditRequest(clip, fit_reference(reference, (clip.frames.shape[2], clip.frames.shape[1]), max_stretch=SAME_SHAPE), instruction)
             condition = vlm.condition(request, config, layer_indices)
-        return io.NodeOutput(to_conditioning(condition, vlm.vlm.name))
+        return io.NodeOutput(to_conditioning(condition, vlm.vlm.name, ReadClip.of(request)))
 
 
 def chosen_layers(vlm: HostedVLM, layers: LayerChoice | None, config: MiVEConfig | None) -> tuple[int, ...]:

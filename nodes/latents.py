@@ -14,6 +14,7 @@ from ..mive_core.errors import UserError
 from ..mive_core.media.fit import SAME_SHAPE, fit_clip, fit_reference, nearest_side, stretch_of
 from ..mive_core.types import Clip
 from ..mive_core.vae import LATENT_CHANNELS
+from .bridge.agreement import check_agreement
 from .bridge.conditioning import GUIDES, LAYERS, REFERENCE_FRAMES
 from .bridge.keyframes import KEYFRAME_NUMBERS, KEYFRAMES, read_keyframes
 from .bridge.messages import log_warnings
@@ -99,6 +100,8 @@ class MiVEReferenceLatents(io.ComfyNode):
             clip = fit_clip(Clip(source, ANY_FPS), requested_size(source, width, height), length or None, max_stretch=SAME_SHAPE)
             length, height, width = clip.frames.shape[:3]
             image = fit_reference(reference, (width, height), max_stretch=SAME_SHAPE)
+            for name, conditioning in (("positive", positive), ("negative", negative)):
+                check_agreement(conditioning, clip.frames, image, name)
             noise_mask = None if mask is None else latent_mask(mask, (width, height), length)
             further = read_keyframes(keyframes, keyframe_numbers, (width, height), length)
         references = torch.cat([encode(vae, picture[None]) for picture in (image, *(keyframe.image for keyframe in further))], dim=2)

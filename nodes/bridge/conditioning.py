@@ -1,7 +1,8 @@
 """How the method's inputs are stored in ComfyUI's CONDITIONING.
 
 The tensor of a CONDITIONING holds the raw hidden states of the chosen layers, (B, S, K * D_vlm), so that stock nodes
-can pass it on; its dict holds the layers' indices, the VAE latents of source and references, and the numbers of the references' frames.
+can pass it on; its dict holds the layers' indices, small pictures of what was read, the VAE latents of source and references, and the numbers of the
+references' frames.
 B batch, K chosen layers, S VLM tokens, D_vlm their width.
 """
 
@@ -14,6 +15,7 @@ from ...mive_core.errors import UserError
 from ...mive_core.layers import check_layers
 from ...mive_core.reference import check_keyframes
 from ...mive_core.types import Condition
+from .agreement import READ, ReadClip
 
 LAYERS = "mive_layers"  # indices of the K layers
 VLM_NAME = "mive_vlm"
@@ -21,10 +23,10 @@ GUIDES = {"source": "mive_source_latents", "reference": "mive_reference_latents"
 REFERENCE_FRAMES = "mive_reference_frames"  # numbers of the pixel frames of reference and keyframes
 
 
-def to_conditioning(condition: Condition, vlm_name: str) -> list:
-    """Condition -> CONDITIONING, in float32, because the states hold values that overflow float16."""
+def to_conditioning(condition: Condition, vlm_name: str, read: ReadClip) -> list:
+    """Condition and what it was read from -> CONDITIONING, in float32, because the states hold values that overflow float16."""
     states = rearrange(condition.states.to("cpu", torch.float32), "b k s d -> b s (k d)")
-    return [[states, {LAYERS: condition.layers, VLM_NAME: vlm_name}]]
+    return [[states, {LAYERS: condition.layers, VLM_NAME: vlm_name, READ: read}]]
 
 
 def states_of(cond: dict, config: MiVEConfig) -> Tensor:

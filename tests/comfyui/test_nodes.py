@@ -6,17 +6,31 @@ import shutil
 from pathlib import Path
 
 import pytest
+import skimage.data
 import torch
 from safetensors.torch import load_file, save_file
 
 from mive_core.cost.memory import vae_decode_bytes
-from mive_core.media.fit import edit_size, resize
+from mive_core.media.fit import edit_size, resize, resize_and_crop
 
 DIT, VLM = "random.safetensors", "Qwen3-VL-random"
 
 
 def clip(num_frames: int = 17, height: int = 48, width: int = 64, channels: int = 3) -> torch.Tensor:
     return torch.rand(num_frames, height, width, channels, generator=torch.Generator().manual_seed(1))
+
+
+def still(num_frames: int, name: str = "astronaut", width: int = 64, height: int = 48) -> torch.Tensor:
+    """A photograph as a clip."""
+    photograph = torch.from_numpy(getattr(skimage.data, name)()).float()[None] / 255
+    return resize_and_crop(photograph, (width, height)).expand(num_frames, -1, -1, -1)
+
+
+def recoloured(frames: torch.Tensor) -> torch.Tensor:
+    """A twentieth of the picture."""
+    edited = frames.clone()
+    edited[:, 20:32, 30:42] = edited[:, 20:32, 30:42, [2, 0, 1]] * 0.6
+    return edited
 
 
 def refused(pack, name: str, **inputs) -> str:
@@ -27,8 +41,15 @@ def refused(pack, name: str, **inputs) -> str:
     return str(caught.value)
 
 
+def anywhere(conditioning: list) -> list:
+    """Without what it was read from, so that it goes with any clip."""
+    return [[states, {key: value for key, value in values.items() if key != "mive_read"}] for states, values in conditioning]
+
+
 def guides(pack, loaded, **changed):
-    inputs = dict(positive=loaded.positive, negative=loaded.negative, vae=loaded.vae, source=clip(), reference=clip(1), width=64, height=48, length=17)
+    inputs = dict(
+        positive=anywhere(loaded.positive), negative=anywhere(loaded.negative), vae=loaded.vae, source=clip(), reference=clip(1), width=64, height=48, length=17
+    )
     return {**inputs, **changed}
 
 
@@ -194,6 +215,39 @@ def test_one_frame_works(pack, loaded):
     assert latent["samples"].shape == (1, 16, 1, 6, 8)
     (result,) = pack.run("MiVESampler", model=loaded.model, positive=positive, negative=negative, latent=latent, steps=1)
     assert result["samples"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "read, edited, said",
+    [
+        ({"source": still(33)}, {"length": 17}, "positive: MiVE Encode has read another number of frames than are to be edited; got 33 read, 17 to edit"),
+        ({"reference": still(1)}, {"reference": still(1, "coffee")}, "positive: MiVE Encode has read another reference; got pictures that differ by"),
+        ({"source": still(17, "coffee")}, {}, "positive: MiVE Encode has read another source; got pictures that differ by"),
+        ({"source": still(17, "coffee", 192, 96)}, {}, "positive: MiVE Encode has read another source; got pictures that differ by"),
+        ({"reference": recoloured(still(1))}, {}, "positive: MiVE Encode has read another reference"),
+    ],
+    ids=["frames", "reference", "source", "source of another shape", "reference with one small edit"],
+)
+def test_both_nodes_get_the_same_clip(pack, loaded, read, edited, said):
+    """Also the negative conditioning, where it was made from another one."""
+    same = {"source": still(17), "reference": still(1)}
+    right, wrong = (encoded(pack, loaded, **{**same, **changed}) for changed in ({}, read))
+    inputs = guides(pack, loaded, **{**same, **edited, "vae": None})  # the VAE would fail, had it been reached
+    assert said in refused(pack, "MiVEReferenceLatents", **{**inputs, "positive": wrong, "negative": right})
+    if not edited:
+        assert said.replace("positive", "negative") in refused(pack, "MiVEReferenceLatents", **{**inputs, "positive": right, "negative": wrong})
+
+
+@pytest.mark.parametrize("size", [(64, 48), (192, 128), (80, 96), (128, 64)], ids=lambda size: "x".join(map(str, size)))
+def test_sizes_and_crops_do_not_make_another_clip(pack, loaded, size):
+    """Encode reads the whole frames at their own size; here they are scaled, or cropped to another shape."""
+    whole = {"source": still(17, "astronaut", 190, 126), "reference": still(1, "astronaut", 380, 252)}
+    positive = encoded(pack, loaded, **whole)
+    fitted, *_ = pack.run("MiVEPreflight", video=whole["source"], width=size[0], height=size[1])
+    for source in (whole["source"], fitted):
+        inputs = guides(pack, loaded, positive=positive, negative=positive, **{**whole, "source": source}, width=size[0], height=size[1])
+        *_, latent = pack.run("MiVEReferenceLatents", **inputs)
+        assert latent["samples"].shape[3:] == (size[1] // 8, size[0] // 8)
 
 
 def test_without_a_mask_the_latent_is_empty(pack, loaded):
