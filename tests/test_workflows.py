@@ -13,7 +13,7 @@ NAMES = [
     "MiVE 1 Edit a Video",
     "MiVE 2 Node by Node",
     "MiVE 3 Two Edited Frames",
-    "MiVE 4 Long Video in Context Windows",
+    "MiVE 4 Long Video",
     "MiVE 5 Stock KSampler",
     "MiVE 6 Compare VLM Layers",
     "MiVE 7 Train a LoRA",

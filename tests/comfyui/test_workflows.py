@@ -24,7 +24,7 @@ ENDS = {  # what is saved: frames, height, width
     "MiVE 2 Node by Node": (17, 96, 96),
     "MiVE 8 720p with a 14B Model": (9, 64, 112),
     "MiVE 5 Stock KSampler": (17, 96, 96),
-    "MiVE 4 Long Video in Context Windows": (33, 96, 96),
+    "MiVE 4 Long Video": (33, 96, 96),
     "MiVE 6 Compare VLM Layers": (17, 96, 4 * 96 + 3 * 4),
     "MiVE 9 Few Steps with a 14B Model": (9, 64, 112),
     "MiVE 7 Train a LoRA": (17, 96, 2 * 96 + 4),
@@ -100,7 +100,7 @@ def test_the_stock_chain_gives_the_quickstarts_latents(server, queue):
 
 def test_the_long_video_is_sampled_in_windows(queue, server):
     before = len(server.log.read_text())
-    queue("MiVE 4 Long Video in Context Windows", seed=1)
+    queue("MiVE 4 Long Video", seed=1)
     assert "Context length 5 with overlap 2 for 9 frames" in server.log.read_text()[before:]
 
 
