@@ -7,6 +7,9 @@ they survive changes of colour, and a transform is taken only if it also improve
 H x W pixels of both images, h x w of their edges, P points.
 """
 
+import warnings
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -55,7 +58,7 @@ def edges(image: Tensor, side: int) -> Tensor:
     return centred / (local_mean(centred.square()) + 0.1 * centred.square().mean() + 1e-6).sqrt()
 
 
-def search(fixed: Tensor, moving: Tensor) -> Tensor:
+def search(fixed: Tensor, moving: Tensor, zooms: Sequence[float] = ZOOMS, max_shift: float = MAX_SHIFT) -> Tensor:
     """Edges of the frame and of the reference -> the transform of the best correlation: phase correlation over a grid of zooms."""
     from skimage.registration import phase_cross_correlation  # ComfyUI starts without scikit-image
 
@@ -63,12 +66,14 @@ def search(fixed: Tensor, moving: Tensor) -> Tensor:
     window = torch.hann_window(height)[:, None] * torch.hann_window(width)
     points = places(height, width).view(-1, 2)
     candidates = [IDENTITY]
-    for zoom in ZOOMS:
+    for zoom in zooms:
         zoomed = sample(moving, points, zoom * IDENTITY).view(height, width)
-        rows, columns = phase_cross_correlation((fixed[0, 0] * window).numpy(), (zoomed * window).numpy())[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an error that it cannot state where one of the two is empty
+            rows, columns = phase_cross_correlation((fixed[0, 0] * window).numpy(), (zoomed * window).numpy())[0]
         candidates.append(zoom * torch.tensor([1.0, -2 * float(columns) / width, -2 * float(rows) / height]))
     inner = points[(points.abs() < INNER).all(dim=1)]
-    return max((t for t in candidates if t[1:].abs().max() < MAX_SHIFT), key=lambda t: correlation(fixed, moving, inner, t))
+    return max((t for t in candidates if t[1:].abs().max() < max_shift), key=lambda t: correlation(fixed, moving, inner, t))
 
 
 def refine(levels: list[tuple[Tensor, Tensor]], points: Tensor, transform: Tensor) -> Tensor:

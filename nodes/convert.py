@@ -4,13 +4,13 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..mive_core.config import VLM_SIZES
 from ..mive_core.errors import UserError
 from ..mive_core.formats.from_wan import init_from_wan
 from ..mive_core.layers import parse_layers
-from .bridge.messages import show
+from .bridge.messages import with_text
 from .bridge.paths import find, list_dits, output_path
 
 EXPECTED = "a .safetensors file of Wan2.1-T2V in models/diffusion_models"
@@ -24,7 +24,6 @@ class MiVEInitFromWan(io.ComfyNode):
             display_name="MiVE Init From Wan",
             category="MiVE",
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             description="Converts a Wan2.1-T2V checkpoint into a MiVE checkpoint to train from: shared layers are copied, new ones are initialised. "
             "It cannot edit before it is trained.",
             search_aliases=["convert wan", "wan to mive", "initialise", "training start"],
@@ -63,8 +62,7 @@ class MiVEInitFromWan(io.ComfyNode):
 
         config = init_from_wan(find(list_dits, model, EXPECTED), path, layers=layers, vlm=vlm, progress=progress)
         report = f"{filename}: {config.num_blocks} blocks of width {config.width}, reads layers {', '.join(map(str, config.layers))} of {config.vlm}"
-        show(cls, report)
-        return io.NodeOutput(filename, ui=ui.PreviewText(report))
+        return io.NodeOutput(filename, ui=with_text(report))
 
 
 def destination(name: str) -> Path:

@@ -9,9 +9,9 @@ from ..mive_core.layers import check_layers, warn_of_layers
 from ..mive_core.media.fit import SAME_SHAPE, fit_clip, fit_reference
 from ..mive_core.pipeline import check_vlm
 from ..mive_core.types import Clip, EditRequest
-from .bridge.agreement import ReadClip
+from .bridge.agreement import ReadClip, check_order
 from .bridge.conditioning import to_conditioning
-from .bridge.messages import log_warnings
+from .bridge.messages import log_warnings, with_text
 from .bridge.model import config_of
 from .bridge.vlm import HostedVLM
 from .vlm import LayerChoice, LayersType, VlmType
@@ -79,7 +79,8 @@ class MiVEEncode(io.ComfyNode):
         layers: LayerChoice | None = None,
         model=None,
     ) -> io.NodeOutput:
-        with log_warnings():
+        check_order(source, reference)
+        with log_warnings() as warned:
             config = vlm.default_config if model is None else config_of(model)
             layer_indices = chosen_layers(vlm, layers, None if model is None else config)
             if sampled_fps != DEFAULTS.video_fps:
@@ -89,7 +90,7 @@ class MiVEEncode(io.ComfyNode):
             clip = fit_clip(Clip(source, fps), max_stretch=SAME_SHAPE)
             request = EditRequest(clip, fit_reference(reference, (clip.frames.shape[2], clip.frames.shape[1]), max_stretch=SAME_SHAPE), instruction)
             condition = vlm.condition(request, config, layer_indices)
-        return io.NodeOutput(to_conditioning(condition, vlm.vlm.name, ReadClip.of(request)))
+        return io.NodeOutput(to_conditioning(condition, vlm.vlm.name, ReadClip.of(request)), ui=with_text("\n".join(warned)))
 
 
 def chosen_layers(vlm: HostedVLM, layers: LayerChoice | None, config: MiVEConfig | None) -> tuple[int, ...]:

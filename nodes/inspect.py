@@ -10,7 +10,7 @@ from ..mive_core.evaluation.drift import describe_drift, draw_drift, measure_dri
 from ..mive_core.media.fit import SAME_SHAPE, check_frames, edit_size, fit_clip, fit_mask, stretch_of
 from ..mive_core.types import Clip
 from .bridge.estimate import describe_cost
-from .bridge.messages import log_warnings, show
+from .bridge.messages import log_warnings, with_text
 from .bridge.model import config_of
 from .latents import ANY_FPS, requested_size
 
@@ -26,7 +26,6 @@ class MiVEPreflight(io.ComfyNode):
             display_name="MiVE Preflight",
             category="MiVE",
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             description="Fits a video to the model: 4n+1 frames, the size that the model knows best. Reports how much memory and time the edit takes.",
             search_aliases=["video size", "resize video", "frame count", "vram estimate", "4n+1"],
             inputs=[
@@ -89,8 +88,7 @@ class MiVEPreflight(io.ComfyNode):
             how = "scaled" if stretch_of(video.shape, size) <= SAME_SHAPE else "scaled and cropped at the centre"
             changes.append(f"{video.shape[2]}x{video.shape[1]} is {how} to {width}x{height}: {reason}")
         report = "\n".join([f"{length} frames of {width}x{height}", *changes, *warned, *describe_cost(length, height, width, steps, model)])
-        show(cls, report)
-        return io.NodeOutput(fitted, width, height, length, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(fitted, width, height, length, report, ui=with_text(report))
 
 
 class MiVEDriftReport(io.ComfyNode):
@@ -127,7 +125,8 @@ class MiVEDriftReport(io.ComfyNode):
                 mask = mask.expand(len(source), -1, -1) if len(mask) == 1 else mask
         drift = measure_drift(source.cpu(), edited.cpu(), mask)
         plot = torch.from_numpy(np.array(draw_drift(drift)))[None].float() / 255
-        return io.NodeOutput(plot, describe_drift(drift), ui=ui.PreviewImage(plot, cls=cls))
+        report = describe_drift(drift)
+        return io.NodeOutput(plot, report, ui=with_text(report, ui.PreviewImage(plot, cls=cls)))
 
 
 def known_size(frames: Tensor, config: MiVEConfig) -> tuple[tuple[int, int] | None, str]:

@@ -12,12 +12,13 @@ from torch.nn import functional
 from ..mive_core.config import TEMPORAL_FACTOR, latent_grid
 from ..mive_core.errors import UserError
 from ..mive_core.media.fit import SAME_SHAPE, fit_clip, fit_reference, nearest_side, stretch_of
+from ..mive_core.reference_check import warn_of_references
 from ..mive_core.types import Clip
 from ..mive_core.vae import LATENT_CHANNELS
-from .bridge.agreement import check_agreement
+from .bridge.agreement import check_agreement, check_order
 from .bridge.conditioning import GUIDES, LAYERS, REFERENCE_FRAMES
 from .bridge.keyframes import KEYFRAME_NUMBERS, KEYFRAMES, read_keyframes
-from .bridge.messages import log_warnings
+from .bridge.messages import log_warnings, with_text
 from .bridge.vae import encode
 
 ANY_FPS = 1.0  # the VAE ignores the frame rate
@@ -96,7 +97,8 @@ class MiVEReferenceLatents(io.ComfyNode):
         for name, conditioning in (("positive", positive), ("negative", negative)):
             if any(LAYERS not in values for _, values in conditioning):
                 raise UserError("this conditioning was not made for MiVE", where=name, expected="the output of the MiVE Encode node")
-        with log_warnings():
+        check_order(source, reference)
+        with log_warnings() as warned:
             clip = fit_clip(Clip(source, ANY_FPS), requested_size(source, width, height), length or None, max_stretch=SAME_SHAPE)
             length, height, width = clip.frames.shape[:3]
             image = fit_reference(reference, (width, height), max_stretch=SAME_SHAPE)
@@ -104,6 +106,7 @@ class MiVEReferenceLatents(io.ComfyNode):
                 check_agreement(conditioning, clip.frames, image, name)
             noise_mask = None if mask is None else latent_mask(mask, (width, height), length)
             further = read_keyframes(keyframes, keyframe_numbers, (width, height), length)
+            warn_of_references(clip.frames, image, further)
         references = torch.cat([encode(vae, picture[None]) for picture in (image, *(keyframe.image for keyframe in further))], dim=2)
         guides = {
             GUIDES["source"]: encode(vae, clip.frames),
@@ -118,7 +121,8 @@ class MiVEReferenceLatents(io.ComfyNode):
             latent = {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
         else:
             latent = {"samples": guides[GUIDES["source"]], "noise_mask": noise_mask}
-        return io.NodeOutput(node_helpers.conditioning_set_values(positive, guides), node_helpers.conditioning_set_values(negative, guides), latent)
+        conditionings = (node_helpers.conditioning_set_values(conditioning, guides) for conditioning in (positive, negative))
+        return io.NodeOutput(*conditionings, latent, ui=with_text("\n".join(warned)))
 
 
 def requested_size(frames: Tensor, width: int, height: int) -> tuple[int, int] | None:

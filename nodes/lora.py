@@ -4,12 +4,12 @@ from pathlib import Path
 
 import comfy.utils
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..mive_core.errors import UserError
 from ..mive_core.formats.safetensors_file import read_header
 from .bridge.lora import apply_lora
-from .bridge.messages import logger, show
+from .bridge.messages import logger, with_text
 from .bridge.model import MiVEModel
 from .bridge.paths import find
 
@@ -24,7 +24,6 @@ class MiVELoadLoRA(io.ComfyNode):
             display_name="MiVE Load LoRA",
             category="MiVE",
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             description="Applies a LoRA made for Wan 2.1 or MiVE to the DiT and reports how many of its keys fit. The stock LoRA loader works too, "
             "but knows fewer key formats and reports no count.",
             search_aliases=["lora", "wan lora", "few-step", "lightx2v", "load lora"],
@@ -57,8 +56,7 @@ class MiVELoadLoRA(io.ComfyNode):
         report = f"{lora_name}: {fit}"
         if fit.num_fitting < fit.num_keys:
             logger.warning("MiVE: %s", report)
-        show(cls, report)
-        return io.NodeOutput(patched, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(patched, report, ui=with_text(report))
 
 
 def list_loras() -> dict[str, Path]:

@@ -7,8 +7,10 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 import nodes
 
 from ..mive_core.flow import schedule
+from ..mive_core.layers import warn_of_layers
 from ..mive_core.pipeline import check_cfg
-from .bridge.conditioning import GUIDES, reference_frames, states_of
+from .bridge.conditioning import GUIDES, LAYERS, reference_frames, states_of
+from .bridge.messages import log_warnings
 from .bridge.model import check_shapes, config_of
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -79,10 +81,12 @@ class MiVESampler(io.ComfyNode):
         steps = steps or config.steps
         check_cfg(cfg)
         schedule(steps, shift or 1.0)
-        for states, values in (*positive, *negative):
-            states_of({**values, "cross_attn": states}, config)
-            reference_frames(values, config)
-            check_shapes(latent["samples"], *(values[key] for key in GUIDES.values()))
+        with log_warnings():
+            for states, values in (*positive, *negative):
+                states_of({**values, "cross_attn": states}, config)
+                warn_of_layers(values[LAYERS], config.resolved_layers)
+                reference_frames(values, config)
+                check_shapes(latent["samples"], *(values[key] for key in GUIDES.values()))
         if shift:
             model = ModelSamplingSD3().patch(model, shift)[0]
         (sampled,) = nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)

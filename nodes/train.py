@@ -14,7 +14,7 @@ from ..mive_core.errors import UserError
 from ..mive_core.evaluation.loss_curve import draw_losses, first_and_last_mean
 from ..mive_core.formats.checkpoint import read_config
 from ..mive_core.media.fit import check_request_frames, check_request_size
-from .bridge.messages import show
+from .bridge.messages import with_text
 from .bridge.paths import find, list_dits, list_pairs, list_vaes, list_vlms, output_path
 from .dit import EXPECTED as EXPECTED_DIT
 from .vlm import EXPECTED as EXPECTED_VLM
@@ -213,9 +213,10 @@ class MiVETrainLoRA(io.ComfyNode):
                 *(f"left out: {item['name']}: {item['why']}" for item in skipped),
             ]
         )
-        show(cls, report)
         curve = torch.from_numpy(np.array(draw_losses(losses)))[None].float() / 255
-        return io.NodeOutput(lora_name, comfy.utils.load_torch_file(str(job.lora), safe_load=True), curve, report, ui=ui.PreviewImage(curve, cls=cls))
+        return io.NodeOutput(
+            lora_name, comfy.utils.load_torch_file(str(job.lora), safe_load=True), curve, report, ui=with_text(report, ui.PreviewImage(curve, cls=cls))
+        )
 
 
 def check_numbers(**values: float) -> None:

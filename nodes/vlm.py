@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import comfy.model_management
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..mive_core.errors import UserError
 from ..mive_core.layers import parse_layers
-from .bridge.messages import show
+from .bridge.messages import with_text
 from .bridge.paths import find, list_vlms
 from .bridge.vlm import HostedVLM
 
@@ -86,7 +86,6 @@ class MiVELayerSelect(io.ComfyNode):
             display_name="MiVE Layer Select",
             category="MiVE",
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             description="Chooses the VLM layers whose hidden states guide the edit. Choose as many layers as the DiT was trained with.",
             search_aliases=["hidden states", "vlm layers", "clip skip", "multiscale features"],
             inputs=[
@@ -127,8 +126,7 @@ class MiVELayerSelect(io.ComfyNode):
         text = f"{count} evenly spaced layers" if choice.num_even else choice.spec
         if vlm is not None:
             text = f"layers {', '.join(map(str, choice.resolve(vlm.vlm.num_layers)))} of {vlm.vlm.num_layers} ({vlm.vlm.name})"
-        show(cls, text)
-        return io.NodeOutput(choice, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(choice, text, ui=with_text(text))
 
 
 NODES = [MiVELoadVLM, MiVELayerSelect]

@@ -165,6 +165,17 @@ def test_a_violation_in_a_real_file_is_found():
     assert violations(source + "\nimport os\nos.system('ls')\n") == [f"line {source.count(chr(10)) + 3} uses os.system"]
 
 
+SCRIPT_VIOLATIONS = re.compile(r"\beval\b|\bFunction\(|\bimport\(|innerHTML|insertAdjacentHTML|document\.write|https?:|\bfetch\(|XMLHttpRequest|cookie|atob")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.suffix == ".js"], ids=lambda path: path.name)
+def test_scripts_of_the_page_run_no_text_and_call_no_other_server(path):
+    source = path.read_text(encoding="utf-8")
+    assert not SCRIPT_VIOLATIONS.search(source)
+    for line in ("eval(text);", "box.innerHTML = text;", 'fetch("/view");', 'import("./more.js");'):
+        assert SCRIPT_VIOLATIONS.search(source + line), line
+
+
 def test_relative_imports_stay_inside_the_archive():
     """No file in the archive imports a file that .comfyignore excludes."""
     for path in SOURCES:
@@ -185,6 +196,7 @@ def test_contains_what_comfyui_needs_and_no_more():
         "pyproject.toml",
         "requirements.txt",
         "web/docs/MiVESampler.md",
+        "web/js/node_text.js",
         "subgraphs/Video Edit (MiVE).json",
         "subgraphs/Video Edit Frame MiVE.json",
         "workflows/MiVE 1 Edit a Video.json",

@@ -48,7 +48,11 @@ DRAWN_HEIGHTS = {  # below the title bar, with the node's output after a run; me
     "MiVETrainLoRA": 866,
     "LoadImage": 326,
     "ImageStitch": 150,
+    "MiVEPreflight": 430,
+    "MiVEDriftReport": 416,
 }
+SAMPLERS = {"MiVESampler", "KSampler"}
+PREVIEW_HEIGHT = 244  # that a sampler grows by where ComfyUI shows previews, until the page is reloaded; measured likewise
 SUBGRAPH_INPUTS, SUBGRAPH_OUTPUTS = -10, -20  # the nodes that stand for them inside a subgraph
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
@@ -106,9 +110,9 @@ def note_of(workflow: dict) -> str:
 
 
 def box(node: dict) -> tuple:
-    """Returns left, top, right and bottom of the drawn node."""
+    """Returns left, top, right and bottom of the drawn node, with a sampler's preview."""
     (x, y), (width, height) = node["pos"], node["size"]
-    return x, y - TITLE, x + width, y + height
+    return x, y - TITLE, x + width, y + height + (PREVIEW_HEIGHT if node["type"] in SAMPLERS else 0)
 
 
 def group_box(group: dict) -> tuple:

@@ -22,6 +22,7 @@ from ..media.remote import local_copy
 from ..media.video import read_clip, read_fps, read_image, stream_clip, write_stream, write_video
 from ..pipeline import Pipeline
 from ..reference import check_keyframes
+from ..reference_check import warn_of_references
 from ..registration import register
 from ..types import Clip, EditRequest
 from .manifest import ManifestEntry, read_keyframes
@@ -57,7 +58,10 @@ class PreparedEdit:
 
 
 def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = FileOptions()) -> PreparedEdit:
-    """Reads an entry's source, reference (else its target's first frame), keyframes and the mask. Raises UserError for what cannot be read or does not fit."""
+    """Reads an entry's source, reference (else its target's first frame), keyframes and the mask.
+
+    Warns of edited frames that do not look like the source's. Raises UserError for what cannot be read or does not fit.
+    """
     if options.num_frames is not None:
         check_request_frames(options.num_frames)
     if options.size is not None:
@@ -100,6 +104,7 @@ def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = Fil
         entry.instruction,
         tuple(replace(keyframe, image=resize(keyframe.image, small)) for keyframe in keyframes),
     )
+    warn_of_references(request.source.frames, request.reference, request.keyframes)
     mask = None
     if options.mask is not None:
         mask = read_clip(options.mask, what="mask", num_frames=num_frames).frames.mean(dim=-1)

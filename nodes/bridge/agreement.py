@@ -75,6 +75,17 @@ def check_agreement(conditioning: list, frames: Tensor, reference: Tensor, where
                 )
 
 
+def check_order(source: Tensor, reference: Tensor) -> None:
+    """Raises UserError for one frame as the source and many as the reference."""
+    if len(source) == 1 and reference.ndim == 4 and len(reference) > 1:
+        raise UserError(
+            "source and reference look swapped",
+            got=f"a source of 1 frame, {len(reference)} references",
+            expected="the video as source, one image as reference",
+            fix="connect them the other way round",
+        )
+
+
 def compare(before: Picture, now: Picture) -> float | None:
     """By how much two pictures differ, in 0..1; None if they show one image, scaled and perhaps cropped at the centre."""
     same_shape = stretch_of((1, *before.size[::-1]), now.size) <= SAME_SHAPE

@@ -4,6 +4,9 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from comfy_api.latest import ui
 
 logger = logging.getLogger("MiVE")
 
@@ -21,12 +24,18 @@ def log_warnings() -> Iterator[list[str]]:
             logger.warning("MiVE: %s", warning.message)
 
 
-def show(node, text: str) -> None:
-    """Shows text on a running node that has the hidden input `unique_id`; ui.PreviewText alone is not shown while a node runs.
+def with_text(text: str, image: ui.PreviewImage | None = None) -> dict[str, Any]:
+    """Returns the `ui` of a NodeOutput: text, and a picture below it. web/js/node_text.js draws the text."""
+    return {**(image.as_dict() if image else {}), **ui.PreviewText(text).as_dict()}
 
-    Lines are ended with a semicolon, because the new (Vue) nodes draw all lines as one.
+
+def show_progress(node, text: str, after_cancel: str = "") -> None:
+    """Shows text on a running node that has the hidden input `unique_id`, where its final text will be.
+
+    It is gone when the node ends without a text of its own. On Cancel, "cancelled at", the text and `after_cancel` stay.
     """
     if node.hidden.unique_id:
         from server import PromptServer  # present only when a server runs, which has imported it already
 
-        PromptServer.instance.send_progress_text(text.replace("\n", ";\n"), node.hidden.unique_id)
+        server = PromptServer.instance
+        server.send_sync("mive.progress", {"node": node.hidden.unique_id, "text": text, "after_cancel": after_cancel}, server.client_id)

@@ -25,6 +25,7 @@ from .progress import Progress
 from .training import HostedEncoders, OutOfMemory, exclusive_training, free_device_memory
 
 LOG = "log.jsonl"
+RESUMES = "; run again to continue"
 INPUT_NAMES = {  # recipe keys that are named differently on the node
     "lora_rank": "rank",
     "lora_alpha": "alpha",
@@ -81,7 +82,7 @@ class Job:
 
     def _cache(self, node, entries: Sequence[ManifestEntry]) -> tuple[Path, list[dict]]:
         """Encodes the pairs that are not cached yet -> the cache's folder and the skipped pairs. Portrait clips use the size with sides swapped."""
-        progress = Progress(node, "reading pair", len(entries))
+        progress = Progress(node, "reading pair", len(entries), after_cancel=RESUMES)
         encoders = HostedEncoders.of(self.model, self.vlm, self.vae, progress.advance)
         settings = CacheSettings(tuple({(*side, self.num_frames): None for side in (self.size, self.size[::-1])}))
         cache_key = hashlib.sha256(json.dumps([cache_contract(encoders, settings), str(self.pairs)]).encode()).hexdigest()[:12]
@@ -112,7 +113,7 @@ class Job:
 
         def watch(step: int, losses: dict[str, torch.Tensor]) -> None:
             nonlocal progress
-            progress = progress or Progress(node, "step", recipe.num_steps, step)
+            progress = progress or Progress(node, "step", recipe.num_steps, step, after_cancel=RESUMES)
             loss = float(losses["loss"])
             if not math.isfinite(loss):
                 raise UserError(

@@ -3,7 +3,9 @@
 import asyncio
 import copy
 import json
+import re
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -164,13 +166,17 @@ def test_after_an_error_the_next_prompt_succeeds(server, prompt):
 @pytest.mark.parametrize(
     "node, kind, extra, said",
     [
-        ("8", "MiVELayerSelect", {"preset": "custom", "count": 4, "custom": "2,-1", "vlm": ["7", 0]}, b"layers 2, 4 of 4"),
-        ("9", "MiVEPreflight", {"video": ["5", 0], "width": 0, "height": 0, "length": 0, "policy": "trim"}, b"9 frames of 64x64;\ntokens: 48 target"),
-        ("10", "MiVELoadLoRA", {"model": ["6", 0], "lora_name": "random.safetensors", "strength_model": 1.0}, b"random.safetensors: all 4 keys fit"),
+        ("8", "MiVELayerSelect", {"preset": "custom", "count": 4, "custom": "2,-1", "vlm": ["7", 0]}, "layers 2, 4 of 4"),
+        ("9", "MiVEPreflight", {"video": ["5", 0], "width": 0, "height": 0, "length": 0, "policy": "trim"}, "9 frames of 64x64\ntokens: 48 target"),
+        ("10", "MiVELoadLoRA", {"model": ["6", 0], "lora_name": "random.safetensors", "strength_model": 1.0}, "random.safetensors: all 4 keys fit"),
+        ("11", "MiVEDriftReport", {"source": ["5", 0], "edited": ["5", 0]}, "9 frames, in levels of 255\nkept region"),
     ],
 )
-def test_what_a_node_found_is_on_its_face(server, node, kind, extra, said):
-    """Seen in the browser: the text in a node's `ui` is drawn nowhere. What is drawn comes as a binary message, 3, over the socket."""
+def test_what_a_node_found_is_in_its_output(server, node, kind, extra, said):
+    """Texts vanished from nodes when the node was cached, and when the page was reloaded: they were sent as progress.
+
+    The page gets the output while the prompt runs, again when the node is cached, and from the list of jobs.
+    """
     import aiohttp
 
     prompt = {
@@ -179,18 +185,39 @@ def test_what_a_node_found_is_on_its_face(server, node, kind, extra, said):
         "7": {"class_type": "MiVELoadVLM", "inputs": {"model": "tiny/vlm", "dtype": "fp32", "device": "cpu"}},
         node: {"class_type": kind, "inputs": extra},
     }
+    workflow = str(uuid.uuid4())
 
-    async def texts() -> list[bytes]:
+    async def outputs() -> list[dict]:
         async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=reader") as socket:
-            number = server.post("/prompt", {"prompt": prompt, "client_id": "reader"})["prompt_id"]
+            extra = {"extra_pnginfo": {"workflow": {"id": workflow}}}
+            number = server.post("/prompt", {"prompt": prompt, "client_id": "reader", "extra_data": extra})["prompt_id"]
             found = []
             async for message in socket:
-                if message.type is aiohttp.WSMsgType.BINARY and int.from_bytes(message.data[:4], "big") == 3:
-                    found.append(message.data)
-                elif message.type is aiohttp.WSMsgType.TEXT:
-                    event = json.loads(message.data)
-                    if event["type"] == "executing" and event["data"]["prompt_id"] == number and event["data"]["node"] is None:
-                        return found
+                event = json.loads(message.data) if message.type is aiohttp.WSMsgType.TEXT else {"type": "binary"}
+                if event["type"] == "executed" and event["data"]["node"] == node:
+                    found.append(event["data"]["output"])
+                elif event["type"] == "executing" and event["data"]["prompt_id"] == number and event["data"]["node"] is None:
+                    return found
 
-    (text,) = asyncio.run(texts())
-    assert said in text
+    (first,), (again,) = asyncio.run(outputs()), asyncio.run(outputs())
+    last, _ = server.get(f"/api/jobs?status=completed,failed,cancelled&limit=3&workflow_id={workflow}")["jobs"]
+    assert node in cached(server.wait(last["id"]))
+    for output in (first, again, server.get(f"/api/jobs/{last['id']}")["outputs"][node]):
+        (text,) = output["text"]
+        assert text.startswith(said)
+        assert ("images" in output) == (kind == "MiVEDriftReport")
+
+
+def cached(entry: dict) -> list[str]:
+    """Returns the nodes that were not run again."""
+    return next(values["nodes"] for kind, values in entry["status"]["messages"] if kind == "execution_cached")
+
+
+def test_the_page_gets_the_script_that_draws_texts(server):
+    """It is plain JavaScript, reads the key that nodes write, and imports only what ComfyUI calls public."""
+    assert [path for path in server.get("/extensions") if path.startswith("/extensions/mive/")] == ["/extensions/mive/js/node_text.js"]
+    script = server.text("/extensions/mive/js/node_text.js")
+    assert "output?.text" in script and '"mive.progress"' in script
+    assert re.findall(r'from "([^"]+)"', script) == ["../../../scripts/app.js", "../../../scripts/api.js"]
+    for name in ("app", "api"):
+        assert server.text(f"/scripts/{name}.js")

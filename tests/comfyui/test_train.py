@@ -286,10 +286,12 @@ def test_the_bar_and_the_face_follow(pack, train, monkeypatch):
 
     shown, said = [], []
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, total=None, preview=None: shown.append((value, self.total)))
-    monkeypatch.setattr(pack.submodule("nodes.bridge.progress"), "show", lambda node, text: said.append(text))
+    monkeypatch.setattr(pack.submodule("nodes.bridge.progress"), "show_progress", lambda node, text, after_cancel: said.append((text, after_cancel)))
     train()
     assert shown == [(1, 2), (2, 2), *((step, STEPS) for step in range(1, STEPS + 1))]
-    assert said[0].startswith("reading pair 1 of 2") and said[-1].startswith(f"step {STEPS} of {STEPS}: loss ")
+    texts, after_cancel = zip(*said)
+    assert texts[0].startswith("reading pair 1 of 2") and texts[-1].startswith(f"step {STEPS} of {STEPS}: loss ")
+    assert set(after_cancel) == {"; run again to continue"}
 
 
 # Bad input
