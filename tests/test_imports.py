@@ -30,6 +30,7 @@ LADDER = (  # each may import only what stands before it
     "registration",
     "detail",
     "anchor",
+    "reference_check",
     "delivery",
     "evaluation",
     "data",

@@ -250,6 +250,34 @@ def test_sizes_and_crops_do_not_make_another_clip(pack, loaded, size):
         assert latent["samples"].shape[3:] == (size[1] // 8, size[0] // 8)
 
 
+def shown(pack, name: str, **inputs) -> str:
+    """The text that a node returns for itself, beside its outputs."""
+    node = pack.node(name)
+    defaults = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
+    with torch.inference_mode():
+        return node.PREPARE_CLASS_CLONE({"hidden_inputs": {}}).execute(**{**defaults, **inputs}).ui["text"][0]
+
+
+def test_a_reference_of_something_else_is_told_of_on_the_node(pack, loaded, caplog):
+    source = still(17, "astronaut", 192, 112)
+    told = "reference: it has nothing in common with the source's first frame"
+    inputs = guides(pack, loaded, source=source, width=0, height=0)
+    assert told in shown(pack, "MiVEReferenceLatents", **{**inputs, "reference": still(1, "coffee", 192, 112)}) and told in caplog.text
+    caplog.clear()
+    night = source[:1].pow(1.8) * torch.tensor([0.1, 0.16, 0.35])
+    assert shown(pack, "MiVEReferenceLatents", **{**inputs, "reference": night}) == "" and not caplog.records
+    keyed = dict(keyframes={"keyframe_0": still(1, "coffee", 192, 112)}, keyframe_numbers="12")
+    assert told.replace("reference: ", "keyframe 12: ").replace("first frame", "frame 12") in shown(
+        pack, "MiVEReferenceLatents", **{**inputs, **keyed, "reference": night}
+    )
+
+
+def test_swapped_source_and_reference(pack, loaded):
+    swapped = {"source": clip(1), "reference": clip(17)}
+    for name, inputs in (("MiVEEncode", dict(vlm=loaded.vlm, instruction="", fps=8.0)), ("MiVEReferenceLatents", guides(pack, loaded))):
+        assert "source and reference look swapped; got a source of 1 frame, 17 references" in refused(pack, name, **{**inputs, **swapped})
+
+
 def test_without_a_mask_the_latent_is_empty(pack, loaded):
     *_, latent = pack.run("MiVEReferenceLatents", **guides(pack, loaded))
     assert latent.keys() == {"samples"} and latent["samples"].shape == (1, 16, 5, 6, 8) and not latent["samples"].any()
@@ -377,6 +405,15 @@ def test_another_number_of_layers_or_width(pack, loaded):
     assert "got 3 (1, 2, 4); expected 2 (1, 4)" in refused(pack, "MiVESampler", **sampler(loaded, positive=three))
     wide = [[states.repeat(1, 1, 2), values]]
     assert "got Qwen3-VL-tiny of width 256; expected Qwen3-VL-tiny of width 128" in refused(pack, "MiVESampler", **sampler(loaded, positive=wide))
+
+
+def test_other_layers_are_told_of_by_the_sampler_too(pack, loaded, caplog):
+    """Where no model was connected to MiVE Encode."""
+    states, values = loaded.positive[0]
+    pack.run("MiVESampler", **sampler(loaded))
+    assert not caplog.records
+    pack.run("MiVESampler", **sampler(loaded, positive=[[states, {**values, "mive_layers": (1, 2)}]]))
+    assert "layers 1, 2 are read by a DiT that was trained with layers 1, 4" in caplog.text
 
 
 @torch.inference_mode()
