@@ -3,10 +3,10 @@
 F pixel frames (4n+1) of H x W; B batch, C latent channels, T x Y x X latent grid.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from os import environ
 from pathlib import Path
 
 import torch
@@ -202,7 +202,7 @@ def check_device(device: torch.device | str) -> None:
 def check_compiler(device: torch.device | str) -> None:
     """Raises UserError if torch.compile lacks its compiler: a C++ compiler for a CPU, Triton for a GPU."""
     if torch.device(device).type == "cpu":
-        if not any(shutil.which(name) for name in (os.environ.get("CXX"), *COMPILERS) if name):
+        if not any(shutil.which(name) for name in (environ.get("CXX"), *COMPILERS) if name):
             raise UserError("torch.compile needs a C++ compiler", where="compile", expected=" or ".join(COMPILERS), fix="install one, or leave compiling out")
     elif not has_triton():
         raise UserError("torch.compile needs Triton", where="compile", fix="install triton, or leave compiling out")

@@ -68,6 +68,11 @@ def describe_reference(reference: Tensor, frames: Tensor, number: int = 0, only:
     return f"it has nothing in common with {name}; it should be that frame, edited, in the same framing"
 
 
+def edge_correlation(frame: Tensor, image: Tensor) -> float:
+    """Two images of one size, (H, W, 3) -> the correlation of their edges."""
+    return _correlation(edges(frame, SIDE), edges(image, SIDE))
+
+
 def _small(image: Tensor) -> Tensor:
     """(H, W, 3) -> on the CPU, with the longer side at most 2 * SIDE."""
     scale = min(1.0, 2 * SIDE / max(image.shape[:2]))

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import convert, detail, dit, encode, inspect, latents, lora, register, sampling, train, vlm
+from .bridge.load import StockLoaderGuard
 from .bridge.paths import register as register_paths
 
 MODULES = (vlm, encode, register, dit, latents, sampling, inspect, detail, convert, lora, train)
@@ -11,6 +12,7 @@ MODULES = (vlm, encode, register, dit, latents, sampling, inspect, detail, conve
 class MiVEExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_paths()
+        StockLoaderGuard.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for module in MODULES for node in module.NODES]

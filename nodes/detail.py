@@ -10,7 +10,8 @@ from torch import Tensor
 from ..mive_core.config import TEMPORAL_FACTOR
 from ..mive_core.delivery import ANCHORS, EditedFrame, check_options, deliver
 from ..mive_core.errors import UserError
-from ..mive_core.media.fit import check_frames, fit_reference, resize
+from ..mive_core.media.fit import SAME_SHAPE, check_frames, fit_reference, resize, resize_and_crop
+from ..mive_core.reference_check import edge_correlation
 from .bridge.keyframes import KEYFRAME_NUMBERS, KEYFRAMES, read_keyframes
 from .bridge.messages import log_warnings
 from .bridge.progress import Progress
@@ -121,12 +122,19 @@ def check_framing(source: Tensor, edited: Tensor) -> None:
             expected="nearly the same ratio of width to height",
             fix="the editor must keep the source's framing: let it crop nothing, or connect as source the video that it was given",
         )
-    if stretch > NOTED_STRETCH:
+    if stretch > (NOTED_STRETCH if looks_cropped(source[0], edited[0]) else SAME_SHAPE):
         warnings.warn(
             f"edited: {edit_width}x{edit_height} is taken for the whole picture of {width}x{height}, stretched by {stretch - 1:.1%}; if it was cropped "
             "instead, connect the cropped video as source, or edit at a size of the source's shape",
             stacklevel=2,
         )
+
+
+def looks_cropped(frame: Tensor, edited: Tensor) -> bool:
+    """Whether an edited frame (h, w, 3) lies over the middle of the source's (H, W, 3) rather than over the whole of it, by their edges."""
+    size = (edited.shape[1], edited.shape[0])
+    whole, cropped = (edge_correlation(x, edited) for x in (resize(frame, size), resize_and_crop(frame[None], size)[0]))
+    return cropped > whole
 
 
 NODES = [MiVEKeepSourceDetail]

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from .bridge.load import load_dit
 from .bridge.paths import find, list_dits
 
-EXPECTED = "a .safetensors file of a MiVE DiT in models/diffusion_models"
+EXPECTED = "a .safetensors file of a MiVE DiT in models/diffusion_models (.gguf files are not loaded)"
 DTYPES = {
     "default": None,
     "bf16": torch.bfloat16,

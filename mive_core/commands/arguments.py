@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 def executor_of(arguments: argparse.Namespace) -> "Executor":
     """Returns the executor for --ray and --workers. Raises UserError if Ray is not installed."""
-    from ..data.executor import Executor, check_ray
+    from ..data.executor import Executor
 
-    if arguments.ray:
-        check_ray()
-    return Executor(arguments.ray, arguments.workers, 1 if getattr(arguments, "device", "cpu") == "cuda" else 0)
+    if not arguments.ray:
+        return Executor()
+    from ..data.ray_executor import RayExecutor, check_ray
+
+    check_ray()
+    return RayExecutor(arguments.ray, arguments.workers, 1 if getattr(arguments, "device", "cpu") == "cuda" else 0)
 
 
 def report_done(where: Path, outcomes: list, kept: int | None = None) -> None:

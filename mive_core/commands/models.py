@@ -94,7 +94,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     from ..embedded.tasks import TASKS
     from ..media.paths import check_input
-    from ..train.distributed import num_processes
+    from ..train.launcher import num_processes
     from ..train.tasks import train
 
     train(check_input(arguments.config, "config"), TASKS)

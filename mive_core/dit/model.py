@@ -71,10 +71,14 @@ class MiVEDiT(nn.Module):
         del latents, patches  # each as large as the sequence
         clean_time, target_time = self.embed_time(torch.zeros_like(t[:1]), sequence.dtype), self.embed_time(t, sequence.dtype)
         time = Modulation(self.project_time(clean_time), self.project_time(target_time), num_clean)
-        rotary = rotary_table(condition.shape[1], grid, self.config.head_dim, self.config.rope_theta, sequence.device, reference_times)
+        rotary = self.rotary(condition.shape[1], grid, reference_times, sequence.device, **attention_options)
         for index in range(len(self.blocks)):
             sequence = self.run_block(index, sequence, time, rotary, **attention_options)
         return self.head(sequence[:, num_clean:], target_time, grid)
+
+    def rotary(self, num_condition: int, grid: tuple[int, int, int], reference_times: Tensor | None, device, **attention_options) -> Tensor:
+        """-> (B or 1, L, 1, d/2) complex64, see rope.rotary_table. Hosts that let users change the positions override this."""
+        return rotary_table(num_condition, grid, self.config.head_dim, self.config.rope_theta, device, reference_times)
 
     def run_block(self, index: int, sequence: Tensor, time: Modulation, rotary: Tensor, **attention_options) -> Tensor:
         """(B, L, D) -> (B, L, D). Hosts that let users replace blocks override this."""

@@ -22,16 +22,22 @@ def axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
     return (positions.to(torch.float64)[..., None] * frequencies).to(torch.float32)
 
 
+def token_positions(grid: tuple[int, int, int], reference_times: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The target's patch grid (T, Y, X) and the references' latent times (B, R) -> times (B, R+T), rows (Y,) and columns (X,), on the CPU."""
+    num_frames, height, width = grid
+    before = torch.zeros(1, 1) if reference_times is None else reference_times.cpu()
+    times = torch.cat([before - 1, torch.arange(num_frames).expand(len(before), -1)], dim=1)
+    return times, torch.arange(height), torch.arange(width)
+
+
 def rotary_table(num_condition: int, grid: tuple[int, int, int], head_dim: int, theta: float, device=None, reference_times: Tensor | None = None) -> Tensor:
     """N_c, the target's patch grid (T, Y, X) and the references' latent times (B, R) -> (B, N_c + (R+T)*Y*X, 1, d/2) complex64 rotations.
 
     reference_times None: one reference, of the first frame.
     """
-    num_frames, height, width = grid
-    before = torch.zeros(1, 1) if reference_times is None else reference_times.cpu()
-    times = torch.cat([before - 1, torch.arange(num_frames).expand(len(before), -1)], dim=1)
-    t, y, x = (axis_angles(p, dim, theta) for p, dim in zip((times, torch.arange(height), torch.arange(width)), axis_dims(head_dim)))
-    shape = (*times.shape, height, width, -1)
+    positions = token_positions(grid, reference_times)
+    t, y, x = (axis_angles(p, dim, theta) for p, dim in zip(positions, axis_dims(head_dim)))
+    shape = (*positions[0].shape, *grid[1:], -1)
     visual = torch.cat([t[:, :, None, None].expand(shape), y[:, None].expand(shape), x.expand(shape)], dim=-1).flatten(1, 3)
     angles = torch.cat([visual.new_zeros(len(visual), num_condition, head_dim // 2), visual], dim=1)[:, :, None]
     return torch.polar(torch.ones_like(angles), angles).to(device)

@@ -18,8 +18,8 @@ from ..dit import MiVEDiT
 from ..errors import UserError
 from ..formats.safetensors_file import read_tensors
 from ..layers import parse_layers
-from ..train.distributed import num_batches
 from ..train.flow_matching import FlowMatchingRecipe, FlowMatchingTask, check_recipe, training_attention
+from ..train.launcher import num_batches
 from ..train.loop import step_seed
 from ..train.objective import EditFeatures, collate
 from ..train.recipe import parse_recipe

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..formats.safetensors_file import write_tensors
-from ..train.distributed import num_batches
+from ..train.launcher import num_batches
 from ..train.loop import Task
 from ..train.optim import Muon
 from ..train.recipe import Recipe, parse_recipe

@@ -2,10 +2,10 @@
 
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..errors import UserError
 
@@ -94,29 +94,40 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path`; at the end each of its entries is renamed into `path`.
 
     Entries of the same name are replaced, others stay. The temporary folder is removed in any case.
+    Raises UserError if the system refuses a write.
     """
     path = path.absolute()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        path.mkdir(exist_ok=True)
-        for entry in sorted(partial.iterdir()):
-            destination = path / entry.name
-            if destination.is_dir() and not destination.is_symlink():
-                shutil.rmtree(destination)
-            os.replace(entry, destination)
+        with _partial_folder(path.parent, f".{path.name}.{os.getpid()}.") as temporary:
+            partial, replaced = temporary / "new", temporary / "replaced"
+            partial.mkdir()
+            replaced.mkdir()
+            yield partial
+            path.mkdir(exist_ok=True)
+            for entry in sorted(partial.iterdir()):
+                destination = path / entry.name
+                if destination.is_dir() and not destination.is_symlink():
+                    os.replace(destination, replaced / entry.name)
+                os.replace(entry, destination)
     except OSError as error:
         raise UserError(f"could not be written ({error.strerror or error})", where=path, fix="check space and permissions") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_partial_files(folder: Path) -> None:
     """Removes leftovers of `atomic_write` and `atomic_folder` in killed processes."""
-    for path in folder.glob(".*.partial*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    leftovers = list(folder.glob(".*.partial*"))
+    if leftovers:
+        with _partial_folder(folder, ".leftovers.") as temporary:
+            for path in leftovers:
+                os.replace(path, temporary / path.name)
+
+
+@contextmanager
+def _partial_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yields a temporary folder, which is removed with all that it holds."""
+    with TemporaryDirectory(prefix=prefix, suffix=".partial", dir=parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from os import environ
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
@@ -48,7 +49,7 @@ def local_copy(location: str | Path, what: str) -> Path:
 
 def cache_folder() -> Path:
     """The folder of the copies, created if missing. Raises UserError."""
-    folder = check_output_folder(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "mive", "the folder of copies")
+    folder = check_output_folder(environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "mive", "the folder of copies")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -182,8 +182,8 @@ def cache(
 ) -> dict:
     """Computes the missing shards of a cache and returns its index.
 
-    Unusable pairs are skipped and listed in the index with the reason. `log` receives the size estimate; `load` loads separate encoders
-    for each worker on Ray. Raises UserError if the folder cannot be written or holds another cache, the disk is too small or no pair is usable.
+    Unusable pairs are skipped and listed in the index with the reason. `log` receives the size estimate; `load` loads the encoders of a
+    worker, where each has its own. Raises UserError if the folder cannot be written or holds another cache, the disk is too small or no pair is usable.
     """
     folder = check_output_folder(folder, "output")
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def cache(
     shards = plan_shards(entries, folder.absolute(), contract)
     missing = [shard for shard in shards if read_report(shard) is None]
     precomputed = check_space(folder, missing, len(shards), encoders, settings, log) if missing else {}
-    make = (lambda: ShardWorker(load(), settings)) if executor.ray and load else lambda: ShardWorker(encoders, settings, precomputed)
+    make = (lambda: ShardWorker(load(), settings)) if executor.loads_per_worker and load else lambda: ShardWorker(encoders, settings, precomputed)
     for _, outcome in tqdm(run_items(make, missing, executor), total=len(missing), desc="cache", unit="shard", disable=None):
         if "why" in outcome:
             raise UserError(outcome["why"])

@@ -1,8 +1,6 @@
-"""Data-parallel training: processes started by torchrun or `accelerate launch` split the batches of each step."""
+"""Data-parallel training: processes split the batches of each step. `train.launcher` connects them."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,31 +61,6 @@ class ProcessGroup:
         """Waits until all processes have reached this call."""
         if self.size > 1:
             distributed.barrier()
-
-
-def num_processes() -> int:
-    """Returns WORLD_SIZE as set by the launcher; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def num_batches(num_steps: int, gradient_accumulation_steps: int) -> int:
-    """Returns the number of batches that a run reads: every step takes `gradient_accumulation_steps` of each process."""
-    return num_steps * gradient_accumulation_steps * num_processes()
-
-
-@contextmanager
-def process_group(device: str) -> Iterator[ProcessGroup]:
-    """Connects the processes that the launcher has started; without a launcher, yields a group of one."""
-    if num_processes() == 1:
-        yield ProcessGroup()
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield ProcessGroup(distributed.get_rank(), distributed.get_world_size())
-    finally:
-        distributed.destroy_process_group()
 
 
 def full_tensor(value: Tensor) -> Tensor:

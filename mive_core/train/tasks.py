@@ -32,7 +32,7 @@ def train(recipe_path: str | Path, tasks: Mapping[str, TaskBuilder] = TASKS) -> 
     to the functions that build them. Raises UserError for an invalid recipe.
     """
     values = read_task(recipe_path, tasks)
-    from .distributed import process_group
+    from .launcher import process_group
     from .loop import run
     from .validate import build_validation
 

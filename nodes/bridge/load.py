@@ -3,20 +3,40 @@
 ComfyUI's model detection is skipped, because by the file's keys it would detect plain Wan.
 """
 
+import inspect
 from functools import partial
 from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.supported_models
+import comfy.supported_models_base
 import comfy.utils
 import torch
 
 from ...mive_core.config import METADATA_KEY
+from ...mive_core.errors import UserError
 from ...mive_core.formats.checkpoint import check_dit_shapes
 from .lora import HostedDynamicPatcher, HostedPatcher
 from .metadata import config_of
 from .model import MiVESupport
+from .patches import check_patches
+
+
+class StockLoaderGuard(comfy.supported_models_base.BASE):
+    """The entry of ComfyUI's list of models that refuses MiVE's files, which its detection takes for Wan's. It matches nothing else."""
+
+    @classmethod
+    def matches(cls, unet_config, state_dict=None, unet_key_prefix="") -> bool:
+        if state_dict is not None and f"{unet_key_prefix}context.fuse.weight" in state_dict and f"{unet_key_prefix}head.modulation" in state_dict:
+            raise UserError("this is a MiVE DiT, which the stock loaders would take for Wan", fix="load it with MiVE Load DiT")
+        return False
+
+    @classmethod
+    def register(cls) -> None:
+        if not any(known.__name__ == cls.__name__ for known in comfy.supported_models.models):
+            comfy.supported_models.models.insert(0, cls)
 
 
 def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: bool = False, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
@@ -48,14 +68,24 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
     model = support.get_model(state)
     dynamic = comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher
     patcher_class = HostedDynamicPatcher if dynamic and not disable_dynamic and not comfy.model_management.is_device_cpu(device) else HostedPatcher
-    patcher = patcher_class(model, load_device=device, offload_device=offload_device)
+    patcher = patcher_class(model, load_device=device, offload_device=offload_device, **disk_options(state))
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_dit, (path, dtype, fp8_matmul))
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "mive_patches", check_patches)
     if config.guided_above:
         patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "mive_guidance", partial(skip_guidance, config.guided_above))
     return patcher
+
+
+def disk_options(state: dict[str, torch.Tensor]) -> dict[str, bool]:
+    """Returns the argument that tells a ModelPatcher of ComfyUI 0.38 whether the weights lie on a fast disk; nothing for one without it, as in 0.29."""
+    if "fast_disk" not in inspect.signature(comfy.model_patcher.ModelPatcher).parameters:
+        return {}
+    from comfy.storage import state_dict_fast_disk
+
+    return {"fast_disk": state_dict_fast_disk(state)}
 
 
 def skip_guidance(threshold: float, executor, model, conds: list, x: torch.Tensor, sigma: torch.Tensor, model_options: dict) -> list:

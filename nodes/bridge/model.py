@@ -23,6 +23,23 @@ from .metadata import with_config
 SLACK = 1.25  # factor for the attention kernel's workspace, a layer's weights in transfer, and memory that the allocator leaves unused
 
 
+class CONDReference(comfy.conds.CONDRegular):
+    """Latents of the references, (B, C, R, Y, X), which an area cuts in rows and columns only."""
+
+    def process_cond(self, batch_size, area=None, **kwargs):
+        if area is None:
+            return super().process_cond(batch_size)
+        _, height, width, _, top, left = area
+        return self._copy_with(self.cond[..., top : top + height, left : left + width]).process_cond(batch_size)
+
+
+class CONDTimes(comfy.conds.CONDRegular):
+    """Latent times of the references, (B, R), which count from an area's first frame."""
+
+    def process_cond(self, batch_size, area=None, **kwargs):
+        return super().process_cond(batch_size) if area is None else self._copy_with(self.cond - area[3]).process_cond(batch_size)
+
+
 class MiVEModel(comfy.model_base.BaseModel):
     """Flow matching over the target latents, conditioned on source latents, reference latents and condition tokens."""
 
@@ -47,7 +64,12 @@ class MiVEModel(comfy.model_base.BaseModel):
         check_shapes(noise, guides["source"], guides["reference"])
         condition = self.diffusion_model.context(states_of(cond, self.config).to(device), self.get_dtype_inference())
         times = latent_times(torch.tensor([reference_frames(cond, self.config)], device=device))
-        return {name: comfy.conds.CONDRegular(value) for name, value in {**guides, "condition": condition, "reference_times": times}.items()}
+        return {
+            "source": comfy.conds.CONDNoiseShape(guides["source"]),
+            "reference": CONDReference(guides["reference"]),
+            "reference_times": CONDTimes(times),
+            "condition": comfy.conds.CONDRegular(condition),
+        }
 
     def process_latent_out(self, latent: Tensor) -> Tensor:
         """Called at the end of every sampler. Raises UserError if the latents are not finite, which would decode to a black video."""
@@ -73,6 +95,13 @@ class MiVEModel(comfy.model_base.BaseModel):
         return SLACK * activation_bytes(self.config, num_tokens, self.get_dtype_inference().itemsize, input_shape[0])
 
 
+class DiTConfig(dict):
+    """The arguments of HostedDiT. Patches for U-Nets look here for a U-Net's: UserError."""
+
+    def __missing__(self, key):
+        raise UserError("this patch was made for a U-Net", where="the MODEL's config", got=f"no {key}", fix="it does not fit MiVE, which is a DiT")
+
+
 class MiVESupport(comfy.supported_models_base.BASE):
     """The model config that ComfyUI reads before it builds the model."""
 
@@ -82,6 +111,7 @@ class MiVESupport(comfy.supported_models_base.BASE):
 
     def __init__(self, config: MiVEConfig):
         super().__init__({"config": config})
+        self.unet_config: dict = DiTConfig(config=config)
         self.sampling_settings["shift"] = config.shift
 
     def get_model(self, state_dict, prefix="", device=None) -> MiVEModel:

@@ -3,6 +3,7 @@
 A dropdown entry is a path relative to one of these folders, so that workflows contain no absolute paths.
 """
 
+import filecmp
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ from ...mive_core.formats.safetensors_file import VAE_FAMILY, VLM_FAMILY, read_h
 from ...mive_core.pipeline import EMBEDDED
 
 ASSETS = EMBEDDED["tiny"].parent  # entries of embedded models start with tiny/
+EMBEDDED_VAE = "tiny/vae.safetensors"
 # samples that the workflows use -> their names in ComfyUI's input folder
 SAMPLES = {
     "bigbuckbunny_33f.mp4": "mive_sample.mp4",
@@ -30,16 +32,33 @@ SUFFIX = ".safetensors"
 
 
 def register() -> None:
-    """Adds the embedded VAE to the stock VAE loader's list and models/LLM to the known folders, and copies the samples to the input folder."""
-    folder_paths.add_model_folder_path("vae", str(ASSETS))
+    """Adds the embedded VAE to the stock VAE loader's list and models/LLM to the known folders, and copies the samples to the input folder.
+
+    ComfyUI lists every model file below a registered folder, and a model's folder holds more than its VAE. So the VAE is copied
+    into a folder of its own in ComfyUI's user folder, and again where an update of the pack brings another.
+    """
+    vaes = Path(folder_paths.get_system_user_directory("mive")) / "vae"
+    folder_paths.add_model_folder_path("vae", str(vaes))
     folder_paths.add_model_folder_path(LLM, os.path.join(folder_paths.models_dir, LLM))
+    _copy(ASSETS / EMBEDDED_VAE, vaes / EMBEDDED_VAE, update=True)
     for name, input_name in SAMPLES.items():
-        source, sample = ASSETS / "samples" / name, Path(folder_paths.get_input_directory()) / input_name
-        try:
-            if not sample.exists():
-                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, sample)
-        except OSError as error:
-            logging.warning("MiVE: the sample %s could not be put into the input folder: %s", input_name, error)
+        _copy(ASSETS / "samples" / name, Path(folder_paths.get_input_directory()) / input_name)
+
+
+def _copy(source: Path, target: Path, update: bool = False) -> None:
+    """Copies a file or a folder unless it is there; with `update` also over another file. Logs a warning if it cannot be written."""
+    try:
+        if target.exists() and (not update or filecmp.cmp(source, target, shallow=False)):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            part = target.with_name(f"{target.name}.{os.getpid()}.part")  # so that no program reads half a file
+            shutil.copyfile(source, part)
+            part.replace(target)
+    except OSError as error:
+        logging.warning("MiVE: %s could not be written: %s", target, error)
 
 
 def list_dits() -> dict[str, Path]:

@@ -136,7 +136,7 @@ def pack(comfyui, base) -> Pack:
 
     for category in ("diffusion_models", "vae", "loras", "text_encoders"):
         folder_paths.add_model_folder_path(category, str(base / "models" / category), is_default=True)
-    for kind in ("input", "output", "temp"):
+    for kind in ("input", "output", "temp", "user"):
         getattr(folder_paths, f"set_{kind}_directory")(str(base / kind))
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)

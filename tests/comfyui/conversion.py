@@ -1,6 +1,8 @@
 """A workflow as the browser saves it -> the prompt that it queues."""
 
 NOTES = ("MarkdownNote", "Note")
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
 SUBGRAPH_INPUTS = -10  # the node that stands for them inside a subgraph
 
@@ -37,7 +39,8 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
             if node["id"] in holders:
                 hold(node)
             elif node["type"] not in NOTES:
-                inputs = widget_values(node, object_info[node["type"]])
+                inputs: dict = {}
+                read_widgets(object_info[node["type"]]["input"], list(node["widgets_values"]), inputs)
                 inputs |= {slot["name"]: found for slot in node["inputs"] if (found := source(slot["link"])) is not None}
                 prompt[f"{prefix}{node['id']}"] = {"class_type": node["type"], "inputs": inputs}
         return [source(slot["linkIds"][0]) for slot in graph.get("outputs", ())]
@@ -51,12 +54,15 @@ def origin(link: list | dict) -> tuple[int, tuple[int, int]]:
     return (link["id"], (link["origin_id"], link["origin_slot"])) if isinstance(link, dict) else (link[0], (link[1], link[2]))
 
 
-def widget_values(node: dict, info: dict) -> dict:
-    values, inputs = list(node["widgets_values"]), {}
-    declared = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
-    for name, (kind, *options) in declared.items():
-        if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-            inputs[name] = values.pop(0)
+def read_widgets(declared: dict, values: list, inputs: dict, prefix: str = "") -> None:
+    """Moves the values of widgets into `inputs`. The inputs that a choice brings with it, as SaveVideo's since ComfyUI 0.34, follow it as `choice.name`."""
+    for name, (kind, *options) in {**declared.get("required", {}), **declared.get("optional", {})}.items():
+        if options and options[0].get("hidden"):
+            continue
+        if isinstance(kind, list) or kind in WIDGETS:
+            inputs[prefix + name] = values.pop(0)
             if options and options[0].get("control_after_generate"):
                 assert values.pop(0) in CONTROLS
-    return inputs
+        if kind == DYNAMIC:
+            (chosen,) = (option for option in options[0]["options"] if option["key"] == inputs[prefix + name])
+            read_widgets(chosen["inputs"], values, inputs, f"{prefix}{name}.")

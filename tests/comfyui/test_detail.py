@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mive_core.delivery import ANCHORS, deliver
-from mive_core.media.fit import resize
+from mive_core.media.fit import resize, resize_and_crop
 from mive_core.media.video import read_clip
 from mive_core.pipeline import EMBEDDED
 from mive_core.vae import VAE
@@ -153,6 +153,14 @@ def test_another_shape_is_noted(pack, vae, source, caplog):
     caplog.clear()
     pack.run(NODE, source=resized(source, (224, 128)), edited=warm(resized(source)), vae=vae)
     assert not caplog.records
+
+
+def test_a_slight_crop_is_noted_where_it_is_seen(pack, vae, source, caplog):
+    """MiVE's own nodes scale the whole picture to nearly its shape, others crop it."""
+    pack.run(NODE, source=source, edited=warm(resized(source, (112, 68))), vae=vae)
+    assert not caplog.records
+    pack.run(NODE, source=source, edited=warm(resize_and_crop(source, (112, 68))), vae=vae)
+    assert "stretched by 4.1%; if it was cropped" in caplog.text
 
 
 def broken(frames: Tensor, index: int) -> Tensor:

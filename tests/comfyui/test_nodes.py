@@ -523,6 +523,22 @@ def test_embedded_files_are_offered(pack):
         assert (f"tiny/{name}" in offered) == (assets / name).exists(), name
 
 
+def test_load_vae_offers_only_vaes(pack):
+    """Load VAE once listed the embedded DiT and VLM too, and took the DiT as its default."""
+    import folder_paths
+
+    import nodes
+
+    offered = [name for name in nodes.VAELoader.vae_list(nodes.VAELoader) if name.startswith("tiny")]
+    assert offered == ["tiny/vae.safetensors"]
+    copy = Path(folder_paths.get_full_path("vae", offered[0]))
+    assert pack.base in copy.parents
+    expected = copy.read_bytes()
+    copy.write_bytes(b"the file of an older version")
+    pack.submodule("nodes.bridge.paths").register()
+    assert copy.read_bytes() == expected and [path.name for path in copy.parent.iterdir()] == ["vae.safetensors"]
+
+
 # Preflight and drift
 
 

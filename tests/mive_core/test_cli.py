@@ -162,7 +162,7 @@ def test_edit(work, random_models, capsys):
         ({"instruction": "", "frames": "5", "size": "32x32", "steps": "1"}, (5, 32, 48, 3)),
         ({"instruction": "", "frames": "5", "size": "32x32", "steps": "1", "detail": "off"}, (5, 32, 32, 3)),
         ({"frames": "5", "anchor": "on", "mask": "reference.png"}, (5, 32, 48, 3)),
-        ({"layers": "last+first", "frames": "5", "cfg": "2"}, (5, 32, 48, 3)),
+        ({"layers": "2+last", "frames": "5", "cfg": "2"}, (5, 32, 48, 3)),
         ({"source": "reference.png"}, (1, 32, 48, 3)),
     ],
 )
@@ -175,6 +175,7 @@ def test_edit_with_options(work, random_models, capsys, changes, frames):
     "changes, says",
     [
         ({"layers": "last"}, "not made for that many layers"),
+        ({"layers": "last+first"}, "in another order than the DiT was trained with; got 2 (4, 1); expected 2 (1, 4)"),
         ({"layers": "1,,2"}, "column 3"),
         ({"layers": ""}, "column 1"),
         ({"layers": "99,1"}, "99"),

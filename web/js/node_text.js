@@ -6,7 +6,7 @@ import { api } from "../../../scripts/api.js";
 
 const NAME = "mive_text";
 const NUM_RUNS = 3; // read after a reload: the last run alone may have been cancelled, or of a part of the workflow
-const LINE_HEIGHT = 14, CHARACTER_WIDTH = 6.2, MARGIN = 20; // in pixels
+const LINE_HEIGHT = 14, CHARACTER_WIDTH = 6.2, MARGIN = 20; // in pixels, of the default font size
 
 let progress; // what the running node shows: its execution id in `node`, `text`, and `after_cancel`
 
@@ -30,11 +30,11 @@ const textWidget = (node) => node?.widgets?.find((widget) => widget.name === NAM
 
 function addTextWidget(node) {
   const box = document.createElement("div"), content = box.appendChild(document.createElement("div"));
-  box.className = "comfy-multiline-input";
   box.style.cssText = "overflow-y: auto; user-select: text; cursor: text";
-  content.style.cssText = `white-space: pre-wrap; overflow-wrap: anywhere; padding: 4px 6px; line-height: ${LINE_HEIGHT}px`;
+  content.className = "comfy-multiline-input";
+  content.style.cssText = `white-space: pre-wrap; overflow-wrap: anywhere; padding: 4px 6px; line-height: 1.4`;
   const countRows = (line) => Math.max(1, Math.ceil((line.length * CHARACTER_WIDTH) / (node.size[0] - 2 * MARGIN)));
-  const getMinHeight = () => MARGIN + 8 + LINE_HEIGHT * content.textContent.split("\n").reduce((sum, line) => sum + countRows(line), 0);
+  const getMinHeight = () => MARGIN + 10 + LINE_HEIGHT * content.textContent.split("\n").reduce((sum, line) => sum + countRows(line), 0);
   const widget = node.addDOMWidget(NAME, NAME, box, {
     getValue: () => content.textContent,
     setValue: (text) => { content.textContent = text; },

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mive_core.data.executor import Executor, prefetch
+from mive_core.data.executor import prefetch
 from mive_core.data.journal import Journal, Task, fingerprint, run_resumable
 from mive_core.data.manifest import ManifestEntry
+from mive_core.data.ray_executor import RayExecutor
 from mive_core.errors import UserError
 
 
@@ -132,7 +133,7 @@ def killed_squares(folder: Path):
 @pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(ray, tmp_path):
     numbers = (*range(8), 13)
-    outcomes = run_resumable(tasks(*numbers), killed_squares(tmp_path), tmp_path / "journal", Executor("local", 2))
+    outcomes = run_resumable(tasks(*numbers), killed_squares(tmp_path), tmp_path / "journal", RayExecutor("local", 2))
     assert (tmp_path / "killed").exists()
     assert [outcome.result and outcome.result["square"] for outcome in outcomes] == [n * n for n in range(8)] + [None]
     assert outcomes[-1].why == "thirteen cannot be squared"
@@ -146,13 +147,13 @@ def test_a_cluster_that_is_not_there(ray, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a running cluster would have left its address
     with pytest.raises(UserError, match="ray 'auto': there is no Ray cluster to be reached"):
-        run_resumable(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", Executor("auto"))
+        run_resumable(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", RayExecutor("auto"))
 
 
 def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r'--ray needs the package ray.*pip install "mive\[ray\]"'):
-        run_resumable(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", Executor("local"))
+        run_resumable(tasks(1), lambda: Squares(tmp_path), tmp_path / "journal", RayExecutor("local"))
 
 
 def test_a_journal_is_read_line_by_line(tmp_path):
