@@ -134,10 +134,13 @@ def test_contains_what_comfyui_needs_and_no_more():
         "requirements.txt",
         "web/docs/MiVESampler.md",
         "web/js/node_text.js",
-        "workflows/mive_quickstart.json",
-        "workflows/mive_quickstart.jpg",
+        "subgraphs/Video Edit (MiVE).json",
+        "subgraphs/Video Edit Frame MiVE.json",
+        "workflows/MiVE 1 Edit a Video.json",
+        "workflows/MiVE 1 Edit a Video.jpg",
         "mive_core/assets/tiny/dit.safetensors",
         "mive_core/assets/samples/bigbuckbunny_33f.mp4",
+        "mive_core/assets/samples/bigbuckbunny_grass.mp4",
     }
     left_out = ("tests/", ".", "Makefile", "mive_core/embedded/", "mive_core/bench/", "mive_core/commands/", "mive_core/cli.py", "mive_core/__main__.py")
     assert not [name for name in names if name.startswith(left_out)]

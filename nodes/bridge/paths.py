@@ -20,7 +20,13 @@ from ...mive_core.pipeline import EMBEDDED
 ASSETS = EMBEDDED["tiny"].parent  # entries of embedded models start with tiny/
 EMBEDDED_VAE = "tiny/vae.safetensors"
 # samples that the workflows use -> their names in ComfyUI's input folder
-SAMPLES = {"bigbuckbunny_33f.mp4": "mive_sample.mp4", "neon.png": "mive_sample_neon.png", "pairs": "mive_sample_pairs"}
+SAMPLES = {
+    "bigbuckbunny_33f.mp4": "mive_sample.mp4",
+    "bigbuckbunny_grass.mp4": "mive_sample_grass.mp4",
+    "grass_purple.png": "mive_sample_grass_purple.png",
+    "neon.png": "mive_sample_neon.png",
+    "pairs": "mive_sample_pairs",
+}
 LLM = "LLM"
 SUFFIX = ".safetensors"
 

@@ -4,21 +4,54 @@ NOTES = ("MarkdownNote", "Note")
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
+SUBGRAPH_INPUTS = -10  # the node that stands for them inside a subgraph
 
 
 def to_prompt(workflow: dict, object_info: dict) -> dict:
-    """Widgets are matched to a node's inputs in their order, as the browser does. Raises where a node is unknown."""
-    sources = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] in NOTES:
-            continue
-        info = object_info[node["type"]]
-        values, inputs = list(node["widgets_values"]), {}
-        read_widgets(info["input"], values, inputs)
-        inputs |= {slot["name"]: sources[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    """Widgets are matched to a node's inputs in their order, as the browser does. Raises where a node is unknown.
+
+    The nodes of a subgraph stand in its place; their numbers follow that of the node that holds them, as in 6:11.
+    """
+    subgraphs = {subgraph["id"]: subgraph for subgraph in workflow.get("definitions", {}).get("subgraphs", ())}
+    prompt: dict = {}
+
+    def add(graph: dict, prefix: str = "", given: list | None = None) -> list:
+        """Adds a graph's nodes. given: what its inputs are connected to, None where the widget's own value counts. Returns the same of its outputs."""
+        ends = dict(origin(link) for link in graph["links"])
+        holders = {node["id"]: node for node in graph["nodes"] if node["type"] in subgraphs}
+        inside: dict[int, list] = {}
+
+        def source(link: int | None):
+            if link is None:
+                return None
+            number, slot = ends[link]
+            if number == SUBGRAPH_INPUTS:
+                return given[slot]
+            return hold(holders[number])[slot] if number in holders else [f"{prefix}{number}", slot]
+
+        def hold(node: dict) -> list:
+            if node["id"] not in inside:
+                assert not node["widgets_values"], "the values are those of the widgets inside"
+                inside[node["id"]] = add(subgraphs[node["type"]], f"{prefix}{node['id']}:", [source(slot["link"]) for slot in node["inputs"]])
+            return inside[node["id"]]
+
+        for node in graph["nodes"]:
+            if node["id"] in holders:
+                hold(node)
+            elif node["type"] not in NOTES:
+                inputs: dict = {}
+                read_widgets(object_info[node["type"]]["input"], list(node["widgets_values"]), inputs)
+                inputs |= {slot["name"]: found for slot in node["inputs"] if (found := source(slot["link"])) is not None}
+                prompt[f"{prefix}{node['id']}"] = {"class_type": node["type"], "inputs": inputs}
+        return [source(slot["linkIds"][0]) for slot in graph.get("outputs", ())]
+
+    add(workflow)
     return prompt
+
+
+def origin(link: list | dict) -> tuple[int, tuple[int, int]]:
+    """A workflow's or a subgraph's link -> its number, and the node and slot that it comes from."""
+    return (link["id"], (link["origin_id"], link["origin_slot"])) if isinstance(link, dict) else (link[0], (link[1], link[2]))
 
 
 def read_widgets(declared: dict, values: list, inputs: dict, prefix: str = "") -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class Server:
         return self.bytes(path).decode()
 
     def bytes(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url + urllib.parse.quote(path), timeout=30) as answer:
             return answer.read()
 
     def post(self, path: str, values: dict) -> dict:

@@ -7,7 +7,7 @@ from conversion import to_prompt
 from load import WARM_UP as LONG_WARM_UP
 from load import held, summary, trend
 
-WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "mive_quickstart.json"
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "MiVE 2 Node by Node.json"
 NUM_PROMPTS, WARM_UP = 50, 10
 MOST_KB_A_PROMPT = 100  # far under what one kept latent, picture or condition of a prompt would weigh
 

@@ -17,7 +17,7 @@ from serving import Refused
 from mive_core.media.video import read_clip
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKFLOW = ROOT / "workflows" / "mive_quickstart.json"
+WORKFLOW = ROOT / "workflows" / "MiVE 2 Node by Node.json"
 EMBEDDED = {
     "tiny/dit.safetensors": ("dit.safetensors", "random.safetensors"),
     "tiny/vae.safetensors": ("vae.safetensors", "random.safetensors"),
@@ -57,8 +57,8 @@ def test_help_pages_and_templates_are_served(server):
     for name in (name for name in info if name.startswith("MiVE")):
         assert server.text(f"/extensions/mive/docs/{name}.md").startswith("# MiVE")
         assert server.bytes(f"/extensions/mive/docs/images/{name}.webp")[8:12] == b"WEBP"  # where the browser looks for the page's picture
-    assert "mive_quickstart" in server.get("/workflow_templates")["mive"]
-    assert json.loads(server.text("/api/workflow_templates/mive/mive_quickstart.json"))["nodes"]
+    assert "MiVE 2 Node by Node" in server.get("/workflow_templates")["mive"]
+    assert json.loads(server.text("/api/workflow_templates/mive/MiVE 2 Node by Node.json"))["nodes"]
 
 
 def test_quickstart_runs_to_its_end(server, prompt):

@@ -20,14 +20,15 @@ SMALL = {
 LARGE_SIDE, SMALL_SIZE = 192, {"width": 112, "height": 64, "length": 9}
 FEW_STEPS = 6
 ENDS = {  # what is saved: frames, height, width
-    "mive_quickstart": (17, 96, 96),
-    "mive_720p": (9, 64, 112),
-    "mive_stock_sampler": (17, 96, 96),
-    "mive_long_video": (33, 96, 96),
-    "mive_layer_study": (17, 96, 4 * 96 + 3 * 4),
-    "mive_fewstep": (9, 64, 112),
-    "mive_train_lora": (17, 96, 2 * 96 + 4),
-    "mive_keyframes": (33, 96, 96),
+    "MiVE 1 Edit a Video": (33, 360, 640),
+    "MiVE 2 Node by Node": (17, 96, 96),
+    "MiVE 8 720p with a 14B Model": (9, 64, 112),
+    "MiVE 5 Stock KSampler": (17, 96, 96),
+    "MiVE 4 Long Video": (33, 96, 96),
+    "MiVE 6 Compare VLM Layers": (17, 96, 4 * 96 + 3 * 4),
+    "MiVE 9 Few Steps with a 14B Model": (9, 64, 112),
+    "MiVE 7 Train a LoRA": (17, 96, 2 * 96 + 4),
+    "MiVE 3 Two Edited Frames": (33, 96, 96),
 }
 RESOLVED = {"Layers: first + last": "1, 4", "Layers: evenly spaced 2": "1, 4", "Layers: first two": "1, 2", "Layers: last two": "3, 4"}
 
@@ -76,7 +77,8 @@ def test_runs_to_its_end(queue, name):
     prompt, entry, frames = queue(name)
     assert tuple(frames.shape) == (*ENDS[name], 3) and frames.std() > 0.01
     shown = {prompt[number]["class_type"] for number in entry["outputs"]}
-    assert shown >= {"SaveVideo", "MiVEPreflight", "MiVELayerSelect", "MiVETrainLoRA" if name == "mive_train_lora" else "PreviewImage"}
+    assert shown >= {"SaveVideo", "MiVEPreflight", "MiVETrainLoRA" if name == "MiVE 7 Train a LoRA" else "PreviewImage"}
+    assert ("MiVELayerSelect" in shown) == (name != "MiVE 1 Edit a Video")  # there the layers are those of the checkpoint
 
 
 def decoded(server, prompt: dict) -> dict[str, torch.Tensor]:
@@ -93,20 +95,20 @@ def decoded(server, prompt: dict) -> dict[str, torch.Tensor]:
 
 
 def test_the_stock_chain_gives_the_quickstarts_latents(server, queue):
-    (stock,), (ours,) = (decoded(server, queue(name)[0]).values() for name in ("mive_stock_sampler", "mive_quickstart"))
+    (stock,), (ours,) = (decoded(server, queue(name)[0]).values() for name in ("MiVE 5 Stock KSampler", "MiVE 2 Node by Node"))
     assert torch.equal(stock, ours) and ours.std() > 0.01
 
 
 def test_the_long_video_is_sampled_in_windows(queue, server):
     before = len(server.log.read_text())
-    queue("mive_long_video", seed=1)
+    queue("MiVE 4 Long Video", seed=1)
     assert "Context length 5 with overlap 2 for 9 frames" in server.log.read_text()[before:]
 
 
 def test_each_layer_choice_is_two_layers_of_the_vlm(server, queue):
     """The choices that mean the same layers give the same latents, the others do not."""
-    prompt, entry, _ = queue("mive_layer_study")
-    titles = {str(node["id"]): node.get("title") for node in workflow("mive_layer_study")["nodes"]}
+    prompt, entry, _ = queue("MiVE 6 Compare VLM Layers")
+    titles = {str(node["id"]): node.get("title") for node in workflow("MiVE 6 Compare VLM Layers")["nodes"]}
     said = {titles[number]: output["text"][0] for number, output in entry["outputs"].items() if prompt[number]["class_type"] == "MiVELayerSelect"}
     assert {title: text.removeprefix("layers ").split(" of 4")[0] for title, text in said.items()} == RESOLVED
     latents = {titles[number]: tensor for number, tensor in decoded(server, prompt).items()}
@@ -120,7 +122,7 @@ def test_each_layer_choice_is_two_layers_of_the_vlm(server, queue):
 
 def test_the_lora_finds_its_layers(server, queue):
     before = len(server.log.read_text())
-    (with_it,), (without,) = (decoded(server, queue("mive_fewstep", strength_model=strength)[0]).values() for strength in (1.0, 0.0))
+    (with_it,), (without,) = (decoded(server, queue("MiVE 9 Few Steps with a 14B Model", strength_model=strength)[0]).values() for strength in (1.0, 0.0))
     assert not torch.equal(with_it, without)
     assert "lora key not loaded" not in server.log.read_text()[before:]
 
@@ -128,7 +130,7 @@ def test_the_lora_finds_its_layers(server, queue):
 def test_the_trained_lora_is_in_the_edit(server, queue):
     """Its name comes over a wire; the two halves of the picture are the two edits, and what was trained lies in models/loras."""
     (server.base / "models" / "loras" / "mive_neon.safetensors").unlink(missing_ok=True)
-    prompt, _entry, frames = queue("mive_train_lora", rank=4, resume="start anew")
+    prompt, _entry, frames = queue("MiVE 7 Train a LoRA", rank=4, resume="start anew")
     without, with_it = decoded(server, prompt).values()
     assert (without - with_it).abs().mean() > 1e-3
     weights = load_file(server.base / "models" / "loras" / "mive_neon.safetensors")
