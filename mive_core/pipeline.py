@@ -4,9 +4,8 @@ F pixel frames (4n+1) of H x W; B batch, C latent channels, T x Y x X latent gri
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from os import environ
 from pathlib import Path
 
@@ -15,14 +14,14 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from .attention import get_attention
-from .config import TEMPORAL_FACTOR, MiVEConfig
-from .delivery import detailed_last_frame, find_shots
+from .config import MiVEConfig
 from .dit import MiVEDiT
 from .errors import UserError
 from .flow import classifier_free_guidance, euler, schedule
 from .formats.checkpoint import load_dit, read_config, resolve
 from .layers import check_layers, parse_layers
 from .reference import check_keyframes, fix_first_frame, latent_times
+from .stretches import edit_in_stretches
 from .types import Clip, Condition, EditLatents, EditRequest, EditResult
 from .vae import VAE
 from .vlm import VLM
@@ -91,34 +90,23 @@ class Pipeline:
         """Edits, and decodes the source's latents too, which delivery.py compares the edit with.
 
         None selects the checkpoint's own setting; `progress` wraps the iterable of steps. A clip longer than the checkpoint's edit_frames is
-        edited in stretches, one after the other. Each is an edit of its own: its reference is the last edited frame of the one before, with
-        the source's detail, or a keyframe where there is one; the VLM reads the stretch alone, the keyframes are those that lie in it.
+        edited in stretches, see stretches.py.
         """
         cfg = self.config.cfg if cfg is None else cfg
         times = schedule(self.config.steps if steps is None else steps, self.config.shift if shift is None else shift)
         check_cfg(cfg)
         self.check(request)
-        numbers = latent_order(request.source.frames, self.config.edit_frames)
-        kept = [place for place, number in enumerate(numbers) if not place or number != numbers[place - 1]]
-        request = at_frames(request, numbers)
-        frames, reference = request.source.frames, request.reference
-        edited: list[Tensor] = []
-        round_trips: list[Tensor] = []
-        for first, last in stretches(len(frames), self.config.edit_frames):
-            part = cut_stretch(request, first, last, reference)
-            is_last, repeated = last == len(frames), 1 if first else 0
+
+        def edit_stretch(part: EditRequest, is_last: bool) -> EditResult:
             conditions = [self.vlm.condition(part, self.config)]
             if cfg != 1.0:
                 conditions.append(self.vlm.condition(replace(part, instruction=""), self.config))
             latents = self.encode(part)
-            made = self.vae.decode(self.denoise(latents, conditions, times, cfg, seed, progress))
-            edited.append(made[repeated:])
-            if with_round_trip or not is_last:
-                round_trip = self.vae.decode(latents.source)
-                round_trips.append(round_trip[repeated:])
-            if not is_last:
-                reference = detailed_last_frame(part.source.frames, made, round_trip).to(request.reference)
-        return EditResult(Clip(torch.cat(edited)[kept], request.source.fps), torch.cat(round_trips)[kept] if with_round_trip else None)
+            edited = self.vae.decode(self.denoise(latents, conditions, times, cfg, seed, progress))
+            return EditResult(Clip(edited, part.source.fps), self.vae.decode(latents.source) if with_round_trip or not is_last else None)
+
+        result = edit_in_stretches(request, self.config.edit_frames, edit_stretch)
+        return result if with_round_trip else replace(result, round_trip=None)
 
     def check(self, request: EditRequest) -> None:
         """Raises UserError for keyframes that cannot be, and for images of another size than the source's."""
@@ -166,46 +154,6 @@ def find_config(models: str | Path) -> MiVEConfig:
         expected = f"{' or '.join(EMBEDDED)}, or a folder with dit.safetensors, vae.safetensors and vlm/"
         raise UserError("no such folder of models", where=models, expected=expected)
     return read_config(resolve(folder, "dit.safetensors"))
-
-
-def latent_order(frames: Tensor, length: int) -> list[int]:
-    """Frames (F, H, W, 3) -> 4n+1 numbers of frames, in order: the last one is repeated as needed.
-
-    In a clip of more than `length` frames the last one of every shot is, so that no latent frame holds a cut.
-    """
-    starts = find_shots(frames) if len(frames) > length else [0]
-    numbers: list[int] = []
-    for start, stop in pairwise([*starts, len(frames)]):
-        numbers += range(start, stop)
-        numbers += [stop - 1] * ((1 - len(numbers)) % TEMPORAL_FACTOR)
-    return numbers
-
-
-def at_frames(request: EditRequest, numbers: Sequence[int]) -> EditRequest:
-    """The request for the frames of these numbers, the last of them being the clip's."""
-    if len(numbers) == len(request.source.frames):
-        return request
-    keyframes = tuple(replace(keyframe, number=numbers.index(keyframe.number)) for keyframe in request.keyframes)
-    return replace(request, source=replace(request.source, frames=request.source.frames[list(numbers)]), keyframes=keyframes)
-
-
-def stretches(num_frames: int, length: int) -> list[tuple[int, int]]:
-    """Spans of at most `length` frames that cover a clip; each begins with the last frame of the one before. Both numbers are 4n+1.
-
-    All spans have 4n+1 frames, and nearly equally many: a few frames too many do not leave a short rest.
-    """
-    fours = (num_frames - 1) // TEMPORAL_FACTOR
-    num_spans = max(1, -(-fours // ((length - 1) // TEMPORAL_FACTOR)))
-    borders = [TEMPORAL_FACTOR * (number * fours // num_spans) for number in range(num_spans + 1)]
-    return [(first, last + 1) for first, last in pairwise(borders)]
-
-
-def cut_stretch(request: EditRequest, first: int, last: int, reference: Tensor) -> EditRequest:
-    """The request for frames first to last - 1. A keyframe at `first` replaces the reference."""
-    keyframes = [replace(keyframe, number=keyframe.number - first) for keyframe in request.keyframes if first <= keyframe.number < last]
-    reference = next((keyframe.image for keyframe in keyframes if not keyframe.number), reference)
-    source = replace(request.source, frames=request.source.frames[first:last])
-    return replace(request, source=source, reference=reference, keyframes=tuple(keyframe for keyframe in keyframes if keyframe.number))
 
 
 def choose_layers(config: MiVEConfig, spec: str) -> MiVEConfig:

@@ -2,7 +2,7 @@
 
 F frames, H x W pixels; T latent frames of L that the model knows. The ways:
 
-- stretches: what Pipeline.run does, see there.
+- stretches: what Pipeline.run does, see stretches.py.
 - windows: overlapping windows of latent frames, whose velocities are averaged at every step, as ComfyUI's context windows are.
 - latents: windows one after the other; where two overlap, sampling ends at the latents of the earlier one.
 
@@ -22,8 +22,9 @@ from ..errors import UserError
 from ..evaluation.evaluate import EvaluationSettings, edited_region, vae_round_trip
 from ..evaluation.metrics import mean, region_psnr
 from ..flow import euler, schedule
-from ..pipeline import Pipeline, latent_order, stretches
+from ..pipeline import Pipeline
 from ..reference import fix_first_frame, latent_times, within_window
+from ..stretches import latent_order, stretches
 from ..types import EditLatents, EditRequest, PairedEdit
 from .growth import CLEAR_REFS, context_windows
 from .load import resident

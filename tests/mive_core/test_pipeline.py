@@ -14,7 +14,8 @@ from mive_core.delivery import detailed_last_frame
 from mive_core.errors import UserError
 from mive_core.flow import schedule
 from mive_core.formats.checkpoint import load_dit, save_dit
-from mive_core.pipeline import Pipeline, latent_order, stretches
+from mive_core.pipeline import Pipeline
+from mive_core.stretches import latent_order, stretches
 from mive_core.types import Clip, EditRequest, Keyframe
 
 
