@@ -25,6 +25,12 @@ def encode(vae, frames: Tensor) -> Tensor:
     return latents
 
 
+def decode(vae, latents: Tensor) -> Tensor:
+    """Raw latents (1, C, T, Y, X), or those of F images -> (F, H, W, 3) in 0..1, on the CPU."""
+    decoded = vae.decode(latents)
+    return decoded.reshape(-1, *decoded.shape[-3:]).float().cpu()
+
+
 def round_trip(vae, frames: Tensor) -> Tensor:
     """(F, H, W, 3) in 0..1 -> the same shape, encoded and decoded. Raises UserError if the latents are not finite.
 
@@ -34,8 +40,7 @@ def round_trip(vae, frames: Tensor) -> Tensor:
     temporal, spatial = vae.temporal_compression_decode() or 1, vae.spacial_compression_encode()
     times = torch.arange(num_frames + -(num_frames - 1) % temporal).clamp(max=num_frames - 1)
     rows, columns = (torch.arange(side + -side % spatial).clamp(max=side - 1) for side in (height, width))
-    decoded = vae.decode(encode(vae, frames[times][:, rows][:, :, columns]))
-    return decoded.reshape(-1, *decoded.shape[-3:])[:num_frames, :height, :width].float().cpu()
+    return decode(vae, encode(vae, frames[times][:, rows][:, :, columns]))[:num_frames, :height, :width]
 
 
 @dataclass(frozen=True)

@@ -115,14 +115,18 @@ class Pack:
         return nodes.NODE_CLASS_MAPPINGS[name]
 
     def run(self, name: str, **inputs) -> tuple:
-        """A node's outputs, run as ComfyUI runs it: on a clone, in inference mode, defaults filled in."""
+        """A node's outputs."""
+        return self.output(name, **inputs).args
+
+    def output(self, name: str, **inputs):
+        """A node's NodeOutput, run as ComfyUI runs it: on a clone, in inference mode, defaults filled in."""
         from comfy_execution.graph import DynamicPrompt  # noqa: F401
 
         node = self.node(name)
         defaults = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None}
         clone = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
         with torch.inference_mode():
-            return clone.execute(**{**defaults, **inputs}).args
+            return clone.execute(**{**defaults, **inputs})
 
     def submodule(self, name: str) -> ModuleType:
         return importlib.import_module(f"{self.module.__name__}.{name}")

@@ -17,6 +17,7 @@ IDS = [
     "MiVELoadDiT",
     "MiVEReferenceLatents",
     "MiVESampler",
+    "MiVEEditVideo",
     "MiVEPreflight",
     "MiVEDriftReport",
     "MiVEKeepSourceDetail",
