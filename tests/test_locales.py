@@ -93,8 +93,9 @@ def test_every_language_is_one_that_the_frontend_knows(language):
 
 def test_every_text_is_there_and_none_is_left_over(language):
     found = set(texts(read(language, "nodeDefs")))
-    assert sorted(expected_paths() - found) == []
-    assert sorted(found - expected_paths() - optional_paths()) == []
+    missing, left_over = expected_paths() - found, found - expected_paths() - optional_paths()
+    assert not missing, sorted(missing)
+    assert not left_over, sorted(left_over)
 
 
 def test_texts_are_in_the_language(language):
@@ -130,11 +131,12 @@ def test_main_holds_what_the_frontend_reads(language):
 def test_help_page_is_the_english_one_in_other_words(language, node):
     """The same blocks, pictures, inputs, outputs, messages and code. Messages stay English, as the program gives them, with a translation."""
     english, page = DOCS / f"{node}.md", DOCS / node / f"{language}.md"
-    assert page.exists()
-    assert outline(page) == outline(english)
+    assert page.exists(), page
     text, original = page.read_text(encoding="utf-8"), english.read_text(encoding="utf-8")
     assert [name for _, name in IMAGE.findall(text)] == [name for _, name in IMAGE.findall(original)]  # both are read from web/docs
-    assert sorted(set(CODE.findall(original)) - set(CODE.findall(text))) == []
+    missing = set(CODE.findall(original)) - set(CODE.findall(text))
+    assert not missing, sorted(missing)
+    assert outline(page) == outline(english)
     for ours, theirs in zip(blocks_of(page), blocks_of(english), strict=True):
         for ours_line, their_line in zip(ours.splitlines(), theirs.splitlines(), strict=ours.startswith("|")):
             if ours.startswith("|"):
