@@ -16,7 +16,7 @@ LOCALES, DOCS = ROOT / "locales", ROOT / "web" / "docs"
 LANGUAGES = sorted(path.name for path in LOCALES.iterdir())
 SCHEMAS = json.loads((ROOT / "tests" / "comfyui" / "schemas.json").read_text(encoding="utf-8"))
 HAN, KANA, HANGUL = "[\u4e00-\u9fff]", "[\u3040-\u30ff]", "[\uac00-\ud7a3]"
-LETTERS = {"zh": HAN, "zh-TW": HAN, "ja": f"{HAN}|{KANA}", "ko": HANGUL}  # a language that is added states its own here
+LETTERS = {"zh": HAN, "ja": f"{HAN}|{KANA}", "ko": HANGUL}  # a language that is added states its own here
 MESSAGE_SYNTAX = re.compile(r"[{}@|]")  # vue-i18n reads these as placeholders, links and plurals
 ENGLISH = re.compile(r"\b[a-z]+(?: [a-z]+){3,}")  # four words in a row
 CODE = re.compile(r"`[^`]+`")
