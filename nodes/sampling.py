@@ -12,6 +12,7 @@ from ..mive_core.pipeline import check_cfg
 from .bridge.conditioning import GUIDES, LAYERS, reference_frames, states_of
 from .bridge.messages import log_warnings
 from .bridge.model import check_shapes, config_of
+from .bridge.stretches import latent_stretches, sample_stretches
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -23,7 +24,8 @@ class MiVESampler(io.ComfyNode):
             node_id="MiVESampler",
             display_name="MiVE Sampler",
             category="MiVE",
-            description="Generates the edited video from noise. The result is bit for bit that of ModelSamplingSD3 followed by KSampler.",
+            description="Generates the edited video from noise, bit for bit as ModelSamplingSD3 and KSampler do. "
+            "A video longer than the model knows is made in stretches, one after the other.",
             search_aliases=["ksampler", "sample", "denoise", "video edit"],
             inputs=[
                 io.Model.Input("model", tooltip="From MiVE Load DiT, optionally with LoRAs and patches applied."),
@@ -89,8 +91,12 @@ class MiVESampler(io.ComfyNode):
                 check_shapes(latent["samples"], *(values[key] for key in GUIDES.values()))
         if shift:
             model = ModelSamplingSD3().patch(model, shift)[0]
-        (sampled,) = nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)
-        return io.NodeOutput(sampled)
+
+        def sample(positive: list, negative: list, latent: dict) -> dict:
+            return nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)[0]
+
+        spans = latent_stretches(model, latent["samples"].shape[2], config.edit_frames)
+        return io.NodeOutput(sample_stretches(sample, positive, negative, latent, spans))
 
 
 NODES = [MiVESampler]

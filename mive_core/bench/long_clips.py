@@ -4,9 +4,9 @@ F frames, H x W pixels; T latent frames of L that the model knows. The ways:
 
 - stretches: what Pipeline.run does, see stretches.py.
 - windows: overlapping windows of latent frames, whose velocities are averaged at every step, as ComfyUI's context windows are.
-- latents: windows one after the other; where two overlap, sampling ends at the latents of the earlier one.
+- latents: as stretches, but without a VAE between them: the reference is the last latent frame of the one before.
 
-The VLM reads the whole clip once for windows and latents, and each stretch by itself.
+The VLM reads the whole clip once for windows and latents, and each stretch by itself. Clips without cuts and keyframes are compared.
 """
 
 import time
@@ -124,25 +124,22 @@ def in_windows(pipeline: Pipeline, request: EditRequest, settings: EvaluationSet
 
 
 @torch.inference_mode()
-def in_latents(pipeline: Pipeline, request: EditRequest, settings: EvaluationSettings, overlap: int = 2) -> tuple[Tensor, Tensor, list[int]]:
+def in_latents(pipeline: Pipeline, request: EditRequest, settings: EvaluationSettings) -> tuple[Tensor, Tensor, list[int]]:
     latents, tokens = _read(pipeline, request)
-    source, noise, places = latents.source, _noise(latents.source, settings), latent_times(torch.tensor([latents.reference_frames]))
-    length, count = latent_grid(pipeline.config.edit_frames, 0, 0)[0], source.shape[2]
-    edited, starts = torch.zeros_like(source), [*range(0, count - overlap, length - overlap)]
-    for first in starts:
-        last, known = min(first + length, count), overlap if first else 0
-        reference, inside = within_window(latents.reference, places - first, last - first)
+    source, noise, edited = latents.source, _noise(latents.source, settings), torch.zeros_like(latents.source)
+    length = latent_grid(pipeline.config.edit_frames, 0, 0)[0]
+    spans = stretches(len(request.source.frames), pipeline.config.edit_frames)
+    spans = [(first // TEMPORAL_FACTOR, (last - 1) // TEMPORAL_FACTOR + 1) for first, last in spans]
+    assert all(last - first <= length for first, last in spans)
+    for first, last in spans:
+        reference = edited[:, :, first : first + 1].clone() if first else latents.reference
 
-        def velocity(x: Tensor, t: float, first=first, last=last, known=known, reference=reference, inside=inside) -> Tensor:
-            times = x.new_full((1,), t)
-            found = pipeline.dit(x, source[:, :, first:last], reference, tokens, times, inside)
-            if not first:
-                return fix_first_frame(found, x, times, source, latents.reference)
-            found[:, :, :known] = (x[:, :, :known] - edited[:, :, first : first + known]) / max(t, 1e-4)
-            return found
+        def velocity(x: Tensor, t: float, first=first, last=last, reference=reference) -> Tensor:
+            times, part = x.new_full((1,), t), source[:, :, first:last]
+            return fix_first_frame(pipeline.dit(x, part, reference, tokens, times), x, times, part, reference)
 
-        edited[:, :, first:last] = euler(velocity, noise[:, :, first:last], _times(pipeline, settings))
-    return pipeline.vae.decode(edited), vae_round_trip(pipeline, request.source.frames), [_first_frame(first + overlap) for first in starts[1:]]
+        edited[:, :, first + (first > 0) : last] = euler(velocity, noise[:, :, first:last], _times(pipeline, settings))[:, :, first > 0 :]
+    return pipeline.vae.decode(edited), vae_round_trip(pipeline, request.source.frames), [_first_frame(first + 1) for first, _ in spans[1:]]
 
 
 WAYS: dict[str, Way] = {"stretches": in_stretches, "windows": in_windows, "latents": in_latents}

@@ -212,6 +212,83 @@ def test_context_windows(pack, loaded, monkeypatch):
     assert all(reference.shape[2] == 1 for _, _, reference in seen)
 
 
+@pytest.fixture
+def knows_nine_frames(loaded, monkeypatch):
+    """The checkpoint as one that knows 9 frames: the clip's 17 make two stretches, latent frames 0 to 2 and 2 to 4."""
+    model = loaded.model.model
+    monkeypatch.setattr(model, "config", replace(model.config, edit_frames=9, keyframes=True))
+
+
+def with_guides(conditioning, **changed) -> list:
+    return [[states, {**values, **changed}] for states, values in conditioning]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_a_clip_longer_than_the_checkpoint_knows_is_sampled_in_stretches(pack, loaded, knows_nine_frames, cfg):
+    """Written out: the second stretch is a clip of its own whose reference is the first one's last latent frame."""
+    source = loaded.positive[0][1]["mive_source_latents"]
+
+    def part(first: int, last: int, **changed):
+        guides = {"mive_source_latents": source[:, :, first:last], **changed}
+        latent = {"samples": loaded.latent["samples"][:, :, first:last]}
+        return sample(pack, loaded, positive=with_guides(loaded.positive, **guides), negative=with_guides(loaded.negative, **guides), latent=latent, cfg=cfg)
+
+    begin = part(0, 3)
+    rest = part(2, 5, mive_reference_latents=begin[:, :, -1:])
+    assert torch.equal(sample(pack, loaded, cfg=cfg), torch.cat([begin, rest[:, :, 1:]], dim=2))
+    assert not torch.equal(rest, part(2, 5))
+
+
+@torch.inference_mode()
+def test_in_stretches_keyframes_count_where_they_lie(pack, loaded, knows_nine_frames):
+    seen = []
+    pictures = loaded.positive[0][1]["mive_reference_latents"].repeat(1, 1, 4, 1, 1)
+    keyed = with_guides(loaded.positive, mive_reference_frames=(0, 5, 8, 14), mive_reference_latents=pictures)
+    hook = loaded.model.model.diffusion_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["reference_times"].tolist()), with_kwargs=True
+    )
+    try:
+        result = sample(pack, loaded, positive=keyed, steps=1)
+    finally:
+        hook.remove()
+    assert result.shape == loaded.latent["samples"].shape and result.isfinite().all()
+    assert seen == [[[0.0, 1.625, 2.375]], [[0.0, 1.875]]]
+
+
+@torch.inference_mode()
+def test_stretches_of_a_batch_with_a_mask(pack, loaded, knows_nine_frames):
+    """Each of the two continues its own first stretch; outside of the mask, which has frames, the latent is kept."""
+    import nodes
+
+    source = loaded.positive[0][1]["mive_source_latents"]
+    mask = torch.zeros(1, 1, *source.shape[2:])
+    mask[:, :, 1:, :, :4] = 1
+    (both,) = nodes.RepeatLatentBatch().repeat({"samples": source, "noise_mask": mask}, 2)
+    result = pack.run("MiVESampler", **settings(loaded, latent=both))[0]
+    assert result["samples"].shape[0] == 2 and result["noise_mask"].shape[2] == source.shape[2]
+    assert torch.allclose(result["samples"][:, :, :1], source[:, :, :1], atol=1e-5) and torch.allclose(result["samples"][..., 4:], source[..., 4:], atol=1e-5)
+    assert not torch.allclose(result["samples"][0, :, 3:, :, :4], result["samples"][1, :, 3:, :, :4], atol=1e-3)
+
+
+@torch.inference_mode()
+def test_the_users_context_windows_go_before_stretches(pack, loaded, knows_nine_frames):
+    """A keyframe's time counts from the frame that the core puts before a later window."""
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    (model,) = WanContextWindowsManualNode.execute(loaded.model, 9, 5, "standard_static", 1, False, "pyramid", False).args
+    pictures, seen = loaded.positive[0][1]["mive_reference_latents"].repeat(1, 1, 2, 1, 1), []
+    keyed = with_guides(loaded.positive, mive_reference_frames=(0, 14), mive_reference_latents=pictures)
+    hook = loaded.model.model.diffusion_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0].shape[2], kwargs["reference_times"].tolist())), with_kwargs=True
+    )
+    try:
+        sample(pack, loaded, model=model, positive=keyed, steps=1)
+    finally:
+        hook.remove()
+    assert seen == [(3, [[0.0, 3.875]]), (4, [[-1.0, 2.875]])]
+
+
 @torch.inference_mode()
 def test_one_window_over_all_changes_nothing(pack, loaded):
     from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
