@@ -32,8 +32,8 @@ def sample_stretches(sample: Sample, positive: list, negative: list, latent: dic
     made: dict = {}
     pieces: list[torch.Tensor] = []
     for first, last in spans:
-        conditionings = ([[states, _cut_guides(values, first, last, pieces)] for states, values in conditioning] for conditioning in (positive, negative))
-        made = sample(*conditionings, _cut_latent(latent, first, last))
+        cut = [[[states, _cut_guides(values, first, last, pieces)] for states, values in conditioning] for conditioning in (positive, negative)]
+        made = sample(cut[0], cut[1], _cut_latent(latent, first, last))
         pieces.append(made["samples"][:, :, 1:] if first else made["samples"])
     kept = {key: latent[key] for key in ("noise_mask",) if key in latent}
     return {**made, **kept, "samples": torch.cat(pieces, dim=2)}
