@@ -34,6 +34,7 @@ KINDS = {
     ".yaml",
 }  # no built or packed code
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+HELP = ROOT / "web" / "docs"
 PAGES = [path for path in FILES if path.suffix == ".md"]
 
 
@@ -60,13 +61,17 @@ def test_the_code_is_what_the_pack_reaches():
 
 
 def problems_of_links(page: Path, text: str, files: list[Path]) -> list[str]:
-    """Returns the links of a page that lead to no file among `files`, or to no heading of the file."""
+    """Returns the links of a page that lead to no file among `files`, or to no heading of the file.
+
+    ComfyUI reads the pictures of a help page from web/docs, also those of a translation, which lies in a folder below it.
+    """
     found = []
+    folder = HELP if HELP in page.parents else page.parent
     for target in LINK.findall(text):
         address = urlsplit(target)
         if address.scheme:
             continue
-        path = (page.parent / unquote(address.path)).resolve() if address.path else page
+        path = (folder / unquote(address.path)).resolve() if address.path else page
         if path not in files and not any(path in file.parents for file in files):
             found.append(f"{target}: not in the archive")
         elif address.fragment and address.fragment not in headings(text if path == page else path.read_text(encoding="utf-8")):
@@ -86,22 +91,25 @@ def test_links_lead_into_the_archive(page):
 
 
 @pytest.mark.parametrize(
-    "link, says",
+    "page, link, says",
     [
-        ("[a](docs/comfyui.md#install)", []),
-        ("[a](results/screens)", []),
-        ("![a](results/embedded/demo.png)", []),
-        ("[a](https://example.com/tests/)", []),
-        ("## A `title`, here\n[a](#a-title-here)", []),
-        ("[a](tests/test_archive.py)", ["tests/test_archive.py: not in the archive"]),
-        ("[a](docs/gone.md)", ["docs/gone.md: not in the archive"]),
-        ("[a](docs/comfyui.md#gone)", ["docs/comfyui.md#gone: no such heading"]),
-        ("[a](../outside.md)", ["../outside.md: not in the archive"]),
-        ("```\n# code\n```\n[a](#code)", ["#code: no such heading"]),
+        ("README.md", "[a](docs/comfyui.md#install)", []),
+        ("README.md", "[a](results/screens)", []),
+        ("README.md", "![a](results/embedded/demo.png)", []),
+        ("README.md", "[a](https://example.com/tests/)", []),
+        ("README.md", "## A `title`, here\n[a](#a-title-here)", []),
+        ("README.md", "[a](tests/test_archive.py)", ["tests/test_archive.py: not in the archive"]),
+        ("README.md", "[a](docs/gone.md)", ["docs/gone.md: not in the archive"]),
+        ("README.md", "[a](docs/comfyui.md#gone)", ["docs/comfyui.md#gone: no such heading"]),
+        ("README.md", "[a](../outside.md)", ["../outside.md: not in the archive"]),
+        ("README.md", "```\n# code\n```\n[a](#code)", ["#code: no such heading"]),
+        ("web/docs/MiVESampler/zh.md", "![a](images/MiVESampler.webp)", []),
+        ("web/docs/MiVESampler/zh.md", "![a](../images/MiVESampler.webp)", ["../images/MiVESampler.webp: not in the archive"]),
+        ("web/docs/MiVESampler/zh.md", "![a](images/gone.webp)", ["images/gone.webp: not in the archive"]),
     ],
 )
-def test_wrong_links_are_found(link, says):
-    assert problems_of_links(ROOT / "README.md", link, FILES) == says
+def test_wrong_links_are_found(page, link, says):
+    assert problems_of_links(ROOT / page, link, FILES) == says
 
 
 def test_every_line_of_comfyignore_leaves_something_out_or_keeps_it():
@@ -142,6 +150,8 @@ def test_contains_what_comfyui_needs_and_no_more():
         "mive_core/assets/samples/bigbuckbunny_33f.mp4",
         "mive_core/assets/samples/bigbuckbunny_grass.mp4",
     }
+    translated = {path.relative_to(ROOT).as_posix() for folder in ("locales", "web/docs") for path in (ROOT / folder).rglob("*.*")}
+    assert {"locales/zh/nodeDefs.json", "locales/zh/main.json", "web/docs/MiVESampler/zh.md"} <= translated <= names
     left_out = ("tests/", ".", "Makefile", "mive_core/embedded/", "mive_core/bench/", "mive_core/commands/", "mive_core/cli.py", "mive_core/__main__.py")
     assert not [name for name in names if name.startswith(left_out)]
     assert "mive_core/train/loop.py" in names  # the trainer, which MiVE Train LoRA runs
