@@ -35,6 +35,7 @@ DRAWN_HEIGHTS = {  # below the title bar, with the node's output after a run; me
     "ImageBlend": 110,
     "MiVEReferenceLatents": 298,
     "MiVESampler": 314,
+    "MiVEEditVideo": 472,
     "VAEDecode": 54,
     "MiVEKeepSourceDetail": 230,
     "CreateVideo": 110,
