@@ -35,6 +35,7 @@ DRAWN_HEIGHTS = {  # below the title bar, with the node's output after a run; me
     "ImageBlend": 110,
     "MiVEReferenceLatents": 298,
     "MiVESampler": 314,
+    "MiVEEditVideo": 472,
     "VAEDecode": 54,
     "MiVEKeepSourceDetail": 230,
     "CreateVideo": 110,
@@ -51,7 +52,7 @@ DRAWN_HEIGHTS = {  # below the title bar, with the node's output after a run; me
     "MiVEPreflight": 430,
     "MiVEDriftReport": 416,
 }
-SAMPLERS = {"MiVESampler", "KSampler"}
+STEPS = {"MiVESampler": 2, "MiVEEditVideo": 4, "KSampler": 2}  # of the samplers: where the number of steps stands among the values
 PREVIEW_HEIGHT = 244  # that a sampler grows by where ComfyUI shows previews, until the page is reloaded; measured likewise
 SUBGRAPH_INPUTS, SUBGRAPH_OUTPUTS = -10, -20  # the nodes that stand for them inside a subgraph
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -112,7 +113,7 @@ def note_of(workflow: dict) -> str:
 def box(node: dict) -> tuple:
     """Returns left, top, right and bottom of the drawn node, with a sampler's preview."""
     (x, y), (width, height) = node["pos"], node["size"]
-    return x, y - TITLE, x + width, y + height + (PREVIEW_HEIGHT if node["type"] in SAMPLERS else 0)
+    return x, y - TITLE, x + width, y + height + (PREVIEW_HEIGHT if node["type"] in STEPS else 0)
 
 
 def group_box(group: dict) -> tuple:
@@ -136,7 +137,7 @@ def test_all_are_there():
 
 def test_every_node_of_the_pack_is_used():
     """The pack's nodes are those with a help page, as a test with ComfyUI checks. MiVE Init From Wan is used for training only."""
-    used = {node["type"] for path in FILES for node in read(path)["nodes"]}
+    used = {node["type"] for graph in graphs().values() for node in graph["nodes"]}
     ours = {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
     assert ours - used == {"MiVEInitFromWan"}
 
@@ -168,7 +169,7 @@ def test_widgets_fit_the_schemas(graph):
             if kind in WIDGETS:
                 value = values.pop(0)
                 assert low is None or low <= value <= high, (node["type"], name, value)
-                assert (node["type"], name) != ("MiVESampler", "seed") or values.pop(0) == "fixed"
+                assert node["type"] not in ("MiVESampler", "MiVEEditVideo") or name != "seed" or values.pop(0) == "fixed"
         assert not values, (node["type"], values)
         kinds = {name: kind for name, kind, *_ in inputs}
         assert all(kinds.get(slot["name"]) == slot["type"] or "." in slot["name"] for slot in node["inputs"]), node["type"]
@@ -178,7 +179,7 @@ def test_widgets_fit_the_schemas(graph):
 def test_preflight_counts_the_steps_that_are_made(graph):
     """0 is the number of the model's own; the embedded one's is 4."""
     preflight = {node["widgets_values"][-1] or 4 for node in graph["nodes"] if node["type"] == "MiVEPreflight"}
-    samplers = {node["widgets_values"][2] or 4 for node in graph["nodes"] if node["type"] in ("MiVESampler", "KSampler")}
+    samplers = {node["widgets_values"][STEPS[node["type"]]] or 4 for node in graph["nodes"] if node["type"] in STEPS}
     assert preflight == samplers and len(samplers) <= 1
 
 
@@ -292,7 +293,7 @@ def test_the_quickstart_holds_the_blueprints():
         (blueprint,) = subgraphs_of(read(path)).values()
         held = json.loads(json.dumps(quickstart.pop(blueprint["id"])))
         for node in held["nodes"]:
-            if node.get("title") == "Encode the instruction":
+            if node["type"] == "MiVEEditVideo":
                 assert node["widgets_values"][0]
                 node["widgets_values"][0] = ""
         assert held == blueprint

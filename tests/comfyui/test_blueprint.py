@@ -18,6 +18,7 @@ from mive_core.media.video import read_clip, read_image, write_image
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "workflows" / "MiVE 1 Edit a Video.json"  # a test without ComfyUI compares it with the blueprints
 WIDTH, HEIGHT, NUM_FRAMES, FPS = 202, 118, 10, 24
+LONG = 36  # frames: more than the 33 that the embedded model knows, and not 4n+1
 SAMPLE_RATE, SECONDS_OF_SOUND, AAC_FRAME = 48_000, 1.0, 1024
 TINT = torch.tensor([1.0, 0.55, 0.35])
 
@@ -29,14 +30,14 @@ class Saved:
     sound: tuple[float, float] | None  # seconds, and the loudest sample
 
 
-def write_own_clip(path: Path, *, sound: bool) -> None:
-    """Moving stripes of NUM_FRAMES frames; the sound goes on for longer than they do."""
+def write_own_clip(path: Path, num_frames: int = NUM_FRAMES, *, sound: bool) -> None:
+    """Moving stripes; the sound goes on for longer than NUM_FRAMES do."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     with av.open(str(path), "w") as container:
         video = container.add_stream("h264", rate=FPS, options={"crf": "12"})
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono") if sound else None
-        for index in range(NUM_FRAMES):
+        for index in range(num_frames):
             bright = 140 + 80 * np.sin((columns + 4 * index) / 9) * np.cos(rows / 15)
             container.mux(video.encode(av.VideoFrame.from_ndarray(np.stack([bright, bright * 0.8, 250 - bright], -1).astype(np.uint8), format="rgb24")))
         container.mux(video.encode(None))
@@ -63,6 +64,7 @@ def own(server) -> Tensor:
     folder = server.base / "input"
     for name, sound in (("own.mp4", True), ("own_silent.mp4", False)):
         write_own_clip(folder / name, sound=sound)
+    write_own_clip(folder / "own_long.mp4", LONG, sound=False)
     frames = read_clip(folder / "own.mp4").frames
     write_image(folder / "own_reference.png", frames[0] * TINT)
     return frames
@@ -72,15 +74,14 @@ def own(server) -> Tensor:
 def quickstart(server, own) -> dict:
     """The quickstart's prompt with a clip of one's own in it."""
     prompt = to_prompt(json.loads(QUICKSTART.read_text(encoding="utf-8")), server.get("/object_info"))
-    return changed(prompt, LoadVideo={"file": "own.mp4"}, LoadImage={"image": "own_reference.png"}, MiVEEncode={"instruction": "make it warm"})
+    return changed(prompt, LoadVideo={"file": "own.mp4"}, LoadImage={"image": "own_reference.png"}, MiVEEditVideo={"instruction": "make it warm"})
 
 
 def changed(prompt: dict, **by_class: dict) -> dict:
-    """A copy with other widget values for the nodes of a class. An empty one stays: it is the negative's instruction."""
+    """A copy with other widget values for the nodes of a class."""
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
-        values = by_class.get(node["class_type"], {})
-        node["inputs"] |= {name: value for name, value in values.items() if node["inputs"][name] != ""}
+        node["inputs"] |= by_class.get(node["class_type"], {})
     return prompt
 
 
@@ -113,6 +114,17 @@ def test_own_clip_keeps_size_length_rate_and_sound(server, quickstart, own):
     frame = shown["PreviewImage"]["images"][0]
     away = (own - read_image(server.base / frame["type"] / frame["filename"])).abs().mean(dim=(1, 2, 3))  # ComfyUI decodes chroma a little differently
     assert away[0] < 0.01 and away[0] < 0.5 * away[1:].min()
+
+
+def test_a_long_clip_is_edited_in_stretches_without_losing_a_frame(server, quickstart, own):
+    """Frames after the 33rd fell apart when all were sampled at once."""
+    saved, shown = run(server, changed(quickstart, LoadVideo={"file": "own_long.mp4"}))
+    source = read_clip(server.base / "input" / "own_long.mp4").frames
+    assert saved.frames.shape == source.shape == (LONG, HEIGHT, WIDTH, 3) and saved.fps == FPS
+    assert "MiVE Edit Video edits 2 stretches of at most 21" in shown["PreviewAny"]["text"][0]
+    assert f"{LONG + 1} frames, edited in 2 stretches of at most 21" in shown["MiVEEditVideo"]["text"][0]
+    left, asked = ((saved.frames - other).abs().mean(dim=(1, 2, 3)) for other in (source * TINT, source))
+    assert (left < 0.5 * asked).all()
 
 
 def test_length_cuts_frames_and_sound(server, quickstart):

@@ -591,6 +591,13 @@ def test_preflight_counts_the_models_cost(pack, loaded):
     )
 
 
+def test_preflight_counts_one_stretch_of_a_long_video(pack, loaded):
+    *_, length, report = pack.run("MiVEPreflight", video=still(41), model=loaded.model)
+    assert length == 41 and "the model knows 33 frames: MiVE Edit Video edits 2 stretches of at most 21" in report
+    costs = [line for line in pack.run("MiVEPreflight", video=still(21), model=loaded.model)[-1].splitlines() if line.startswith(("tokens", "before"))]
+    assert len(costs) == 2 and set(costs) <= set(report.splitlines())
+
+
 def test_drift_report(pack):
     source = clip()
     edited = source.clone()
