@@ -1,6 +1,5 @@
 """MiVE Edit Video: a whole edit in one node, of a clip of any length, by calling MiVE Encode, MiVE Reference Latents and MiVE Sampler."""
 
-import comfy.samplers
 from comfy_api.latest import io
 
 from ..mive_core.config import MiVEConfig
@@ -14,7 +13,7 @@ from .bridge.model import config_of
 from .bridge.vae import decode
 from .encode import MiVEEncode
 from .latents import MiVEReferenceLatents
-from .sampling import MAX_SEED, MiVESampler
+from .sampling import MiVESampler, sampling_inputs
 from .vlm import LayerChoice, LayersType, VlmType
 
 DEFAULTS = MiVEConfig()
@@ -39,43 +38,7 @@ class MiVEEditVideo(io.ComfyNode):
                 io.Image.Input("reference", tooltip="One image: the video's first frame, already edited."),
                 io.String.Input("instruction", multiline=True, default="", dynamic_prompts=True, tooltip="What to change, in words."),
                 io.Float.Input("fps", default=24.0, min=0.01, max=1000.0, step=0.01, tooltip="Frame rate of the source video, in frames per second."),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip="Random seed of the noise. The same seed gives the same video."
-                ),
-                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Number of denoising steps of each stretch. 0: the model's own number."),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance scale: higher values follow the instruction more closely. 1: no guidance, twice as fast.",
-                ),
-                io.Float.Input(
-                    "shift",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    advanced=True,
-                    tooltip="Timestep shift: above 1, more of the steps are spent at high noise. 0: the model's own value.",
-                ),
-                io.Combo.Input(
-                    "sampler",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    advanced=True,
-                    tooltip="The sampling method. The model was tested with euler.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="simple",
-                    advanced=True,
-                    tooltip="How the noise levels of the steps are spaced. The model was tested with simple.",
-                ),
+                *sampling_inputs(advanced=True),
                 LayersType.Input("layers", optional=True, tooltip="From MiVE Layer Select. If not connected: those of the model."),
                 KEYFRAMES,
                 KEYFRAME_NUMBERS,

@@ -17,6 +17,49 @@ from .bridge.stretches import latent_stretches, sample_stretches
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
+def sampling_inputs(advanced: bool = False) -> list:
+    """The settings of a sampling; `advanced` hides those that are seldom changed."""
+    return [
+        io.Int.Input(
+            "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip="Random seed of the noise. The same seed gives the same video."
+        ),
+        io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Number of denoising steps. Time grows in proportion. 0: the model's own number."),
+        io.Float.Input(
+            "cfg",
+            default=1.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Classifier-free guidance scale: higher values follow the instruction more closely. 1: no guidance, twice as fast.",
+        ),
+        io.Float.Input(
+            "shift",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            advanced=advanced,
+            tooltip="Timestep shift: above 1, more of the steps are spent at high noise. 0: the model's own value.",
+        ),
+        io.Combo.Input(
+            "sampler",
+            options=comfy.samplers.KSampler.SAMPLERS,
+            default="euler",
+            advanced=advanced,
+            tooltip="The sampling method. The model was tested with euler.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            default="simple",
+            advanced=advanced,
+            tooltip="How the noise levels of the steps are spaced. The model was tested with simple.",
+        ),
+    ]
+
+
 class MiVESampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -32,37 +75,7 @@ class MiVESampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="From MiVE Reference Latents."),
                 io.Conditioning.Input("negative", tooltip="From MiVE Reference Latents. Not used when cfg is 1."),
                 io.Latent.Input("latent", tooltip="From MiVE Reference Latents."),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip="Random seed of the noise. The same seed gives the same video."
-                ),
-                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Number of denoising steps. Time grows in proportion. 0: the model's own number."),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance scale: higher values follow the instruction more closely. 1: no guidance, twice as fast.",
-                ),
-                io.Float.Input(
-                    "shift",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Timestep shift: above 1, more of the steps are spent at high noise. 0: the model's own value.",
-                ),
-                io.Combo.Input(
-                    "sampler", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampling method. The model was tested with euler."
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="simple",
-                    tooltip="How the noise levels of the steps are spaced. The model was tested with simple.",
-                ),
+                *sampling_inputs(),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
