@@ -11,7 +11,7 @@ from mive_core.formats.vlm_file import VIDEO_TOKEN, config_from_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-sys.path.append(str(Path(__file__).parent))  # archive.py
+sys.path.append(str(Path(__file__).parent / "shared"))  # not tests/ itself, whose folder mive_core would stand for the package
 
 quiet_libraries()  # as the command line does, before any test imports them
 

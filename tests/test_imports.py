@@ -31,6 +31,7 @@ LADDER = (  # each may import only what stands before it
     "anchor",
     "reference_check",
     "delivery",
+    "stretches",
     "pipeline",
     "evaluation",
     "data",
