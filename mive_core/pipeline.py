@@ -105,8 +105,7 @@ class Pipeline:
             edited = self.vae.decode(self.denoise(latents, conditions, times, cfg, seed, progress))
             return EditResult(Clip(edited, part.source.fps), self.vae.decode(latents.source) if with_round_trip or not is_last else None)
 
-        result = edit_in_stretches(request, self.config.edit_frames, edit_stretch)
-        return result if with_round_trip else replace(result, round_trip=None)
+        return edit_in_stretches(request, self.config.edit_frames, edit_stretch)
 
     def check(self, request: EditRequest) -> None:
         """Raises UserError for keyframes that cannot be, and for images of another size than the source's."""

@@ -42,6 +42,11 @@ def edit_in_stretches(request: EditRequest, length: int, edit: Callable[[EditReq
     return EditResult(Clip(torch.cat(edited)[kept], request.source.fps), round_trip)
 
 
+def find_stretches(frames: Tensor, length: int) -> list[tuple[int, int]]:
+    """Frames (F, H, W, 3) -> the spans of `latent_order` in which they are edited."""
+    return stretches(len(latent_order(frames, length)), length)
+
+
 def latent_order(frames: Tensor, length: int) -> list[int]:
     """Frames (F, H, W, 3) -> 4n+1 numbers of frames, in order: the last one is repeated as needed.
 
@@ -72,6 +77,11 @@ def stretches(num_frames: int, length: int) -> list[tuple[int, int]]:
     num_spans = max(1, -(-fours // ((length - 1) // TEMPORAL_FACTOR)))
     borders = [TEMPORAL_FACTOR * (number * fours // num_spans) for number in range(num_spans + 1)]
     return [(first, last + 1) for first, last in pairwise(borders)]
+
+
+def latent_spans(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of pixel frames, as `stretches` gives them -> spans of latent frames."""
+    return [(first // TEMPORAL_FACTOR, (last - 1) // TEMPORAL_FACTOR + 1) for first, last in spans]
 
 
 def cut_stretch(request: EditRequest, first: int, last: int, reference: Tensor) -> EditRequest:

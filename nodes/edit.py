@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..mive_core.config import MiVEConfig
 from ..mive_core.media.fit import SAME_SHAPE, check_frames, fit_reference, nearest_side, resize_and_crop
-from ..mive_core.stretches import edit_in_stretches, latent_order, stretches
+from ..mive_core.stretches import edit_in_stretches, find_stretches
 from ..mive_core.types import Clip, EditRequest, EditResult
 from .bridge.conditioning import GUIDES
 from .bridge.keyframes import KEYFRAME_NUMBERS, KEYFRAMES, read_keyframes
@@ -74,10 +74,10 @@ class MiVEEditVideo(io.ComfyNode):
         frames = resize_and_crop(frames, size, SAME_SHAPE)
         further = read_keyframes(keyframes, keyframe_numbers, size, len(frames))
         request = EditRequest(Clip(frames, fps), fit_reference(reference, size, max_stretch=SAME_SHAPE), instruction, further)
-        spans = stretches(len(latent_order(frames, length)), length)
+        spans = find_stretches(frames, length)
         texts: list[str] = []  # of each stretch
 
-        def edit(part: EditRequest, _is_last: bool) -> EditResult:
+        def edit(part: EditRequest, is_last: bool) -> EditResult:
             show_progress(cls, f"stretch {len(texts) + 1} of {len(spans)}")
             clip, image = part.source.frames, part.reference[None]
             settings = fps, DEFAULTS.video_fps, DEFAULTS.max_video_tokens, layers, model
@@ -89,7 +89,7 @@ class MiVEEditVideo(io.ComfyNode):
             positive, negative, latent = prepared.args
             sampled = MiVESampler.execute(model, positive, negative, latent, seed, steps, cfg, shift, sampler, scheduler, 1.0).args[0]
             texts.append("\n".join(text for output in (read[0], prepared) for text in output.ui["text"] if text))
-            return EditResult(Clip(decode(vae, sampled["samples"]), fps), decode(vae, positive[0][1][GUIDES["source"]]))
+            return EditResult(Clip(decode(vae, sampled["samples"]), fps), None if is_last else decode(vae, positive[0][1][GUIDES["source"]]))
 
         edited = edit_in_stretches(request, length, edit).edited.frames
         count = f"in {len(spans)} stretches of at most {max(last - first for first, last in spans)}" if len(spans) > 1 else "at once"

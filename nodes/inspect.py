@@ -8,7 +8,7 @@ from torch import Tensor
 from ..mive_core.config import MiVEConfig
 from ..mive_core.evaluation.drift import describe_drift, draw_drift, measure_drift
 from ..mive_core.media.fit import SAME_SHAPE, check_frames, edit_size, fit_clip, fit_mask, stretch_of
-from ..mive_core.stretches import latent_order, stretches
+from ..mive_core.stretches import find_stretches
 from ..mive_core.types import Clip
 from .bridge.estimate import describe_cost
 from .bridge.messages import log_warnings, with_text
@@ -90,7 +90,7 @@ class MiVEPreflight(io.ComfyNode):
             changes.append(f"{video.shape[2]}x{video.shape[1]} is {how} to {width}x{height}: {reason}")
         longest = length
         if model is not None and length > (known := config_of(model).edit_frames):
-            spans = stretches(len(latent_order(fitted, known)), known)
+            spans = find_stretches(fitted, known)
             longest = max(last - first for first, last in spans)
             changes.append(f"the model knows {known} frames: MiVE Edit Video edits {len(spans)} stretches of at most {longest}. For one of them:")
         report = "\n".join([f"{length} frames of {width}x{height}", *warned, *changes, *describe_cost(longest, height, width, steps, model)])

@@ -24,7 +24,7 @@ from ..evaluation.metrics import mean, region_psnr
 from ..flow import euler, schedule
 from ..pipeline import Pipeline
 from ..reference import fix_first_frame, latent_times, within_window
-from ..stretches import latent_order, stretches
+from ..stretches import latent_order, latent_spans, stretches
 from ..types import EditLatents, EditRequest, PairedEdit
 from .growth import CLEAR_REFS, context_windows
 from .load import resident
@@ -130,8 +130,7 @@ def in_latents(pipeline: Pipeline, request: EditRequest, settings: EvaluationSet
     latents, tokens = _read(pipeline, request)
     source, noise, edited = latents.source, _noise(latents.source, settings), torch.zeros_like(latents.source)
     length = latent_grid(pipeline.config.edit_frames, 0, 0)[0]
-    spans = stretches(len(request.source.frames), pipeline.config.edit_frames)
-    spans = [(first // TEMPORAL_FACTOR, (last - 1) // TEMPORAL_FACTOR + 1) for first, last in spans]
+    spans = latent_spans(stretches(len(request.source.frames), pipeline.config.edit_frames))
     assert all(last - first <= length for first, last in spans)
     for first, last in spans:
         reference = edited[:, :, first : first + 1].clone() if first else latents.reference

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ...mive_core.config import TEMPORAL_FACTOR
-from ...mive_core.stretches import stretches
+from ...mive_core.stretches import latent_spans, stretches
 from .conditioning import GUIDES, REFERENCE_FRAMES
 
 HANDLER = "context_handler"  # where the core's context window nodes put theirs among a MODEL's options
@@ -21,8 +21,7 @@ def latent_stretches(model, num_frames: int, edit_frames: int) -> list[tuple[int
     """A MODEL, T and the frames that its checkpoint knows -> spans of latent frames; one of all if the MODEL has context windows."""
     if HANDLER in model.model_options:
         return [(0, num_frames)]
-    spans = stretches(TEMPORAL_FACTOR * (num_frames - 1) + 1, edit_frames)
-    return [(first // TEMPORAL_FACTOR, (last - 1) // TEMPORAL_FACTOR + 1) for first, last in spans]
+    return latent_spans(stretches(TEMPORAL_FACTOR * (num_frames - 1) + 1, edit_frames))
 
 
 def sample_stretches(sample: Sample, positive: list, negative: list, latent: dict, spans: list[tuple[int, int]]) -> dict:
