@@ -29,6 +29,7 @@ from .safetensors_file import (
     resolve,
     stream_tensors,
 )
+from .untrained import untrained_metadata
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # in full ComfyUI checkpoints
 DROPPED_KEYS = re.compile(r"(^|\.)(cross_attn|attn2|norm3|norm2|text_embedding|condition_embedder\.text_embedder)\.")
@@ -80,7 +81,7 @@ def init_from_wan(
         tensor = read_dequantized(file, name, dtype).view(shapes[key])
         return torch.cat([tensor, torch.zeros_like(tensor)], dim=1) if key == PATCH_KEY else tensor
 
-    stream_tensors(Path(destination), {key: (dtype, shape) for key, shape in target_shapes.items()}, produce, config.to_metadata())
+    stream_tensors(Path(destination), {key: (dtype, shape) for key, shape in target_shapes.items()}, produce, {**config.to_metadata(), **untrained_metadata()})
     return config
 
 
