@@ -24,8 +24,9 @@ def run_edit(arguments: argparse.Namespace) -> None:
         raise UserError(f"the following arguments are required: {', '.join(missing)}", fix="`mive edit --help` lists what it takes")
     from ..data.edit_file import FileOptions, edit_file, prepare
     from ..data.manifest import ManifestEntry
+    from ..media.encode import VIDEO_SUFFIXES
     from ..media.paths import check_input, check_output
-    from ..media.video import DEFAULT_FPS, VIDEO_SUFFIXES
+    from ..media.video import DEFAULT_FPS
 
     output = check_output(arguments.output, "output", VIDEO_SUFFIXES)
     source, reference = check_input(arguments.source, "source"), check_input(arguments.reference, "reference")

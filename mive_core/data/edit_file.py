@@ -18,8 +18,9 @@ from ..delivery import EditedFrame, deliver
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluationSettings, show_steps
 from ..media.fit import check_frames, check_request_frames, check_request_size, edit_size, fit_reference, resize, valid_num_frames
+from ..media.images import read_image
 from ..media.remote import local_copy
-from ..media.video import read_clip, read_fps, read_image, stream_clip, write_stream, write_video
+from ..media.video import read_clip, read_fps, stream_clip, write_stream, write_video
 from ..pipeline import Pipeline
 from ..reference import check_keyframes
 from ..reference_check import warn_of_references

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import av
 
+from .decode import video_stream
+
 FALLBACK = "aac"  # which .mp4, .mov and .mkv hold
 FALLBACK_RATES = (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 64_000, 88_200, 96_000)  # of AAC, per second
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # by number of channels
@@ -43,7 +45,7 @@ def _join(given: av.container.InputContainer, silent: av.container.InputContaine
 
     Raises ValueError for sound that cannot be decoded.
     """
-    sound, picture = given.streams.audio[0], given.streams.video[0]
+    sound, picture = given.streams.audio[0], video_stream(given)
     if sound.codec_context is None or not sound.codec_context.sample_rate:
         raise ValueError("its codec is unknown or its header is damaged")
     start, end = _seconds(picture.start_time, picture.time_base), _seconds(silent.duration, Fraction(1, av.time_base))

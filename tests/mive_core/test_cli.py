@@ -13,7 +13,8 @@ from PIL import Image
 import mive_core
 from mive_core.cli import build_parser, main
 from mive_core.config import PRESETS
-from mive_core.media.video import read_clip, write_frames, write_video
+from mive_core.media.images import write_frames
+from mive_core.media.video import read_clip, write_video
 from mive_core.types import Clip
 
 

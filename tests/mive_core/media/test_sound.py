@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mive_core.media.video import read_clip, write_frames, write_stream, write_video
+from mive_core.media.images import write_frames
+from mive_core.media.video import read_clip, write_stream, write_video
 from mive_core.types import Clip
 
 RATE, FPS = 48_000, 8.0
