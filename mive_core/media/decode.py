@@ -24,7 +24,8 @@ SITED_LEFT = "{0}_h_chr_pos=0:{0}_v_chr_pos=128"  # of 4:2:0, as H.264 and HEVC 
 HD_HEIGHT = 720  # untagged video of as many lines is taken for BT.709, and for BT.601 below
 NUM_TIMED = 20_000  # packets whose times are looked at
 JITTER = 0.25  # share of the usual interval by which one may differ in a constant rate
-RATES = (8, 10, 12, 15, 16, 20, Fraction(24000, 1001), 24, 25, Fraction(30000, 1001), 30, 48, 50, Fraction(60000, 1001), 60, 100, 120)
+WHOLE_RATES = (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 100, 120)
+RATES = tuple(map(Fraction, WHOLE_RATES)) + tuple(Fraction(rate * 1000, 1001) for rate in (24, 30, 60))
 SNAP = 0.004  # relative distance at which a measured rate is taken for one of RATES
 MATRIX_COEFFICIENTS = {True: "bt709", False: "smpte170m"}  # is HD -> swscale's name
 UNSPECIFIED = 2  # ISO/IEC 23091-2's number of an untagged matrix
@@ -32,10 +33,14 @@ UNSPECIFIED = 2  # ISO/IEC 23091-2's number of an untagged matrix
 
 @dataclass(frozen=True)
 class Timing:
-    """The constant frame rate that a file is read at; None: the file has none. `is_resampled`: its own rate varies."""
+    """Frame rates: that of the file, None if it has none, and, where that varies, the constant one that it is read at."""
 
-    rate: Fraction | None
-    is_resampled: bool
+    average: Fraction | None
+    constant: Fraction | None = None
+
+    @property
+    def rate(self) -> Fraction | None:
+        return self.constant or self.average
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
@@ -49,19 +54,19 @@ def read_timing(path: Path) -> Timing:
     with av.open(str(path)) as container:
         stream = video_stream(container)
         if stream is None:
-            return Timing(None, False)
+            return Timing(None)
         average, packets = stream.average_rate, islice(container.demux(stream), NUM_TIMED)
         times = [packet.pts for packet in packets if packet.size]
     if len(times) < 3 or any(time is None for time in times):
-        return Timing(average, False)
+        return Timing(average)
     intervals = np.diff(np.sort(np.array(times, dtype=np.int64)))
     usual = np.median(intervals)
     is_usual = np.abs(intervals - usual) <= np.maximum(JITTER * usual, 1)
     if is_usual.all() or not stream.time_base or usual <= 0:
-        return Timing(average, False)
+        return Timing(average)
     measured = 1 / (Fraction(float(intervals[is_usual].mean())) * stream.time_base)
     rate = min(RATES, key=lambda known: abs(known / measured - 1))
-    return Timing(Fraction(rate) if abs(rate / measured - 1) < SNAP else measured.limit_denominator(1001), True)
+    return Timing(average, rate if abs(rate / measured - 1) < SNAP else measured.limit_denominator(1001))
 
 
 def decode_video(path: Path, what: str, num_frames: int | None) -> Iterator[np.ndarray]:
@@ -124,9 +129,9 @@ class Converter:
         if first.interlaced_frame:
             chain.append(graph.add("bwdif", "mode=send_frame:deint=interlaced"))
             warnings.warn(f"{where}: interlaced, so its lines were completed from their neighbours (bwdif)", stacklevel=2)
-        if timing.is_resampled:
-            chain.append(graph.add("fps", f"fps={timing.rate}"))
-            warnings.warn(f"{where}: its frame rate varies; read at a constant {float(timing.rate):.4g} frames a second", stacklevel=2)
+        if timing.constant is not None:
+            chain.append(graph.add("fps", f"fps={timing.constant}"))
+            warnings.warn(f"{where}: its frame rate varies; read at a constant {float(timing.constant):.4g} frames a second", stacklevel=2)
         width, height = square_size(stream, first)
         if (width, height) != (first.width, first.height):
             warnings.warn(f"{where}: its pixels are not square; {first.width}x{first.height} is read as {width}x{height}", stacklevel=2)

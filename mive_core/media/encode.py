@@ -56,6 +56,13 @@ class Encoding:
     codec: str = ""
     crf: int | None = None
 
+    @property
+    def suffix(self) -> str:
+        """The usual suffix of a file of this codec. Raises UserError for an unknown one."""
+        if self.codec and self.codec not in FORMATS:
+            raise UserError("unknown codec", got=repr(self.codec), expected=", ".join(FORMATS))
+        return FORMATS[self.codec or "h264"].suffixes[0]
+
     def check(self, path: Path) -> VideoFormat:
         """Returns the format for a file. Raises UserError for an unknown one, one that the container does not hold, and a crf that it lacks."""
         codec, suffix = self.codec or DEFAULTS[path.suffix.lower()], path.suffix.lower()
@@ -95,7 +102,7 @@ def encoder(partial: Path, size: tuple[int, int], fps: float, path: Path, encodi
                 video_frame.pts, video_frame.time_base = count, 1 / rate
                 count += 1
                 graph.push(video_frame)
-                container.mux(stream.encode(graph.pull()))
+                container.mux(stream.encode(graph.pull()))  # type: ignore[arg-type]  # the graph has no sound
 
             yield encode
             container.mux(stream.encode())
@@ -119,7 +126,7 @@ def quantise(frame: Tensor, is_deep: bool) -> np.ndarray:
 def _conversion(size: tuple[int, int], given: str, layout: str, rate: Fraction, chosen: VideoFormat) -> av.filter.Graph:
     """A filter graph from pixels `given` to the encoder's pixel format, `layout`."""
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=size[0], height=size[1], format=given, time_base=1 / rate)
+    source = graph.add_buffer(width=size[0], height=size[1], format=av.VideoFormat(given), time_base=1 / rate)
     colours = "" if chosen.is_rgb else ":out_color_matrix=bt709:out_range=tv"
     sited = ":" + SITED_LEFT.format("out") if "420" in layout else ""
     if layout != "pal8":

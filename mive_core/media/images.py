@@ -26,6 +26,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", *DE
 EXPECTED = "PNG, JPEG, WebP, BMP, TIFF, EXR or DPX"
 ANIMATIONS = ("WEBP", "PNG")  # PIL's names of image formats that may be animated
 PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+BITS_PER_SAMPLE = 258  # TIFF's tag
 DEFAULT_DURATION = 100  # ms of an animation's frame that gives none, as browsers have it
 
 
@@ -115,11 +116,13 @@ def _read_pixels(path: Path, where: str) -> np.ndarray:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's JPEG with a second view behind the picture
                 raise UserError("holds more than one image", where=where, got=f"{image.n_frames} images", expected="one")
             check_size(image.width, image.height, where)
+            if image.format == "TIFF" and max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8 and image.mode.startswith("RGB"):
+                return _read_deep(path, where)  # PIL would keep 8 of them
             return _image_pixels(ImageOps.exif_transpose(image))
     except UserError:
         raise
     except Image.UnidentifiedImageError:
-        if path.suffix.lower() in (".tif", ".tiff"):  # PIL knows none with 16 bits or floats in three channels
+        if path.suffix.lower() in (".tif", ".tiff"):  # PIL knows none with floats in three channels
             return _read_deep(path, where)
         raise UserError("is not an image that can be read", where=where, got=describe(path), expected=EXPECTED) from None
     except PIL_ERRORS as error:

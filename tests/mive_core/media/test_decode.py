@@ -136,7 +136,7 @@ def test_a_varying_rate_is_read_at_a_constant_one(tmp_path):
 def test_rounded_times_are_no_varying_rate(tmp_path, rate):
     """Matroska rounds to milliseconds: 41, 42, 42, ..."""
     path = write(tmp_path / "a.mkv", counting(9), "yuv420p", rate=rate)
-    assert not read_timing(path).is_resampled
+    assert read_timing(path).constant is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert shown(read_clip(path)) == list(range(9))
