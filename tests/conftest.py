@@ -52,12 +52,15 @@ def body():
     return Qwen3VLModel(Qwen3VLConfig(**config_from_shapes(Path(), shapes))).eval()
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_terminal_summary(terminalreporter):
     """One line at the end: how many tests did not run, and why."""
+    result = yield
     skipped = terminalreporter.stats.get("skipped", [])
     deselected = len(terminalreporter.stats.get("deselected", []))
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     parts = [f"{number} ({reason})" for reason, number in reasons.most_common()]
     parts += [f"{deselected} (left out by the options)"] * bool(deselected)
     total = len(skipped) + deselected
-    terminalreporter.write_line(f"{total} tests did not run: {'; '.join(parts)}" if total else "every test ran")
+    terminalreporter.write_line(f"{total} test{'s' * (total > 1)} did not run: {'; '.join(parts)}" if total else "every test ran")
+    return result
