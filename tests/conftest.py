@@ -52,7 +52,7 @@ def body():
     return Qwen3VLModel(Qwen3VLConfig(**config_from_shapes(Path(), shapes))).eval()
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
     """One line at the end: how many tests did not run, and why."""
     result = yield
