@@ -18,11 +18,12 @@ from ..dit import MiVEDiT
 from ..errors import UserError
 from ..flow import shift_time
 from ..formats.checkpoint import save_dit
+from ..formats.lora_file import lora_metadata, write_lora
 from ..pipeline import check_compiler, check_device
 from . import blocks
 from .distributed import full_tensor
 from .loop import Task
-from .lora import TARGETS, add_lora, as_module, save_lora
+from .lora import TARGETS, adapters_of, add_lora, as_module
 from .objective import EditFeatures, flow_matching_losses, one_step_prediction
 from .optim import Muon, adamw_8bit
 from .recipe import Recipe
@@ -151,8 +152,8 @@ class FlowMatchingTask(Task):
     def export(self, path: Path) -> None:
         """Writes a full MiVE checkpoint, or a LoRA in peft's format."""
         if self.recipe.lora_rank:
-            metadata = {"mive.lora": f"rank {self.recipe.lora_rank}", "mive.base": Path(self.recipe.start_from).name, **self.recipe.metadata}
-            save_lora(path, self.modules["lora"], self.recipe.alpha / self.recipe.lora_rank, metadata)
+            metadata = lora_metadata(self.recipe.lora_rank, Path(self.recipe.start_from).name, self.config) | self.recipe.metadata
+            write_lora(path, adapters_of(self.modules["lora"].state_dict()), self.recipe.alpha / self.recipe.lora_rank, {}, metadata)
             return
         is_first = not distributed.is_initialized() or distributed.get_rank() == 0
         weights = {}

@@ -16,12 +16,10 @@ from torch import Size, Tensor
 
 from ...mive_core.errors import UserError
 from ...mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename_keys
+from ...mive_core.formats.lora_file import FLAT_PREFIXES, PREFIXES
+from ...mive_core.formats.lora_file import PREFIX as ROOT
 from .messages import logger
 
-ROOT = "diffusion_model."  # prefix of the DiT's weights in ComfyUI
-# prefixes of layer names: ComfyUI and diffusion-pipe; full checkpoints; diffusers; PEFT (two); DiffSynth (none)
-PREFIXES = (ROOT, f"model.{ROOT}", "transformer.", "base_model.model.", "base_model.model.transformer.", "")
-FLAT_PREFIXES = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")  # kohya and musubi, Wan Fun, OneTrainer, SimpleTuner
 CROSS_ATTENTION = re.compile(r"cross_attn|attn2|norm3|text_embed|img_emb")
 BIAS_SUFFIXES = ("diff_b", "b_norm")  # follow the layer's name
 FIX = "take a LoRA of Wan 2.1 of this DiT's width, or of MiVE"
