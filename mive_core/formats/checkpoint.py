@@ -76,11 +76,13 @@ def load_dit(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     float8: str = "scaled_back",
+    precise: tuple[str, ...] = (),
 ) -> MiVEDiT:
     """Loads a MiVE checkpoint (file, folder or sharded index) as a model in eval mode. Its keys must be exactly the model's.
 
     Tensors are loaded one at a time, so that no second copy of the model is held. `float8`, one of float8.MODES, selects how 8-bit
-    matrices are handled: scaled back to `dtype` they save disk space only, kept or multiplied they save memory too.
+    matrices are handled: scaled back to `dtype` they save disk space only, kept or multiplied they save memory too. The modules `precise`
+    are loaded in float32, whatever `dtype` and `float8` say.
     """
     if float8 not in MODES:
         raise UserError("unknown handling of 8 bits", where="float8", got=repr(float8), expected=", ".join(MODES))
@@ -93,13 +95,14 @@ def load_dit(
     state: dict[str, Tensor] = {}
     for key, file in files.items():
         layer = key.removesuffix(".weight")
-        scale = scale_key(file, key)
+        is_precise = key.split(".", 1)[0] in precise
+        scale = None if is_precise else scale_key(file, key)
         if scale is not None and float8 != "scaled_back" and file.shapes[scale] in ((), (1,)) and isinstance(model.get_submodule(layer), nn.Linear):
             weight, factor = read_tensor(file, key).to(device), read_tensor(file, scale).float().view(()).to(device)
             model.set_submodule(layer, Float8Linear(weight, factor, model.get_submodule(layer).bias, float8 == "multiplied"))
             state |= {key: weight, f"{layer}.weight_scale": factor}
         elif not is_quantization_key(key):
-            state[key] = read_dequantized(file, key, dtype).to(device)
+            state[key] = read_dequantized(file, key, torch.float32 if is_precise else dtype).to(device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 

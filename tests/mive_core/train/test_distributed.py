@@ -81,7 +81,9 @@ def train_by_two(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes, others", [({"lora_rank": 2}, {}), ({}, {}), ({}, {"sharded": True, "gradient_checkpointing": True})], ids=["lora", "full", "sharded"]
+    "changes, others",
+    [({"lora_rank": 2}, {}), ({"lora_rank": 2, "new_parts": "trained"}, {}), ({}, {}), ({}, {"sharded": True, "gradient_checkpointing": True})],
+    ids=["lora", "new_parts", "full", "sharded"],
 )
 def test_two_processes_equal_one_with_accumulation(pairs, random_models, tmp_path, changes, others):
     train(recipe(tmp_path / "one", pairs, random_models, gradient_accumulation_steps=2, **changes))
