@@ -15,7 +15,18 @@ from ..config import MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
 from .float8 import MODES, Float8Linear
-from .safetensors_file import INDEX_SUFFIX, family_of, is_quantization_key, read_dequantized, read_headers, read_tensor, resolve, scale_key, write_tensors
+from .safetensors_file import (
+    INDEX_SUFFIX,
+    check_finite,
+    family_of,
+    is_quantization_key,
+    read_dequantized,
+    read_headers,
+    read_tensor,
+    resolve,
+    scale_key,
+    write_tensors,
+)
 
 # key parts of the shared layers: Wan's, which are also ours -> those of diffusers' WanTransformer3DModel
 WAN_TO_DIFFUSERS = {
@@ -49,8 +60,9 @@ def rename_keys(keys: dict[str, T], table: dict[str, str], backwards: bool = Fal
 
 
 def save_dit(path: str | Path, state: dict[str, Tensor], config: MiVEConfig, dtype: torch.dtype | None = None, metadata: dict[str, str] | None = None) -> None:
-    """Writes a MiVE DiT's weights to one safetensors file, with the whole config in its metadata."""
+    """Writes a MiVE DiT's weights to one safetensors file, with the whole config in its metadata. Raises UserError if one is not finite."""
     tensors = {k: v if dtype is None else v.to(dtype) for k, v in state.items()}
+    check_finite(Path(path), tensors)
     write_tensors(Path(path), tensors, {**(metadata or {}), **config.to_metadata()})
 
 

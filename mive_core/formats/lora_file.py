@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import METADATA_KEY, MiVEConfig
 from ..errors import UserError
 from .checkpoint import WAN_TO_DIFFUSERS, rename_keys
-from .safetensors_file import read_header, read_tensors, write_tensors
+from .safetensors_file import check_finite, read_header, read_tensors, write_tensors
 
 PREFIX = "diffusion_model."  # prefix of the DiT's weights in ComfyUI
 # prefixes of layer names: ComfyUI and diffusion-pipe; full checkpoints; diffusers; PEFT (two); DiffSynth (none)
@@ -58,11 +58,13 @@ def write_lora(path: Path, adapters: Mapping[str, tuple[Tensor, Tensor]], scale:
 
     `adapters` maps layers to A (r, in) and B (out, r), and `scale`, alpha / rank, is multiplied into B: diffusion_model.blocks.0.self_attn.q.lora_A.weight.
     `differences` maps parameters to what is added to the base's: diffusion_model.context.fuse.diff for the weight, .diff_b for the bias.
+    Raises UserError if a number is not finite.
     """
     tensors: dict[str, Tensor] = {}
     for layer, (down, up) in adapters.items():
         tensors |= {f"{PREFIX}{layer}.lora_A.weight": down, f"{PREFIX}{layer}.lora_B.weight": up.detach() * scale}
     tensors |= {PREFIX + difference_key(name): difference for name, difference in differences.items()}
+    check_finite(path, tensors)
     write_tensors(path, tensors, {"format": "pt", **metadata})
 
 

@@ -256,6 +256,15 @@ def copy_bytes(origin: FileBytes, file: BinaryIO) -> None:
             position += copied
 
 
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError if a tensor holds a NaN or an infinity, as one of float16 does where its numbers were above 65504."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.detach()).all():
+            raise UserError(
+                "a weight is not finite, so nothing is written", where=path, got=f"{key} in {tensor.dtype}", fix="take bf16 or fp32 instead of fp16"
+            )
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file, completely or not at all. Raises UserError if the system refuses the write."""
     path.parent.mkdir(parents=True, exist_ok=True)
