@@ -34,7 +34,7 @@ FLOAT8 = ("scaled_back", "kept")
 class EditRecipe(FlowMatchingRecipe):
     """Recipe of a training on cached pairs."""
 
-    caches: tuple  # folders that `mive data cache` made for the checkpoint start_from
+    caches: tuple[str, ...]  # folders that `mive data cache` made for the checkpoint start_from
     weight_dtype: str = "fp32"  # dtype of the loaded weights, fp32 or bf16; weights of the LoRA are always float32
     float8: str = "scaled_back"  # treatment of the checkpoint's 8-bit matrices: scaled_back to weight_dtype, or kept in 8 bits, for a LoRA only
     condition_dropout: float = 0.0  # probability of an empty instruction for a batch, for classifier-free guidance

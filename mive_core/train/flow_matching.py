@@ -37,6 +37,8 @@ TIME_SAMPLINGS = ("uniform", "logit_normal")
 PREDICTION_TIMES = (0.1, 1.0)  # uniform range of t for scheduled sampling
 OPTIMIZERS = ("adamw", "adamw_8bit")
 TIME_LAYERS = ("time_embedding", "time_projection", "modulation")  # components of parameter names
+GROUP_RATES = frozenset({"time_learning_rate", "muon_learning_rate"})  # a rate of 0 means no parameter group, so a checkpoint holds no state of one
+ADJUSTABLE_FIELDS = GROUP_RATES | {"learning_rate", "new_parts_learning_rate", "weight_decay", "num_warmup_steps", "decay_ratio", "max_grad_norm", "num_steps"}
 BLOCK_FIELDS = frozenset({"gradient_checkpointing", "offload", "compiled", "sharded"})
 VALIDATION_FIELDS = frozenset(
     {"validate_every", "validate_at_start", "validation_manifest", "validation_cache", "validation_vae", "validation_pairs", "validation_steps"}
@@ -65,7 +67,7 @@ class FlowMatchingRecipe(Recipe):
     cauchy_scale: float = 0.0  # scale of the Cauchy loss on each region's error, see objective.cauchy_loss; 0: mean squared error over all cells
     lora_rank: int = 0  # rank of the LoRA; 0: training of all weights
     lora_alpha: float = 0.0  # LoRA alpha, where the LoRA is scaled by alpha / rank; 0: alpha = rank
-    lora_targets: tuple = TARGETS  # layers of each block that the LoRA adapts
+    lora_targets: tuple[str, ...] = TARGETS  # layers of each block that the LoRA adapts
     new_parts: str = ""  # what Wan lacks, beside a LoRA: frozen or trained; "": trained if start_from is fresh from Wan, else frozen
     new_parts_learning_rate: float = 0.0  # peak learning rate of the new parts; 0: learning_rate
     attention: str = "auto"  # attention backend, see attention.py
@@ -93,8 +95,12 @@ class FlowMatchingRecipe(Recipe):
 
     @property
     def free_fields(self) -> frozenset[str]:
-        """Adds fields of how blocks run and of validation; without a learning rate decay also num_steps, so that a finished run can be extended."""
-        return super().free_fields | BLOCK_FIELDS | VALIDATION_FIELDS | (frozenset() if self.decay_ratio else {"num_steps"})
+        """Adds fields of how blocks run and of validation."""
+        return super().free_fields | BLOCK_FIELDS | VALIDATION_FIELDS
+
+    def is_adjustable(self, field: str, old: Any) -> bool:
+        """Learning rates, their schedule and num_steps may change, but Muon and the time layers' own rate are not switched on or off."""
+        return field in ADJUSTABLE_FIELDS and (field not in GROUP_RATES or bool(old) == bool(getattr(self, field)))
 
 
 class FlowMatchingTask(Task):
@@ -126,7 +132,7 @@ class FlowMatchingTask(Task):
         """Returns the factor of linear warmup and linear decay."""
         recipe = self.recipe
         remaining = (recipe.num_steps - step) / max(recipe.decay_ratio * recipe.num_steps, 1)
-        return min((step + 1) / recipe.num_warmup_steps, remaining, 1.0)
+        return min((step + 1) / max(recipe.num_warmup_steps, 1), remaining, 1.0)
 
     def loss(self, step: int, batch: EditFeatures, generator: torch.Generator) -> dict[str, Tensor]:
         """Draws noise and t and returns the losses of flow_matching_losses."""

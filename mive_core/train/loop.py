@@ -6,6 +6,7 @@ All randomness derives from (seed, step), so a resumed run continues bit for bit
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -81,6 +82,8 @@ def run(
 ) -> None:
     """Trains from the newest checkpoint in `output_dir`, or from step 0, and exports at the end. Only the first process writes.
 
+    A resumed run whose learning rates, schedule or number of steps were changed says so in a warning and in its checkpoints.
+
     `stop_at` ends the run before that step without a checkpoint, as a crash would. `on_step_end` is called after each step with the
     step and its losses; an exception from it ends the run after a checkpoint, from which a later run resumes. `validation` runs after
     a checkpoint, on the averaged weights if `ema_decay` is set. Steps that are not finite are skipped, see finite.py: weights and averages
@@ -93,7 +96,11 @@ def run(
         torch.set_num_threads(recipe.num_threads)
     averages = _initial_averages(task)
     recipe_fields = checkpoint_fields(recipe, processes)
-    first = checkpoints.restore(folder, task.modules, averages, task.optimizers, recipe_fields, _defaults(recipe), recipe.free_fields)
+    resumed = _restore(task, averages, recipe_fields)
+    first = resumed.step
+    if resumed.newest and processes.is_first:
+        shown = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in resumed.newest.items())
+        warnings.warn(f"{folder}: the run goes on from step {first + 1} with a change of {shown}", stacklevel=2)
     processes.barrier()  # all processes have read before the first one writes
     base_lrs = [(group, float(group["lr"])) for optimizer in task.optimizers.values() for group in optimizer.param_groups]
     last = recipe.num_steps if stop_at is None else min(stop_at, recipe.num_steps)
@@ -135,7 +142,7 @@ def run(
                 if interruption is None:
                     check_finite(_saved(task, averages), step, processes)
                 if interruption is None or all_finite(_saved(task, averages), processes):
-                    checkpoints.save(folder, step, task.modules, averages, task.optimizers, recipe_fields, recipe.num_checkpoints, processes)
+                    checkpoints.save(folder, step, task.modules, averages, task.optimizers, recipe_fields, recipe.num_checkpoints, processes, resumed.changes)
                 saved_at = time.monotonic()
             if interruption:
                 raise interruption
@@ -165,14 +172,18 @@ def checkpoint_fields(recipe: Recipe, processes: ProcessGroup) -> dict:
 def export_newest(task: Task, path: Path) -> int:
     """Exports the newest checkpoint of an unfinished run; returns its number of finished steps."""
     averages = _initial_averages(task)
-    recipe = task.recipe
-    num_steps = checkpoints.restore(
-        Path(recipe.output_dir), task.modules, averages, task.optimizers, checkpoint_fields(recipe, ProcessGroup()), _defaults(recipe), recipe.free_fields
-    )
+    num_steps = _restore(task, averages, checkpoint_fields(task.recipe, ProcessGroup())).step
     check_finite(_saved(task, averages), num_steps - 1)
     _swap_averages(task, averages)
     task.export(path)
     return num_steps
+
+
+def _restore(task: Task, averages: dict[str, Tensor], recipe_fields: dict) -> checkpoints.Resumed:
+    recipe = task.recipe
+    return checkpoints.restore(
+        Path(recipe.output_dir), task.modules, averages, task.optimizers, recipe_fields, _defaults(recipe), recipe.free_fields, recipe.is_adjustable
+    )
 
 
 def step_seed(seed: int, step: int) -> int:
