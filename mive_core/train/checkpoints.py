@@ -47,6 +47,7 @@ class FurtherThanAsked(UserError):
             expected=f"at most {num_steps}",
             fix=f"set num_steps to {num_done} to export it, or to more to go on; another output_dir starts anew",
         )
+        self.num_done, self.num_steps = num_done, num_steps
 
 
 @dataclass(frozen=True)

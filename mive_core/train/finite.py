@@ -19,7 +19,11 @@ FIX = (
 
 
 class NotFinite(UserError):
-    """Raised when a run ends since its numbers are no longer finite."""
+    """Raised when a run ends since its numbers are no longer finite: what, at which step, with which figures. Hosts may word the fix anew."""
+
+    def __init__(self, what: str, step: int, got: str | None = None):
+        self.what, self.where, self.got = what, f"step {step + 1}", got
+        super().__init__(what, where=self.where, got=got, fix=FIX)
 
 
 class StepGuard:
@@ -56,7 +60,7 @@ class StepGuard:
     def check(self, step: int, last_step: int) -> None:
         """Raises NotFinite after MAX_SKIPPED_STEPS in a row, and after the last step if none of this run was taken."""
         if self.ends_run or (step == last_step and self.num_in_a_row > step - self.first_step):
-            raise NotFinite(f"{self.num_in_a_row} steps in a row were not finite", where=f"step {step + 1}", got=self.seen, fix=FIX)
+            raise NotFinite(f"{self.num_in_a_row} steps in a row were not finite", step, self.seen)
 
 
 def all_finite(tensors: Iterable[Tensor], processes: ProcessGroup = ProcessGroup()) -> bool:
@@ -68,4 +72,4 @@ def all_finite(tensors: Iterable[Tensor], processes: ProcessGroup = ProcessGroup
 def check_finite(tensors: Iterable[Tensor], step: int, processes: ProcessGroup = ProcessGroup()) -> None:
     """Raises NotFinite unless `all_finite`."""
     if not all_finite(tensors, processes):
-        raise NotFinite("the weights are no longer finite, so they are not saved", where=f"step {step + 1}", fix=FIX)
+        raise NotFinite("the weights are no longer finite, so they are not saved", step)
