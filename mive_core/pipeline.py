@@ -4,6 +4,7 @@ F pixel frames (4n+1) of H x W; B batch, C latent channels, T x Y x X latent gri
 """
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from os import environ
@@ -19,6 +20,7 @@ from .dit import MiVEDiT
 from .errors import UserError
 from .flow import classifier_free_guidance, euler, schedule
 from .formats.checkpoint import load_dit, read_config, resolve
+from .formats.untrained import describe_untrained, untrained_parts
 from .layers import check_layers, parse_layers
 from .reference import check_keyframes, fix_first_frame, latent_times
 from .stretches import edit_in_stretches
@@ -69,6 +71,8 @@ class Pipeline:
         check_vlm(vlm, config, folder)
         vae = VAE.load(resolve(folder, "vae.safetensors"), dtype=dtype, device=device)
         dit = load_dit(folder, attention=function, dtype=dtype, device=device, float8=float8)
+        if untrained := untrained_parts(resolve(folder, "dit.safetensors")):
+            warnings.warn(describe_untrained(untrained), stacklevel=2)
         return cls(vlm, vae, dit.compile_blocks() if compiled else dit, config)
 
     def edit(self, request: EditRequest, **settings) -> Clip:

@@ -27,6 +27,7 @@ from .safetensors_file import (
     scale_key,
     write_tensors,
 )
+from .untrained import describe_untrained, untrained_parts
 
 # key parts of the shared layers: Wan's, which are also ours -> those of diffusers' WanTransformer3DModel
 WAN_TO_DIFFUSERS = {
@@ -147,7 +148,7 @@ def check_shapes(path: Path, got: dict[str, tuple], expected: dict[str, tuple]) 
 
 
 def inspect(path: str | Path) -> dict:
-    """Describes a file, or each file of a folder: family, config, layers, VLM, parameters, dtypes, bytes."""
+    """Describes a file, or each file of a folder: family, config, layers, VLM, untrained modules, parameters, dtypes, bytes."""
     path = Path(path)
     if not path.exists():
         raise UserError("no such file or folder", where=path)
@@ -170,5 +171,7 @@ def inspect(path: str | Path) -> dict:
     if report["family"] == "MiVE DiT":
         config = MiVEConfig.from_metadata(metadata, where=path)
         report |= {"config": json.loads(config.to_metadata()["mive.config"]), "layers": list(config.layers), "vlm": config.vlm}
+        if untrained := untrained_parts(path):
+            report |= {"untrained": list(untrained), "note": describe_untrained(untrained)}
     extra = {k: v for k, v in metadata.items() if k not in ("mive.config", "format")}
     return report | ({"metadata": extra} if extra else {})

@@ -17,7 +17,7 @@ from ..errors import UserError
 from . import gguf_file
 from .checkpoint import check_dit_shapes, read_config
 from .float8 import to_float8
-from .safetensors_file import DTYPES, FLOAT8, FileBytes, file_bytes, is_quantization_key, read_headers, read_tensor, resolve, stream_tensors
+from .safetensors_file import DTYPES, FLOAT8, FileBytes, file_bytes, is_quantization_key, read_headers, read_metadata, read_tensor, resolve, stream_tensors
 
 FORMATS = {"fp8_scaled": (torch.float8_e4m3fn, "float8_e4m3fn")}  # name -> dtype, ComfyUI's name of it
 MATRIX = re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]|ffn\.[02])\.weight")
@@ -76,7 +76,7 @@ def quantize(source: str | Path, destination: str | Path, format_name: str = "fp
             worst[kind] = max(worst[kind], value)
         return weight_float8
 
-    stream_tensors(Path(destination), layout, produce, config.to_metadata())
+    stream_tensors(Path(destination), layout, produce, {**read_metadata(path), **config.to_metadata()})
     before = sum(file.path.stat().st_size for file in read_headers(path))
     return {"format": format_name, "bytes_before": before, "bytes": Path(destination).stat().st_size, "relative_error": errors}
 

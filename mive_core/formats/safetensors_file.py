@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import METADATA_KEY
+from ..config import METADATA_PREFIX
 from ..errors import UserError
 from ..media.paths import atomic_write, check_input
 from . import gguf_file
@@ -129,9 +129,11 @@ def read_header(path: Path) -> TensorFile:
         )
     data_start = 8 + header_size
     offsets = {k: (data_start + v["data_offsets"][0], data_start + v["data_offsets"][1]) for k, v in header.items()}
-    if METADATA_KEY in header and header.pop(METADATA_KEY)["dtype"] == "U8":  # written by hosts that use the metadata themselves
-        start, end = offsets.pop(METADATA_KEY)
-        metadata = {**metadata, METADATA_KEY: np.fromfile(path, np.uint8, end - start, offset=start).tobytes().decode("utf-8", "replace")}
+    for key in [key for key, entry in header.items() if key.startswith(METADATA_PREFIX) and entry["dtype"] == "U8"]:
+        # written by hosts that use the metadata themselves
+        start, end = offsets.pop(key)
+        metadata = {**metadata, key: np.fromfile(path, np.uint8, end - start, offset=start).tobytes().decode("utf-8", "replace")}
+        del header[key]
     return TensorFile(path, {k: tuple(v["shape"]) for k, v in header.items()}, {k: v["dtype"] for k, v in header.items()}, metadata, offsets)
 
 
@@ -152,6 +154,11 @@ def shard_files(path: Path) -> list[Path]:
 def read_headers(path: Path) -> list[TensorFile]:
     """The header of a file, or those of all shards of a sharded index."""
     return [read_header(shard) for shard in shard_files(path)]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file, or of all shards of a sharded index."""
+    return {key: value for header in read_headers(path) for key, value in header.metadata.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,10 @@ from ...mive_core.errors import UserError
 from ...mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename_keys
 from ...mive_core.formats.lora_file import FLAT_PREFIXES, PREFIXES
 from ...mive_core.formats.lora_file import PREFIX as ROOT
+from ...mive_core.formats.untrained import untrained_metadata
 from .messages import logger
+from .metadata import with_metadata
+from .untrained import untrained_parts
 
 CROSS_ATTENTION = re.compile(r"cross_attn|attn2|norm3|text_embed|img_emb")
 BIAS_SUFFIXES = ("diff_b", "b_norm")  # follow the layer's name
@@ -94,6 +97,10 @@ class HostedPatcher(comfy.model_patcher.ModelPatcher):
             misshapen,
         )
         return super().add_patches(fitting, strength_patch, strength_model)
+
+    def state_dict_for_saving(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Returns what ComfyUI's save nodes write, with the mark of an untrained checkpoint unless a LoRA has what it lacks."""
+        return with_metadata(super().state_dict_for_saving(*args, **kwargs), untrained_metadata(untrained_parts(self)))
 
 
 class HostedDynamicPatcher(HostedPatcher, comfy.model_patcher.ModelPatcherDynamic):
