@@ -4,16 +4,18 @@ Written under peft's and ComfyUI's keys, so that stock loaders apply all of it. 
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
 from ..config import METADATA_KEY, MiVEConfig
 from ..errors import UserError
 from .checkpoint import WAN_TO_DIFFUSERS, rename_keys
-from .safetensors_file import check_finite, read_header, read_tensors, write_tensors
+from .safetensors_file import TensorFile, check_finite, read_header, read_tensor, write_tensors
 
 PREFIX = "diffusion_model."  # prefix of the DiT's weights in ComfyUI
 # prefixes of layer names: ComfyUI and diffusion-pipe; full checkpoints; diffusers; PEFT (two); DiffSynth (none)
@@ -28,16 +30,42 @@ BLOCK_LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "sel
 FLAT_LAYERS = {layer.replace(".", "_"): layer for layer in BLOCK_LAYERS} | {  # both spellings of a block's layers, without dots
     WAN_TO_DIFFUSERS[f".{layer}."].strip(".").replace(".", "_"): layer for layer in BLOCK_LAYERS
 }
+OTHER_LAYERS = ("time_embedding.0", "time_embedding.2", "time_projection.1", "head.head", "patch_embedding", "context.fuse")
+FLAT_OTHERS = {
+    name.rstrip(".").replace(".", "_"): layer for layer in OTHER_LAYERS for name in (layer, WAN_TO_DIFFUSERS.get(f"{layer}.", layer))
+}  # the same of the layers outside of the blocks
+FLAT_CONTEXT = re.compile(r"context_(norms|projections)_(\d+)")
+UNKNOWN_KINDS = ("dora_scale", "lora_mid.weight")  # endings of keys without which the other matrices would give something else
+
+T = TypeVar("T")
+
+
+class Readers(Mapping[str, T]):
+    """A mapping whose values are read from the file each time that they are looked up."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], T]]):
+        self.readers = readers
+
+    def __getitem__(self, key: str) -> T:
+        return self.readers[key]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
 
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """The content of a LoRA file; layers and parameters are named as in a MiVE checkpoint."""
+    """The content of a LoRA file; layers and parameters are named as in a MiVE checkpoint. Tensors are read when they are looked up."""
 
-    adapters: dict[str, tuple[Tensor, Tensor]]  # layer -> A (r, in) and B (out, r) in float32; B A is the whole change, with scale and alpha in B
-    differences: dict[str, Tensor]  # parameter -> float32 difference to the base's
+    adapters: Mapping[str, tuple[Tensor, Tensor]]  # layer -> A (r, in) and B (out, r) in float32; B A is the whole change, with scale and alpha in B
+    differences: Mapping[str, Tensor]  # parameter -> float32 difference to the base's
     metadata: dict[str, str]
     unread: tuple[str, ...]  # keys of other kinds
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # parameter -> shape of its change; a convolution's adapter may say (out, in) alone
+    keys: dict[str, str] = field(default_factory=dict)  # key in the file -> the parameter that it changes
 
     @property
     def base_config(self) -> MiVEConfig | None:
@@ -82,27 +110,47 @@ def read_lora(path: str | Path) -> LoRAFile:
     header = read_header(path)
     if not any(MATRIX.fullmatch(key) or key.endswith(tuple(DIFFERENCES)) for key in header.shapes):
         raise UserError(f"this looks like {header.family}", where=path, expected="a LoRA")
-    tensors = read_tensors(path)
-    if any(key.endswith("dora_scale") for key in tensors):
-        raise UserError("this LoRA is a DoRA, which scales whole weights besides", where=path, expected="a LoRA without dora_scale")
-    down: dict[str, Tensor] = {}
-    up: dict[str, Tensor] = {}
-    alphas, differences, unread = {}, {}, []
-    for key, tensor in tensors.items():
+    unknown = next((key for key in header.shapes if key.endswith(UNKNOWN_KINDS)), None)
+    if unknown:
+        raise UserError("this LoRA is a DoRA or a LoCon with a third matrix", where=path, got=unknown, expected="two matrices for each layer")
+    down: dict[str, str] = {}
+    up: dict[str, str] = {}
+    alphas, differences, keys = {}, {}, {}
+    for key in header.shapes:
         ending = next((ending for ending in DIFFERENCES if key.endswith(ending)), None)
         if matrix := MATRIX.fullmatch(key):
-            (down if DOWN.search(key, matrix.end("layer")) else up)[layer_name(matrix["layer"])] = tensor.float()
+            layer = layer_name(matrix["layer"])
+            (down if DOWN.search(key, matrix.end("layer")) else up)[layer] = key
+            keys[key] = f"{layer}.weight"
         elif key.endswith(".alpha"):
-            alphas[layer_name(key.removesuffix(".alpha"))] = float(tensor)
+            layer = layer_name(key.removesuffix(".alpha"))
+            alphas[layer], keys[key] = float(read_tensor(header, key)), f"{layer}.weight"
         elif ending:
             layer = layer_name(key.removesuffix(ending))
-            differences[layer if layer.endswith("modulation") else layer + DIFFERENCES[ending]] = tensor.float()
-        else:
-            unread.append(key)
+            keys[key] = layer if layer.endswith("modulation") else layer + DIFFERENCES[ending]
+            differences[keys[key]] = key
     for layer in down.keys() ^ up.keys():
         raise UserError("the LoRA is not whole", where=path, got=f"one matrix of {layer}", expected="two", fix="download it again")
-    adapters = {layer: (a, up[layer] * (alphas[layer] / len(a) if layer in alphas else 1.0)) for layer, a in down.items()}
-    return LoRAFile(adapters, differences, header.metadata, tuple(unread))
+    shapes = {f"{layer}.weight": (header.shapes[up[layer]][0], *header.shapes[key][1:]) for layer, key in down.items()}
+    shapes |= {parameter: header.shapes[key] for parameter, key in differences.items()}
+    return LoRAFile(
+        Readers({layer: partial(read_adapter, header, key, up[layer], alphas.get(layer)) for layer, key in down.items()}),
+        Readers({parameter: partial(_read_float, header, key) for parameter, key in differences.items()}),
+        header.metadata,
+        tuple(key for key in header.shapes if key not in keys),
+        shapes,
+        keys,
+    )
+
+
+def read_adapter(file: TensorFile, down: str, up: str, alpha: float | None) -> tuple[Tensor, Tensor]:
+    """Reads A and B, in float32, with the scale alpha / r multiplied into B."""
+    a, b = _read_float(file, down), _read_float(file, up)
+    return a, b if alpha is None else b * (alpha / len(a))
+
+
+def _read_float(file: TensorFile, key: str) -> Tensor:
+    return read_tensor(file, key).float()
 
 
 def layer_name(name: str) -> str:
@@ -111,7 +159,10 @@ def layer_name(name: str) -> str:
         if name.startswith(prefix):
             flat = name.removeprefix(prefix)
             block = FLAT_BLOCK.fullmatch(flat)
-            return f"blocks.{block[1]}.{FLAT_LAYERS.get(block[2], block[2])}" if block else flat
+            context = FLAT_CONTEXT.fullmatch(flat)
+            if context:
+                return f"context.{context[1]}.{context[2]}"
+            return f"blocks.{block[1]}.{FLAT_LAYERS.get(block[2], block[2])}" if block else FLAT_OTHERS.get(flat, flat)
     name = name.removeprefix(next(prefix for prefix in sorted(PREFIXES, key=len, reverse=True) if name.startswith(prefix)))
     (wan,) = rename_keys({f"{name}.": None}, WAN_TO_DIFFUSERS, backwards=True)
     return wan.removesuffix(".")
