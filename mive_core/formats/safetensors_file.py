@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..config import METADATA_PREFIX
 from ..errors import UserError
-from ..media.paths import atomic_write, check_input
+from ..media.paths import atomic_write, check_input, remove_partials_of
 from . import gguf_file
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -229,6 +229,7 @@ def stream_tensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partials_of(path)  # of gigabytes, where an earlier run was killed
     free = shutil.disk_usage(path.parent).free
     if free < end:
         raise UserError("there is no room for the file", where=path, got=f"{free / 1e9:.1f} GB free", expected=f"{end / 1e9:.1f} GB")

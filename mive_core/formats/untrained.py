@@ -1,5 +1,6 @@
 """Tells whether a MiVE checkpoint is a start for training only: its new parts, which Wan lacks, have not learnt to edit yet."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from .safetensors_file import read_headers, read_tensor
@@ -26,6 +27,12 @@ def untrained_parts(path: Path) -> tuple[str, ...]:
     patches = read_tensor(next(header for header in headers if PATCH_KEY in header.shapes), PATCH_KEY)
     source_half = patches[:, patches.shape[1] // 2 :]
     return () if source_half.float().any() else NEW_PARTS
+
+
+def still_untrained(parts: tuple[str, ...], changed: Collection[str]) -> tuple[str, ...]:
+    """Untrained modules and the parameters that LoRAs change -> the modules without a changed weight."""
+    weights = [name for name in changed if name.endswith(".weight")]
+    return tuple(part for part in parts if not any(name.startswith(f"{part}.") for name in weights))
 
 
 def describe_untrained(parts: tuple[str, ...]) -> str:

@@ -2,15 +2,16 @@
 
 import comfy.model_patcher
 
-from ...mive_core.formats.untrained import describe_untrained
+from ...mive_core.formats.lora_file import PREFIX
+from ...mive_core.formats.untrained import describe_untrained, still_untrained
 
 FIX = "train it, or apply a LoRA that was trained together with them"
 
 
 def untrained_parts(patcher: comfy.model_patcher.ModelPatcher) -> tuple[str, ...]:
     """A MiVE MODEL -> its untrained modules without those that a patch changes, whichever node added it."""
-    changed = {str(key) for key, patches in patcher.patches.items() if any(strength for strength, *_ in patches)}
-    return tuple(part for part in patcher.model.untrained if not any(key.startswith(f"diffusion_model.{part}.") for key in changed))
+    changed = [key.removeprefix(PREFIX) for key, patches in patcher.patches.items() if any(strength for strength, *_ in patches)]
+    return still_untrained(patcher.model.untrained, changed)
 
 
 def untrained_warning(patcher: comfy.model_patcher.ModelPatcher) -> str:
