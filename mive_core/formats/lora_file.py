@@ -153,6 +153,17 @@ def _read_float(file: TensorFile, key: str) -> Tensor:
     return read_tensor(file, key).float()
 
 
+def lora_key_map(keys: Iterable[str]) -> dict[str, str]:
+    """ComfyUI's weight keys -> a map from every layer name that LoRAs use to the weight key it changes. `layer_name` reads the same names."""
+    targets: dict[str, str] = {}
+    for key in keys:
+        wan = key.removeprefix(PREFIX)
+        (diffusers,) = rename_keys({wan: None}, WAN_TO_DIFFUSERS)
+        for name in (wan.removesuffix(".weight"), diffusers.removesuffix(".weight")):
+            targets |= {prefix + name: key for prefix in PREFIXES} | {prefix + name.replace(".", "_"): key for prefix in FLAT_PREFIXES}
+    return targets
+
+
 def layer_name(name: str) -> str:
     """A layer's name in a LoRA file -> its name in a MiVE or Wan checkpoint, from which layers of neither keep theirs without prefix."""
     for prefix in sorted(FLAT_PREFIXES, key=len, reverse=True):

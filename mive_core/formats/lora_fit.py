@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config import METADATA_KEY, MiVEConfig
 from ..errors import UserError
 from .lora_file import BASE_CONFIG_KEY, BASE_KEY, NEW_PARTS_KEY, LoRAFile
-from .untrained import NEW_PARTS
+from .untrained import NEW_PARTS, still_untrained
 
 CROSS_ATTENTION = re.compile(r"cross_attn|attn2|norm3|text_embed|img_emb")
 FIX = "take a LoRA of Wan 2.1 of this DiT's width, or of MiVE"
@@ -43,7 +43,8 @@ class Fit:
         """Key of the LoRA -> the DiT's parameter that it changes, without prefix; None if it fits none."""
         fitting = [parameter for parameter in keys.values() if parameter is not None]
         num_cross = sum(bool(CROSS_ATTENTION.search(key)) for key, parameter in keys.items() if parameter is None)
-        return cls(len(keys), len(fitting), num_cross, sum(is_new(parameter) for parameter in fitting))
+        new = tuple(f"{part}." for part in NEW_PARTS if part not in still_untrained(NEW_PARTS, fitting))  # a Wan LoRA may hold the patch embedding's bias
+        return cls(len(keys), len(fitting), num_cross, sum(parameter.startswith(new) for parameter in fitting))
 
     def __str__(self) -> str:
         rest = self.num_keys - self.num_fitting
@@ -52,11 +53,6 @@ class Fit:
             return f"all {self.num_keys} keys fit{new}"
         parts = [(self.num_cross, "of the cross-attention, which MiVE does not have"), (rest - self.num_cross, "of other layers or shapes")]
         return f"{self.num_fitting} of {self.num_keys} keys fit{new}, {rest} do not: " + ", ".join(f"{number} {what}" for number, what in parts if number)
-
-
-def is_new(parameter: str) -> bool:
-    """Whether a parameter belongs to a module that Wan lacks, or that is wider than Wan's."""
-    return parameter.startswith(tuple(f"{part}." for part in NEW_PARTS))
 
 
 def fit_lora(lora: LoRAFile, shapes: Mapping[str, tuple[int, ...]], where: Path) -> tuple[frozenset[str], Fit]:

@@ -67,7 +67,7 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
     support.optimizations["fp8"] = fp8_matmul
 
     model = support.get_model(state)
-    model.untrained = untrained_parts(Path(path))
+    model.checkpoint_name, model.untrained = Path(path).name, untrained_parts(Path(path))
     dynamic = comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher
     patcher_class = HostedDynamicPatcher if dynamic and not disable_dynamic and not comfy.model_management.is_device_cpu(device) else HostedPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device, **disk_options(state))

@@ -30,6 +30,7 @@ class MiVEModel(comfy.model_base.BaseModel):
     def __init__(self, model_config, device=None):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostedDiT)
         self.config: MiVEConfig = model_config.unet_config["config"]
+        self.checkpoint_name = "the MODEL"  # for messages
         self.untrained: tuple[str, ...] = ()  # modules that the checkpoint says have not been trained
 
     def process_timestep(self, timestep: Tensor, **kwargs) -> Tensor:

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
-from mive_core.formats.lora_file import LoRAFile, lora_metadata, read_lora, write_lora
+from mive_core.formats.lora_file import LoRAFile, layer_name, lora_key_map, lora_metadata, read_lora, write_lora
 
 CONFIG = PRESETS["tiny"]
 LAYERS = ("self_attn.q", "self_attn.o", "ffn.0", "ffn.2")
@@ -109,3 +109,12 @@ def test_other_files_are_refused(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=message):
         read_lora(tmp_path / "other.safetensors")
+
+
+def test_every_name_of_a_layer_that_loaders_know_is_read_as_that_layer():
+    from mive_core.formats.checkpoint import state_dict_shapes
+
+    weights = [key for key in state_dict_shapes(CONFIG) if key.endswith(".weight")]
+    named = lora_key_map(f"diffusion_model.{key}" for key in weights)
+    assert len(named) > 10 * len(weights)
+    assert {name: layer_name(name) for name in named} == {name: key.removeprefix("diffusion_model.").removesuffix(".weight") for name, key in named.items()}
