@@ -15,6 +15,7 @@ from mive_core.embedded.synthetic import PairedEdits
 from mive_core.errors import UserError
 from mive_core.formats.checkpoint import load_dit, read_config, save_dit
 from mive_core.formats.lora_file import read_lora
+from mive_core.formats.merge import merge
 from mive_core.formats.quantize import quantize
 from mive_core.formats.untrained import NEW_PARTS, untrained_metadata, untrained_parts
 from mive_core.train.budget import new_parts_size
@@ -203,3 +204,13 @@ def test_the_counts_are_those_of_the_model(cached, fresh, tmp_path):
     with_parts = task.workload(batch).flops
     task.new_parts = {}
     assert with_parts - task.workload(batch).flops == counter.get_total_flops()  # a weight gradient costs as much as the forward pass
+
+
+def test_merged_into_its_start_it_is_the_trained_model(cached, fresh, tmp_path):
+    task = EditTask(recipe(cached, fresh, tmp_path))
+    run(task)
+    report = merge(fresh, [(tmp_path / "lora.safetensors", 1.0)], tmp_path / "merged.safetensors", "fp32")
+    assert "of them new parts" in report["loras"][0]["fit"] and untrained_parts(fresh) == NEW_PARTS and untrained_parts(tmp_path / "merged.safetensors") == ()
+    merged, batch = load_dit(tmp_path / "merged.safetensors", attention=torch_attention), task.dataset[0]
+    torch.testing.assert_close(velocity(merged, batch), velocity(task.model, batch), atol=1e-4, rtol=1e-4)
+    assert reaction(merged, batch) > 1e-3
