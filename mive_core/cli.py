@@ -34,7 +34,7 @@ from .commands.data import (
     run_data_strengths,
     run_data_synth,
 )
-from .commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train
+from .commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_merge, run_quantize, run_train
 from .config import VLM_SIZES
 from .errors import UserError
 
@@ -118,6 +118,7 @@ def build_parser() -> Parser:
     inspect = _command(commands, "inspect", run_inspect, "show what a checkpoint file, or each one in a folder, contains", "Prints JSON.")
     inspect.add_argument("path", metavar="FILE|DIR", type=text, help=".safetensors or .gguf file, or a folder of them")
     _add_conversions(commands)
+    _add_merge(commands)
     _add_data(commands)
     _add_bench(commands)
     return parser
@@ -176,6 +177,7 @@ def _add_edit(commands) -> None:
     _add_sampling(edit)
     _add_machine(edit)
     _add_float8(edit)
+    _add_loras(edit)
     _add_executor(edit)
 
 
@@ -225,6 +227,7 @@ def _add_eval(commands) -> None:
     _add_sampling(evaluate)
     _add_machine(evaluate)
     _add_float8(evaluate)
+    _add_loras(evaluate)
 
 
 def _add_conversions(commands) -> None:
@@ -247,6 +250,24 @@ def _add_conversions(commands) -> None:
     quantize.add_argument("destination", metavar="DST.safetensors", type=text, help="8-bit checkpoint to write")
     quantize.add_argument(
         "--format", default="fp8_scaled", choices=("fp8_scaled",), help="fp8_scaled: float8 with one scale per matrix, which ComfyUI reads natively; default"
+    )
+
+
+def _add_merge(commands) -> None:
+    merge = _command(
+        commands,
+        "merge",
+        run_merge,
+        "add LoRAs to a MiVE checkpoint's weights, and write the sum as one file",
+        "Reads LoRAs of MiVE and of Wan in the usual key formats. Prints a report as JSON.",
+    )
+    merge.add_argument("base", metavar="BASE", type=text, help="MiVE checkpoint: a file, a folder, or the index of a sharded one")
+    merge.add_argument("loras", metavar="LORA[:STRENGTH]", nargs="+", type=lora, help="LoRA file and its strength, such as edit.safetensors:0.8; default 1")
+    merge.add_argument("destination", metavar="OUT.safetensors", type=text, help="checkpoint to write")
+    merge.add_argument(
+        "--dtype",
+        choices=(*DTYPES, "fp8"),
+        help="data type of the new file; fp8: the blocks' matrices in scaled float8, as `mive quantize` stores them; default: the base's own",
     )
 
 
@@ -628,6 +649,18 @@ def _add_machine(parser: Parser, attention: bool = True) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
 
 
+def _add_loras(parser: Parser) -> None:
+    parser.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        type=lora,
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="apply a LoRA to the DiT, such as edit.safetensors:0.8; default strength 1; can be repeated",
+    )
+
+
 def _add_float8(parser: Parser) -> None:
     parser.add_argument(
         "--fp8",
@@ -707,6 +740,12 @@ def positive_float(value: str) -> float:
     if number <= 0:
         raise argparse.ArgumentTypeError(f"got {value}; expected more than 0")
     return number
+
+
+def lora(value: str) -> tuple[str, float]:
+    """Argument type: FILE or FILE:STRENGTH -> (path, strength)."""
+    match = re.fullmatch(r"(.+):([+-]?[0-9.]+(?:e[+-]?[0-9]+)?)", value)
+    return (text(match[1]), finite_float(match[2])) if match else (text(value), 1.0)
 
 
 def keyframe(value: str) -> tuple[int, str]:

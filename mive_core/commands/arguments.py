@@ -42,6 +42,13 @@ def machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def loras_of(arguments: argparse.Namespace) -> list[tuple[Path, float]]:
+    """Returns the LoRA files and their strengths. Raises UserError for a file that is not there."""
+    from ..media.paths import check_input
+
+    return [(check_input(path, "LoRA"), strength) for path, strength in arguments.loras]
+
+
 def dtype_of(name: str | None) -> Any:
     """Returns the torch dtype of that name; None for None."""
     import torch

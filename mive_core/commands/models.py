@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
-from .arguments import dtype_of, executor_of, machine_options, report_done, settings_of
+from .arguments import dtype_of, executor_of, loras_of, machine_options, report_done, settings_of
 
 
 def run_edit(arguments: argparse.Namespace) -> None:
@@ -37,8 +37,9 @@ def run_edit(arguments: argparse.Namespace) -> None:
 
     options = FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, mask, arguments.register)
     entry = ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS, keyframes=keyframes)
+    loras = loras_of(arguments)
     prepared = prepare(entry, find_config(arguments.models), options)
-    pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments))
+    pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments), loras=loras)
     path, _ = edit_file(pipeline, prepared, output, settings_of(arguments), options)
     sys.stdout.write(f"{path}\n")
 
@@ -54,15 +55,18 @@ def _edit_many(arguments: argparse.Namespace) -> None:
     from ..data.edits import JOURNAL, edit_all
     from ..pipeline import Pipeline
 
-    options = machine_options(arguments)
-    load = partial(Pipeline.load, arguments.models, arguments.layers, **options)
+    options, loras = machine_options(arguments), loras_of(arguments)
+    load = partial(Pipeline.load, arguments.models, arguments.layers, **options, loras=loras)
+    identity: tuple[object, ...] = (arguments.models, arguments.layers, sorted((key, str(value)) for key, value in options.items()))
+    if loras:
+        identity += ([(str(path), path.stat().st_mtime_ns, strength) for path, strength in loras],)
     outcomes = edit_all(
         entries,
         load,
         output,
         settings_of(arguments),
         options=FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, registered=arguments.register),
-        model_id=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in options.items())),
+        model_id=identity,
         executor=executor_of(arguments),
     )
     report_done(output / JOURNAL, outcomes)
@@ -74,13 +78,13 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
     output = check_output_folder(arguments.output, "output")
     entries = read_manifest(arguments.manifest)
-    pairs = ManifestPairs(entries, arguments.size, arguments.frames)
+    pairs, loras = ManifestPairs(entries, arguments.size, arguments.frames), loras_of(arguments)
     from ..evaluation.evaluate import evaluate
     from ..evaluation.full_size import FullSizePairs
     from ..pipeline import Pipeline
 
     evaluate(
-        Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments)),
+        Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments), loras=loras),
         pairs,
         output,
         settings_of(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
@@ -130,6 +134,16 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     from ..formats.quantize import quantize
 
     report = quantize(check_input(arguments.source, "checkpoint"), destination, arguments.format)
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def run_merge(arguments: argparse.Namespace) -> None:
+    from ..media.paths import check_input, check_output
+
+    destination, loras = check_output(arguments.destination, "destination", (".safetensors",)), loras_of(arguments)
+    from ..formats.merge import merge
+
+    report = merge(check_input(arguments.base, "checkpoint"), loras, destination, arguments.dtype)
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 

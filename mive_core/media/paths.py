@@ -1,5 +1,6 @@
 """Checks the user's paths early, and writes files and folders atomically."""
 
+import glob
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -112,6 +113,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 os.replace(entry, destination)
     except OSError as error:
         raise UserError(f"could not be written ({error.strerror or error})", where=path, fix="check space and permissions") from error
+
+
+def remove_partials_of(path: Path) -> None:
+    """Removes what killed processes left of `atomic_write` to this very path."""
+    for leftover in path.parent.glob(f".*.partial{glob.escape(path.suffix)}"):
+        if re.fullmatch(rf"\.{re.escape(path.stem)}\.\d+\.partial{re.escape(path.suffix)}", leftover.name):
+            leftover.unlink(missing_ok=True)
 
 
 def remove_partial_files(folder: Path) -> None:

@@ -12,6 +12,7 @@ from ..cost.flops import Layout, dit_flops, training_flops
 from ..cost.memory import weight_bytes
 from ..errors import UserError
 from ..formats.checkpoint import state_dict_shapes
+from ..formats.untrained import NEW_PARTS
 from .flow_matching import DTYPES, FlowMatchingRecipe
 from .throughput import PEAK_TFLOPS
 
@@ -42,13 +43,17 @@ class Memory:
         return sum(getattr(self, name) for name in self.__dataclass_fields__)
 
 
-def training_memory(recipe: FlowMatchingRecipe, config: MiVEConfig, num_tokens: int, num_processes: int = 1) -> Memory:
-    """Estimates the memory of a recipe for sequences of N tokens. Raises UserError for recipes without gradient checkpointing."""
+def training_memory(recipe: FlowMatchingRecipe, config: MiVEConfig, num_tokens: int, num_processes: int = 1, untrained: bool = False) -> Memory:
+    """Estimates the memory of a recipe for sequences of N tokens; `untrained`: its checkpoint's new parts have not learnt yet.
+
+    Raises UserError for recipes without gradient checkpointing.
+    """
     if not recipe.gradient_checkpointing:
         raise UserError("memory is counted where blocks are recomputed", where="gradient_checkpointing", got=False)
     itemsize = DTYPES[getattr(recipe, "weight_dtype", "fp32")].itemsize
     frozen = weight_bytes(config, itemsize, 1 if getattr(recipe, "float8", "") == "kept" else None)
-    trained = lora_size(config, recipe.lora_rank) * 4 if recipe.lora_rank else frozen
+    whole = new_parts_size(config) if recipe.trains_new_parts(untrained) else 0
+    trained = (lora_size(config, recipe.lora_rank) + whole) * 4 if recipe.lora_rank else frozen
     num_shards = num_processes if recipe.sharded else 1
     compute_itemsize = 2 if recipe.bf16 else 4
     rows = recipe.batch_size * num_tokens
@@ -56,7 +61,7 @@ def training_memory(recipe: FlowMatchingRecipe, config: MiVEConfig, num_tokens: 
     per_width, per_ffn_width = ACTIVATION_SIZES[compute_itemsize, not recipe.lora_rank]
     optimizer = trained * ADAM_MOMENTS if recipe.optimizer == "adamw" else trained // (4 if recipe.lora_rank else itemsize) * ADAM_8BIT_BYTES
     return Memory(
-        weights=(frozen // num_shards) + (trained if recipe.lora_rank else 0),
+        weights=(frozen // num_shards) + (trained - whole * itemsize if recipe.lora_rank else 0),
         gradients=trained // num_shards,
         optimizer=optimizer // num_shards,
         averages=trained // num_shards if recipe.ema_decay else 0,
@@ -68,6 +73,11 @@ def training_memory(recipe: FlowMatchingRecipe, config: MiVEConfig, num_tokens: 
 def block_size(config: MiVEConfig) -> int:
     """Returns the number of weights of one block."""
     return sum(math.prod(shape) for key, shape in state_dict_shapes(replace(config, num_blocks=1)).items() if key.startswith("blocks."))
+
+
+def new_parts_size(config: MiVEConfig) -> int:
+    """Returns the number of weights of the parts that Wan lacks."""
+    return sum(math.prod(shape) for key, shape in state_dict_shapes(replace(config, num_blocks=1)).items() if key.split(".", 1)[0] in NEW_PARTS)
 
 
 def lora_size(config: MiVEConfig, rank: int) -> int:

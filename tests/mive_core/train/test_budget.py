@@ -13,7 +13,7 @@ from mive_core.cost.flops import Layout
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
 from mive_core.train import blocks
-from mive_core.train.budget import CARDS, RESERVED, block_size, clip_layout, lora_size, scaling_report, training_memory
+from mive_core.train.budget import CARDS, RESERVED, block_size, clip_layout, lora_size, new_parts_size, scaling_report, training_memory
 from mive_core.train.edit_task import EditRecipe
 from mive_core.train.lora import TARGETS, add_lora
 from mive_core.train.objective import EditFeatures, flow_matching_losses
@@ -65,6 +65,8 @@ def test_where_the_bytes_lie():
     assert training_memory(recipe(bf16=True, optimizer="adamw_8bit"), CONFIG, 1000).optimizer == plain.optimizer // 4
     kept = training_memory(recipe(bf16=True, weight_dtype="bf16", float8="kept", lora_rank=4), CONFIG, 1000)
     assert kept.weights < 0.4 * plain.weights and kept.optimizer < 0.05 * plain.optimizer
+    fresh = training_memory(recipe(bf16=True, weight_dtype="bf16", float8="kept", lora_rank=4), CONFIG, 1000, untrained=True)
+    assert fresh.gradients - kept.gradients == 4 * new_parts_size(CONFIG) and fresh.weights - kept.weights == 2 * new_parts_size(CONFIG)  # from 16 bits to 32
     with pytest.raises(UserError, match="counted where blocks are recomputed"):
         training_memory(recipe(gradient_checkpointing=False), CONFIG, 1000)
 
