@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..mive_core.config import VLM_SIZES
 from ..mive_core.errors import UserError
-from ..mive_core.formats.from_wan import init_from_wan
+from ..mive_core.formats.from_wan import EMBEDDED_VLM, init_from_wan, vlm_fields
 from ..mive_core.layers import parse_layers
 from .bridge.messages import with_text
 from .bridge.paths import find, list_dits, output_path
@@ -36,7 +36,12 @@ class MiVEInitFromWan(io.ComfyNode):
                     default="mive_init.safetensors",
                     tooltip="Name of the new file in models/diffusion_models. An existing file is never overwritten.",
                 ),
-                io.Combo.Input("vlm", options=list(VLM_SIZES), default="8b", tooltip="Size of the Qwen3-VL whose hidden states the new model will read."),
+                io.Combo.Input(
+                    "vlm",
+                    options=[*VLM_SIZES, EMBEDDED_VLM],
+                    default="8b",
+                    tooltip="Size of the Qwen3-VL whose hidden states the new model will read; tiny is the one that comes with the pack.",
+                ),
                 io.String.Input("layers", default="first+last", tooltip="The VLM layers that the new model will read: first+last, 1,-1, last or 0:36:6."),
             ],
             outputs=[io.String.Output(display_name="filename", tooltip="Name of the new file. MiVE Load DiT lists it after the page is refreshed.")],
@@ -46,7 +51,7 @@ class MiVEInitFromWan(io.ComfyNode):
     def validate_inputs(cls, filename: str, layers: str, vlm: str) -> bool | str:
         try:
             destination(filename)
-            parse_layers(layers, VLM_SIZES[vlm][1])
+            parse_layers(layers, vlm_fields(vlm)["vlm_num_layers"])
         except UserError as error:
             return str(error)
         return True

@@ -7,11 +7,12 @@ one tensor at a time. C latent channels, D model width.
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import VLM_SIZES, MiVEConfig
+from ..config import PRESETS, VLM_SIZES, MiVEConfig
 from ..errors import UserError
 from ..layers import parse_layers
 from ..media.paths import check_input
@@ -30,6 +31,7 @@ from .safetensors_file import (
     stream_tensors,
 )
 from .untrained import untrained_metadata
+from .vlm_file import read_folder_shape, vlm_name
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # in full ComfyUI checkpoints
 DROPPED_KEYS = re.compile(r"(^|\.)(cross_attn|attn2|norm3|norm2|text_embedding|condition_embedder\.text_embedder)\.")
@@ -37,6 +39,8 @@ HEAD_DIM = 128  # of every published Wan
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 PATCH_KEY = "patch_embedding.weight"
 SEED = 0  # for initialising the context projection
+EMBEDDED_VLM = "tiny"
+EMBEDDED_FIELDS = ("vlm", "vlm_width", "vlm_num_layers", "max_video_tokens", "max_instruction_tokens", "edit_pixels", "edit_frames")
 
 
 def init_from_wan(
@@ -44,12 +48,13 @@ def init_from_wan(
     destination: str | Path,
     *,
     layers: str = "first+last",
-    vlm: str = "8b",
+    vlm: str | Path = "8b",
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MiVEConfig:
     """Reads a Wan2.1-T2V file, sharded index or diffusers folder, writes one MiVE file, returns its config.
 
+    `vlm` is a size, `tiny` or a Qwen3-VL folder, see vlm_fields.
     `dtype` None keeps the source's; fp8 and quantised GGUF tensors become bf16. Holds one tensor at a time and calls
     progress(index, total) before each; if that raises, no file is left. Raises UserError for anything but a complete Wan T2V.
     """
@@ -106,29 +111,49 @@ def locate_tensors(path: Path) -> dict[str, tuple[TensorFile, str]]:
     return tensors
 
 
-def config_from_shapes(path: Path, shapes: dict[str, tuple[int, ...]], layers: str, vlm: str) -> MiVEConfig:
+def vlm_fields(vlm: str | Path) -> dict[str, Any]:
+    """Size of a published Qwen3-VL, `tiny` (the embedded one) or a Hugging Face folder of any -> fields of MiVEConfig. Raises UserError.
+
+    The embedded one comes with the lengths of prompt and clip that it and the embedded VAE were trained with.
+    """
+    tiny = PRESETS[EMBEDDED_VLM]
+    if str(vlm) in VLM_SIZES:
+        width, num_layers = VLM_SIZES[str(vlm)]
+        name = f"Qwen3-VL-{str(vlm).upper()}"
+    elif str(vlm) == EMBEDDED_VLM:
+        width, num_layers, name = tiny.vlm_width, tiny.vlm_num_layers, tiny.vlm
+    elif Path(vlm).is_dir():
+        width, num_layers = read_folder_shape(Path(vlm))
+        name = vlm_name(width, Path(vlm).resolve())
+    else:
+        raise UserError("unknown VLM", where="vlm", got=vlm, expected=f"{', '.join(VLM_SIZES)}, {EMBEDDED_VLM}, or a folder of a Qwen3-VL")
+    if (width, num_layers) == (tiny.vlm_width, tiny.vlm_num_layers):
+        return {field: getattr(tiny, field) for field in EMBEDDED_FIELDS}
+    return {"vlm": name, "vlm_width": width, "vlm_num_layers": num_layers}
+
+
+def config_from_shapes(path: Path, shapes: dict[str, tuple[int, ...]], layers: str, vlm: str | Path) -> MiVEConfig:
     """Shapes by Wan's keys -> the config. Raises UserError if the file is incomplete or the VLM unknown."""
-    if vlm not in VLM_SIZES:
-        raise UserError("unknown VLM", where="vlm", got=vlm, expected=", ".join(VLM_SIZES))
-    vlm_width, vlm_layers = VLM_SIZES[vlm]
+    fields = vlm_fields(vlm)
     try:
-        width, channels = shapes[PATCH_KEY][:2]
+        width, channels, *patch_size = shapes[PATCH_KEY]
         ffn_width, freq_dim = shapes["blocks.0.ffn.0.weight"][0], shapes["time_embedding.0.weight"][1]
     except KeyError as error:
         raise UserError("the checkpoint is not whole", where=path, got=f"no {error.args[0]}", fix="download it again") from error
     if channels != 16:
         raise UserError("this Wan is not made for text to video", where=path, got=f"{channels} input channels", expected="16 (Wan2.1-T2V)")
+    if width % HEAD_DIM:
+        raise UserError("the width does not split into Wan's heads", where=path, got=f"width {width}", expected=f"a multiple of {HEAD_DIM}")
     num_blocks = 1 + max(int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if match)
     return MiVEConfig(
         width=width,
-        num_heads=max(width // HEAD_DIM, 1),
+        num_heads=width // HEAD_DIM,
         ffn_width=ffn_width,
         num_blocks=num_blocks,
         freq_dim=freq_dim,
-        vlm=f"Qwen3-VL-{vlm.upper()}",
-        vlm_width=vlm_width,
-        vlm_num_layers=vlm_layers,
-        layers=parse_layers(layers, vlm_layers),
+        patch_size=(patch_size[0], patch_size[1], patch_size[2]),
+        layers=parse_layers(layers, fields["vlm_num_layers"]),
+        **fields,
     )
 
 

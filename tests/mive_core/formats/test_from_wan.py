@@ -15,8 +15,10 @@ from mive_core.attention import torch_attention
 from mive_core.errors import UserError
 from mive_core.formats import safetensors_file
 from mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, load_dit, rename_keys
-from mive_core.formats.from_wan import init_from_wan
+from mive_core.formats.from_wan import init_from_wan, vlm_fields
 from mive_core.layers import parse_layers
+from mive_core.pipeline import EMBEDDED, Pipeline
+from mive_core.types import Clip, EditRequest
 
 DROPPED = {"condition_embedder.text_embedder.": "text_embedding.", ".attn2.": ".cross_attn.", ".norm2.": ".norm3."}
 PACKED = ("self_attn.q.weight", "ffn.0.weight")
@@ -81,6 +83,58 @@ def test_every_layout_gives_the_same_whole_checkpoint(theirs, wan, tmp_path, lay
     assert not any("cross_attn" in key or "norm3" in key or "text_embedding" in key for key in got)
     model = load_dit(destination, attention=torch_attention)
     assert model.config == config
+
+
+@pytest.mark.parametrize("given", ["tiny", EMBEDDED["tiny"] / "vlm"])
+def test_a_small_wan_reads_the_embedded_vlm(wan, tmp_path, given):
+    save_file(wan, tmp_path / "wan.safetensors")
+    config = init_from_wan(tmp_path / "wan.safetensors", tmp_path / "dit.safetensors", vlm=given)
+    assert (config.vlm, config.layers, config.max_instruction_tokens, config.edit_frames) == ("Qwen3-VL-tiny", (1, 4), 48, 33)
+    for part in ("vae.safetensors", "vlm"):
+        (tmp_path / part).symlink_to(EMBEDDED["tiny"] / part)
+    request = EditRequest(Clip(torch.rand(5, 32, 32, 3), 8.0), torch.rand(32, 32, 3), "a red cube")
+    assert Pipeline.load(tmp_path).edit(request, steps=1).frames.shape == (5, 32, 32, 3)
+
+
+def test_the_width_and_depth_of_a_vlm_are_read_from_its_folder(wan, tmp_path):
+    save_file(wan, tmp_path / "wan.safetensors")
+    folder = tmp_path / "own-vlm"
+    folder.mkdir()
+    with pytest.raises(UserError, match="VLM config.*no such file"):
+        vlm_fields(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl", "text_config": {"hidden_size": 192, "num_hidden_layers": 6}}))
+    config = init_from_wan(tmp_path / "wan.safetensors", tmp_path / "mive.safetensors", vlm=folder)
+    assert (config.vlm, config.vlm_width, config.vlm_num_layers, config.layers) == ("own-vlm", 192, 6, (1, 6))
+    assert load_file(tmp_path / "mive.safetensors")["context.projections.0.weight"].shape[1] == 192
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 192}))
+    with pytest.raises(UserError, match="no config of a Qwen3-VL"):
+        vlm_fields(folder)
+    with pytest.raises(UserError, match="unknown VLM.*got 9b.*tiny, or a folder"):
+        vlm_fields("9b")
+
+
+@pytest.mark.parametrize("width, patch_size, said", [(384, (1, 1, 1), None), (192, (1, 2, 2), "width 192; expected a multiple of 128")])
+def test_heads_and_patches_of_small_wans(tmp_path, width, patch_size, said):
+    from diffusers import WanTransformer3DModel
+
+    heads = -(-width // 128)
+    WanTransformer3DModel(
+        patch_size=patch_size,
+        num_attention_heads=heads,
+        attention_head_dim=width // heads,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=384,
+        num_layers=1,
+    ).save_pretrained(tmp_path / "wan")
+    if said:
+        with pytest.raises(UserError, match=said):
+            init_from_wan(tmp_path / "wan", tmp_path / "mive.safetensors")
+        return
+    config = init_from_wan(tmp_path / "wan", tmp_path / "mive.safetensors", vlm="tiny")
+    assert (config.num_heads, config.head_dim, config.patch_size) == (3, 128, patch_size)
 
 
 def test_the_source_half_is_silent_at_first(wan, tmp_path):
