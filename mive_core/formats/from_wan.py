@@ -56,7 +56,7 @@ def init_from_wan(
 
     `vlm` is a size, `tiny` or a Qwen3-VL folder, see vlm_fields.
     `dtype` None keeps the source's; fp8 and quantised GGUF tensors become bf16. Holds one tensor at a time and calls
-    progress(index, total) before each; if that raises, no file is left. Raises UserError for anything but a complete Wan T2V.
+    progress(index, total) before each; if that raises, no file is left. Raises UserError for anything but a complete Wan T2V of finite numbers.
     """
     path = find_wan(source)
     sources = locate_tensors(path)
@@ -81,9 +81,10 @@ def init_from_wan(
         if key in new_keys:
             return init_tensor(key, target_shapes[key], generator)
         file, name = sources[key]
+        tensor = read_dequantized(file, name, dtype).view(shapes[key])
+        check_finite(tensor, file, name)
         if key != PATCH_KEY and DTYPES.get(file.dtypes[name]) == dtype:
             return file_bytes(file, name)
-        tensor = read_dequantized(file, name, dtype).view(shapes[key])
         return torch.cat([tensor, torch.zeros_like(tensor)], dim=1) if key == PATCH_KEY else tensor
 
     stream_tensors(Path(destination), {key: (dtype, shape) for key, shape in target_shapes.items()}, produce, {**config.to_metadata(), **untrained_metadata()})
@@ -155,6 +156,16 @@ def config_from_shapes(path: Path, shapes: dict[str, tuple[int, ...]], layers: s
         layers=parse_layers(layers, fields["vlm_num_layers"]),
         **fields,
     )
+
+
+def check_finite(tensor: Tensor, file: TensorFile, name: str) -> None:
+    """Raises UserError if the tensor, as read from the file and converted, holds NaN or infinity."""
+    if torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both extremes; testing each number takes 40 times as long
+        return
+    if read_dequantized(file, name, torch.float32).isfinite().all():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"a number is too large for {dtype}", where=file.path, got=name, fix="take --dtype bf16 or fp32")
+    raise UserError("the checkpoint holds NaN or infinity", where=file.path, got=name, fix="download it again, or take one from before its training diverged")
 
 
 def init_tensor(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

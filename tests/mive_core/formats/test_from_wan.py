@@ -183,6 +183,26 @@ def test_other_checkpoints_are_refused_by_name(wan, tmp_path, change, said):
     assert [p.name for p in tmp_path.iterdir()] == ["wan.safetensors"]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key, place", [("blocks.1.ffn.2.weight", -1), ("patch_embedding.weight", 0), ("head.modulation", 3)])
+def test_a_wan_that_diverged_is_refused(wan, tmp_path, bad, key, place):
+    state = {**wan, key: wan[key].clone()}
+    state[key].view(-1)[place] = bad
+    save_file(state, tmp_path / "wan.safetensors")
+    with pytest.raises(UserError, match=f"NaN or infinity.*got {key}"):
+        init_from_wan(tmp_path / "wan.safetensors", tmp_path / "mive.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["wan.safetensors"]
+
+
+def test_what_fp16_cannot_hold_is_refused(wan, tmp_path):
+    key = "blocks.0.ffn.0.bias"
+    save_file({**wan, key: wan[key] + 1e6}, tmp_path / "wan.safetensors")
+    with pytest.raises(UserError, match=f"too large for float16.*got {key}"):
+        init_from_wan(tmp_path / "wan.safetensors", tmp_path / "mive.safetensors", dtype=torch.float16)
+    assert [p.name for p in tmp_path.iterdir()] == ["wan.safetensors"]
+    init_from_wan(tmp_path / "wan.safetensors", tmp_path / "mive.safetensors", dtype=torch.bfloat16)
+
+
 def test_a_mive_checkpoint_is_not_converted_again(random_models, tmp_path):
     with pytest.raises(UserError, match="looks like a MiVE DiT"):
         init_from_wan(random_models / "dit.safetensors", tmp_path / "mive.safetensors")
