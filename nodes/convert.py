@@ -13,7 +13,7 @@ from ..mive_core.layers import parse_layers
 from .bridge.messages import with_text
 from .bridge.paths import find, list_dits, output_path
 
-EXPECTED = "a .safetensors file of Wan2.1-T2V in models/diffusion_models"
+EXPECTED = "a .safetensors file of a Wan T2V or Fun-Control in models/diffusion_models"
 
 
 class MiVEInitFromWan(io.ComfyNode):
@@ -24,12 +24,14 @@ class MiVEInitFromWan(io.ComfyNode):
             display_name="MiVE Init From Wan",
             category="MiVE",
             is_output_node=True,
-            description="Converts a Wan2.1-T2V checkpoint into a MiVE checkpoint to train from: shared layers are copied, new ones are initialised. "
-            "It cannot edit before it is trained.",
+            description="Converts a Wan T2V or Fun-Control checkpoint into a MiVE checkpoint to train from: shared layers are copied, "
+            "new ones are initialised. It cannot edit before it is trained.",
             search_aliases=["convert wan", "wan to mive", "initialise", "training start"],
             inputs=[
                 io.Combo.Input(
-                    "model", options=list(list_dits()), tooltip=f"A Wan2.1-T2V checkpoint, 1.3B or 14B, in 16 bits or scaled fp8. Expected: {EXPECTED}."
+                    "model",
+                    options=list(list_dits()),
+                    tooltip=f"A Wan2.1-T2V, Wan2.2-T2V-A14B or Wan-Fun-Control checkpoint, 1.3B or 14B, in 16 bits or scaled fp8. Expected: {EXPECTED}.",
                 ),
                 io.String.Input(
                     "filename",
