@@ -235,13 +235,19 @@ def _add_conversions(commands) -> None:
         commands,
         "init-from-wan",
         run_init_from_wan,
-        "convert a Wan2.1-T2V checkpoint into a MiVE checkpoint to train from",
+        "convert a Wan T2V or Fun-Control checkpoint into a MiVE checkpoint to train from",
         "Shared layers are copied, new ones are initialised. The result cannot edit before it is trained.",
     )
-    init.add_argument("source", metavar="SRC", type=text, help="Wan2.1-T2V checkpoint: a file, the index of a sharded one, or a diffusers folder")
+    init.add_argument(
+        "source",
+        metavar="SRC",
+        type=text,
+        help="Wan2.1-T2V, Wan2.2-T2V-A14B or Wan-Fun-Control checkpoint: a file, the index of a sharded one, or a diffusers folder",
+    )
     init.add_argument("destination", metavar="DST.safetensors", type=text, help="MiVE checkpoint to write")
     init.add_argument("--layers", type=text, default="first+last", metavar="SPEC", help=f"{LAYERS_HELP}; default first+last")
-    init.add_argument("--vlm", default="8b", choices=tuple(VLM_SIZES), help="size of the Qwen3-VL that the model will read; default 8b")
+    vlm_help = f"the Qwen3-VL that the model will read: {', '.join(VLM_SIZES)}, tiny (the embedded one) or a folder with its config.json; default 8b"
+    init.add_argument("--vlm", type=text, default="8b", metavar="SIZE|DIR", help=vlm_help)
     init.add_argument("--dtype", choices=DTYPES, help="data type of the new file; default: the source's, and bf16 if the source is fp8")
     quantize = _command(
         commands, "quantize", run_quantize, "store a MiVE checkpoint's large matrices in 8 bits", "Halves the size of a 16-bit file. Prints a report as JSON."

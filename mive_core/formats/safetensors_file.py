@@ -37,11 +37,18 @@ SCALE_SUFFIXES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight
 QUANTIZATION_SUFFIXES = (".comfy_quant", ".input_scale", ".scale_input", "scaled_fp8")  # other keys of 8-bit storage; dequantising needs none of them
 
 VLM_FAMILY, VAE_FAMILY, WAN_FAMILY = "a Qwen3-VL model", "a Wan VAE", "a Wan T2V checkpoint"
+WAN_I2V_FAMILY = "a Wan I2V checkpoint"
 # name of a family, pattern of a key that only its files have; most specific first
 FAMILIES = (
     ("a MiVE DiT", r"^context\.projections\.0\.weight$"),
     ("a LoRA", r"lora_(A|B|up|down|a|b)\b|\.lora_"),
-    ("a Wan I2V checkpoint", r"img_emb\.proj|image_embedder\."),
+    ("a Wan VACE checkpoint", r"(^|\.)vace_(blocks|patch_embedding)\."),
+    ("a Wan S2V checkpoint", r"(^|\.)casual_audio_encoder\."),
+    ("a Wan Animate checkpoint", r"(^|\.)(face_adapter|pose_patch_embedding)\."),
+    ("a HuMo checkpoint", r"(^|\.)audio_proj\.audio_proj_glob_1\."),
+    ("a SCAIL or WanDancer checkpoint", r"(^|\.)patch_embedding_(pose|mask|global)\."),
+    ("a Wan Control-Camera checkpoint", r"(^|\.)control_adapter\."),
+    (WAN_I2V_FAMILY, r"img_emb\.proj|image_embedder\."),
     (WAN_FAMILY, r"(^|\.)blocks\.0\.(cross_attn|attn2)\."),
     (VAE_FAMILY, r"^(decoder\.middle\.0\.residual\.0\.gamma|decoder\.mid_block\.resnets\.0\.norm1\.gamma|decoder\.head\.0\.gamma)$"),
     (VLM_FAMILY, r"(visual\.deepstack_merger_list|visual\.merger)"),

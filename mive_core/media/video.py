@@ -111,6 +111,20 @@ def read_fps(path: str | os.PathLike, fps: float = DEFAULT_FPS) -> float:
     return _file_rate(Path(path), fps) if _is_file(path) else fps
 
 
+def read_num_frames(path: str | os.PathLike) -> int | None:
+    """Number of frames of a video file as its header or its duration tells, of images in a folder, 1 of an image. None if it is not known."""
+    path = Path(path)
+    if path.is_dir():
+        return sum(p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") for p in path.iterdir())
+    if not _is_file(path):
+        return 1
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        if stream.frames:
+            return stream.frames
+        return round(container.duration / av.time_base * stream.average_rate) if container.duration and stream.average_rate else None
+
+
 def write_frames(folder: Path, frames: Tensor) -> None:
     """(F, H, W, 3) in 0..1, or (F, H, W) bool -> folder/00000.png ...; lossless at 8 bits. Creates `folder`."""
     folder.mkdir(parents=True)

@@ -59,7 +59,7 @@ class Job:
         check_peft()
         if self.lora.exists() and not (self.folder / LOG).exists():
             raise UserError("the file is there already", where="lora_name", got=self.lora.name, fix="choose another name, or delete the file")
-        entries = read_pairs(self.pairs)
+        entries = read_pairs(self.pairs, absolute=False)
         if any(path and is_url(path) for entry in entries for path in (entry.source, entry.target, entry.reference, entry.mask)):
             raise UserError(
                 "the manifest names a URL",
