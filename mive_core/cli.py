@@ -41,7 +41,7 @@ from .errors import UserError
 DEFAULT_MODELS = "tiny"
 DTYPES, PRESET_NAMES = ("bf16", "fp16", "fp32"), ("tiny", "1.3b", "14b")
 # The next two repeat train/budget.py and formats/float8.py, whose import would load torch.
-CARD_NAMES = ("H100", "A100", "RTX 4090", "RTX 3090")
+CARD_NAMES = ("H100", "A100", "RTX 4090", "RTX 3090", "RTX 4080")
 FLOAT8_MODES = ("scaled_back", "kept", "multiplied")
 DESCRIPTION = """\
 MiVE edits a video from an instruction and one edited frame: you edit the video's first frame,
