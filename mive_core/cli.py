@@ -111,10 +111,7 @@ def build_parser() -> Parser:
     _add_edit(commands)
     _add_demo(commands)
     _add_eval(commands)
-    train = _command(
-        commands, "train", run_train, "train a model with the settings of a recipe file", "An interrupted training resumes from its last checkpoint."
-    )
-    train.add_argument("config", metavar="CONFIG.yaml", type=text, help="recipe file; the repository's folder configs/ has examples")
+    _add_train(commands)
     inspect = _command(commands, "inspect", run_inspect, "show what a checkpoint file, or each one in a folder, contains", "Prints JSON.")
     inspect.add_argument("path", metavar="FILE|DIR", type=text, help=".safetensors or .gguf file, or a folder of them")
     _add_conversions(commands)
@@ -228,6 +225,30 @@ def _add_eval(commands) -> None:
     _add_machine(evaluate)
     _add_float8(evaluate)
     _add_loras(evaluate)
+
+
+def _add_train(commands) -> None:
+    train = _command(
+        commands, "train", run_train, "train a model with the settings of a recipe file", "An interrupted training resumes from its last checkpoint."
+    )
+    train.add_argument("config", metavar="CONFIG.yaml", type=text, help="recipe file; the repository's folder configs/ has examples")
+    plan = train.add_argument_group("plan", "What the recipe will take, computed from shapes. The options below need --plan.")
+    plan.add_argument("--plan", action="store_true", help="print trained weights, memory, hours and disk, and train nothing")
+    plan.add_argument("--preset", choices=PRESET_NAMES, help="plan for a Wan of this size, in place of the checkpoint start_from, which need not exist")
+    plan.add_argument("--vlm", choices=tuple(VLM_SIZES), help="size of the Qwen3-VL with --preset; default 8b")
+    plan.add_argument(
+        "--bucket",
+        action="append",
+        type=bucket,
+        metavar="WxHxF",
+        help="width, height and frames of the clips; can be repeated; default: those of the caches, or the checkpoint's edit size",
+    )
+    plan.add_argument("--states", choices=("bf16", "fp8"), help="data type of cached VLM states; default: the caches', or bf16")
+    plan.add_argument("--pairs", type=positive_int, metavar="N", help="number of cached pairs; default: the caches', or 1000")
+    plan.add_argument("--card", choices=CARD_NAMES, help="graphics card; default: the smallest of these that the recipe fits")
+    plan.add_argument("--cards", type=positive_int, metavar="N", help="number of cards; default: 1, or 8 for a sharded recipe")
+    plan.add_argument("--share", type=positive_float, metavar="X", help="assumed fraction of the card's peak speed that is reached; default 0.45")
+    plan.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the figures to this file")
 
 
 def _add_conversions(commands) -> None:

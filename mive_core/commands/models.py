@@ -10,6 +10,8 @@ from pathlib import Path
 from ..errors import UserError
 from .arguments import dtype_of, executor_of, loras_of, machine_options, report_done, settings_of
 
+PLAN_OPTIONS = ("preset", "vlm", "bucket", "states", "pairs", "card", "cards", "share", "output")  # of `mive train --plan`
+
 
 def run_edit(arguments: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("source", "reference", "instruction") if getattr(arguments, name) is not None]
@@ -96,6 +98,12 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
+    given = [f"--{'json' if name == 'output' else name}" for name in PLAN_OPTIONS if getattr(arguments, name) is not None]
+    if arguments.plan:
+        _plan(arguments)
+        return
+    if given:
+        raise UserError("only a plan takes that", got=given[0], fix="add --plan")
     from ..embedded.tasks import TASKS
     from ..media.paths import check_input
     from ..train.launcher import num_processes
@@ -107,6 +115,32 @@ def run_train(arguments: argparse.Namespace) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from ..media.paths import check_input, check_output
+
+    output = check_output(arguments.output, "output", (".json",)) if arguments.output else None
+    if arguments.vlm and not arguments.preset:
+        raise UserError("the checkpoint says which VLM it reads", got="--vlm without --preset")
+    from ..evaluation.evaluate import write_json
+    from ..train.budget import SHARE_OF_PEAK
+    from ..train.plan import PlanOptions, describe_plan, plan
+
+    options = PlanOptions(
+        arguments.preset or "",
+        arguments.vlm or "8b",
+        tuple(arguments.bucket or ()),
+        arguments.states or "",
+        arguments.pairs or 0,
+        arguments.card or "",
+        arguments.cards or 0,
+        arguments.share or SHARE_OF_PEAK,
+    )
+    report = plan(check_input(arguments.config, "config"), options)
+    if output:
+        write_json(output, report | {"command": arguments.command_line})
+    sys.stdout.write(describe_plan(report))
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
