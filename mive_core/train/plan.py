@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import PRESETS, VLM_SIZES, MiVEConfig
+from ..config import PRESETS, SPATIAL_FACTOR, TEMPORAL_FACTOR, VLM_SIZES, MiVEConfig
 from ..cost.flops import Layout
 from ..cost.memory import weight_bytes
 from ..errors import UserError
@@ -70,15 +70,14 @@ def plan(recipe_path: str | Path, options: PlanOptions = PlanOptions()) -> dict:
     recipe = parse_recipe(EditRecipe, read_task(recipe_path), recipe_path)
     check_edit_recipe(recipe, recipe_path)
     config, start, untrained = find_start(recipe, options)
-    new_parts = bool(recipe.lora_rank) and (getattr(recipe, "new_parts", "") or ("trained" if untrained else "frozen")) == "trained"
     sequences = find_sequences(recipe, config, options)
     longest = max(layout.num_tokens for layout in sequences.counts)
     num_cards = options.num_cards or (GPUS_PER_NODE if recipe.sharded else 1)
-    memory = training_memory(recipe, config, longest, num_cards, new_parts=new_parts) if recipe.gradient_checkpointing else None
+    memory = training_memory(recipe, config, longest, num_cards, bool(untrained)) if recipe.gradient_checkpointing else None
     card = options.card or default_card(recipe, memory)
     num_pairs = options.num_pairs or (sum(sequences.counts.values()) if sequences.named_by == "caches" else NUM_PAIRS)
-    parts = trained_parts(recipe, config, new_parts=new_parts)
-    checkpoint = checkpoint_bytes(recipe, config, new_parts=new_parts)
+    parts = trained_parts(recipe, config, bool(untrained))
+    checkpoint = checkpoint_bytes(recipe, config, bool(untrained))
     cached = mean({layout: pair_bytes(config, layout, sequences.states, sequences.num_negative) for layout in sequences.counts}, sequences.counts)
     return {
         "recipe": str(recipe_path),
@@ -91,7 +90,7 @@ def plan(recipe_path: str | Path, options: PlanOptions = PlanOptions()) -> dict:
             "layers": list(config.layers),
             "untrained": list(untrained),
         },
-        "sequences": [describe(layout, count, config) for layout, count in sequences.counts.items()],
+        "sequences": describe(sequences.counts, config),
         "sequences_named_by": sequences.named_by,
         "trained": {"parts": parts, "total": sum(parts.values())},
         "memory": {**vars(memory), "total": memory.total, "reserved": int(RESERVED)} if memory else None,
@@ -99,7 +98,7 @@ def plan(recipe_path: str | Path, options: PlanOptions = PlanOptions()) -> dict:
         "card": {"name": card, "number": num_cards, "bytes": CARDS[card], "fits": memory is not None and memory.total + RESERVED <= CARDS[card]}
         if card
         else None,
-        "time": training_time(recipe, config, sequences, card, num_cards, options.share_of_peak) if card else None,
+        "time": training_time(recipe, config, sequences, card, num_cards, options.share_of_peak, bool(untrained)) if card else None,
         "disk": {
             "states": sequences.states,
             "cache_bytes_a_pair": round(cached),
@@ -108,7 +107,7 @@ def plan(recipe_path: str | Path, options: PlanOptions = PlanOptions()) -> dict:
             "checkpoint_bytes": checkpoint,
             "checkpoints_kept": recipe.num_checkpoints,
             "output_dir_bytes": (recipe.num_checkpoints + 1) * checkpoint,  # a new one is written before the oldest goes
-            "export_bytes": export_bytes(recipe, config, new_parts=new_parts),
+            "export_bytes": export_bytes(recipe, config, bool(untrained)),
         },
     }
 
@@ -153,9 +152,9 @@ def default_card(recipe: EditRecipe, memory: Memory | None) -> str:
     return next((card for card in by_size if memory and memory.total + RESERVED <= CARDS[card]), by_size[-1])
 
 
-def training_time(recipe: EditRecipe, config: MiVEConfig, sequences: Sequences, card: str, num_cards: int, share_of_peak: float) -> dict:
+def training_time(recipe: EditRecipe, config: MiVEConfig, sequences: Sequences, card: str, num_cards: int, share_of_peak: float, untrained: bool) -> dict:
     """Returns the seconds of a mean step, by what they are spent on, and the hours of all steps; validations and the cache come on top."""
-    steps = {layout: step_seconds(recipe, config, layout, card, num_cards, share_of_peak) for layout in sequences.counts}
+    steps = {layout: step_seconds(recipe, config, layout, card, num_cards, share_of_peak, untrained) for layout in sequences.counts}
     seconds = mean({layout: max(parts.values()) for layout, parts in steps.items()}, sequences.counts)
     return {
         "peak_flops": PEAK_TFLOPS[card] * 1e12,
@@ -173,17 +172,28 @@ def mean(values: dict[Layout, float], counts: dict[Layout, int]) -> float:
     return sum(values[layout] * count for layout, count in counts.items()) / sum(counts.values())
 
 
-def describe(layout: Layout, num_pairs: int, config: MiVEConfig) -> dict:
-    """A layout as JSON values; its size in pixels follows from the grid."""
-    frames, rows, columns = (patches * side for patches, side in zip(layout.grid, config.patch_size))
-    return {
-        "size": [8 * columns, 8 * rows],
-        "frames": 4 * frames - 3,
-        "tokens": layout.num_tokens,
-        "condition_tokens": layout.num_condition,
-        "references": layout.num_references,
-        "pairs": num_pairs,
-    }
+def describe(counts: dict[Layout, int], config: MiVEConfig) -> list[dict]:
+    """The longest sequence of each size as JSON values; its pixels follow from the grid."""
+    longest: dict[tuple, Layout] = {}
+    num_pairs: Counter = Counter()
+    for layout, count in counts.items():
+        size = layout.grid, layout.num_references
+        longest[size] = max(longest.get(size, layout), layout, key=lambda one: one.num_tokens)
+        num_pairs[size] += count
+    described = []
+    for size, layout in longest.items():
+        frames, rows, columns = (patches * side for patches, side in zip(layout.grid, config.patch_size))
+        described.append(
+            {
+                "size": [SPATIAL_FACTOR * columns, SPATIAL_FACTOR * rows],
+                "frames": TEMPORAL_FACTOR * (frames - 1) + 1,
+                "references": layout.num_references,
+                "tokens": layout.num_tokens,
+                "condition_tokens": layout.num_condition,
+                "pairs": num_pairs[size],
+            }
+        )
+    return described
 
 
 def describe_plan(report: dict) -> str:

@@ -43,7 +43,7 @@ def from_wan(random_models, tmp_path_factory) -> Path:
     shutil.copyfile(random_models / "vae.safetensors", folder / "models" / "vae.safetensors")
     torch.manual_seed(3)
     wan = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=32, freq_dim=64, ffn_dim=384, num_layers=2
+        num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=32, freq_dim=64, ffn_dim=1024, num_layers=2
     )
     wan.save_pretrained(folder / "wan")
     vlm = read_config(random_models / "dit.safetensors")
