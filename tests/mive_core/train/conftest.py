@@ -35,25 +35,40 @@ def recipes() -> dict[str, Recipe]:
 
 
 @pytest.fixture(scope="session")
-def from_wan(random_models, tmp_path_factory) -> Path:
-    """A folder that the documented commands made at small shapes: a converted Wan, the same in 8 bits, VAE, VLM, and a cache of two pairs."""
-    folder = tmp_path_factory.mktemp("from_wan")
-    (folder / "models").mkdir()
-    shutil.copytree(random_models / "vlm", folder / "models" / "vlm")
-    shutil.copyfile(random_models / "vae.safetensors", folder / "models" / "vae.safetensors")
+def small_wan(tmp_path_factory) -> Path:
+    """A Wan of random weights in one file, of true shapes but for their sizes."""
+    folder = tmp_path_factory.mktemp("wan")
     torch.manual_seed(3)
-    wan = WanTransformer3DModel(
+    WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=32, freq_dim=64, ffn_dim=1024, num_layers=2
-    )
-    wan.save_pretrained(folder / "wan")
-    vlm = read_config(random_models / "dit.safetensors")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(VLM_SIZES, "tiny", (vlm.vlm_width, vlm.vlm_num_layers))
-        for command in (
-            f"init-from-wan {folder}/wan {folder}/models/dit.safetensors --vlm tiny",
-            f"quantize {folder}/models/dit.safetensors {folder}/models/dit_fp8.safetensors",
-            f"data synth --output {folder}/pairs --num 2 --split train --size 160x96 --frames 17",
-            f"data cache --manifest {folder}/pairs/pairs.jsonl --models {folder}/models --output {folder}/cache --states fp8",
-        ):
-            assert main(command.split()) == 0, command
+    ).save_pretrained(folder)
+    return folder / "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def tiny_vlm_sizes(monkeypatch, random_models) -> None:
+    """Every --vlm stands for the tiny VLM."""
+    config = read_config(random_models / "dit.safetensors")
+    for name in VLM_SIZES:
+        monkeypatch.setitem(VLM_SIZES, name, (config.vlm_width, config.vlm_num_layers))
+
+
+@pytest.fixture
+def vae_and_vlm(random_models, tmp_path) -> Path:
+    """The folder models/ with what is not made from Wan's weights; as a download has it."""
+    folder = tmp_path / "models"
+    shutil.copytree(random_models / "vlm", folder / "vlm")
+    shutil.copyfile(random_models / "vae.safetensors", folder / "vae.safetensors")
     return folder
+
+
+@pytest.fixture
+def from_wan(small_wan, vae_and_vlm, tiny_vlm_sizes, tmp_path) -> Path:
+    """A folder with models/, made from Wan's weights, and a cache of two pairs, both by the documented commands."""
+    for command in (
+        f"init-from-wan {small_wan} {vae_and_vlm}/dit.safetensors",
+        f"data synth --output {tmp_path}/pairs --num 2 --split train --size 160x96 --frames 17",
+        f"data cache --manifest {tmp_path}/pairs/pairs.jsonl --models {vae_and_vlm} --output {tmp_path}/cache --states fp8",
+    ):
+        assert main(command.split()) == 0, command
+    return tmp_path

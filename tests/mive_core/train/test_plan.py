@@ -19,11 +19,11 @@ from mive_core.train.plan import PlanOptions, plan
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
-def recipe_file(from_wan: Path, folder: Path, **changes) -> Path:
+def recipe_file(folder: Path, **changes) -> Path:
     values = {
         "task": "edit",
-        "start_from": str(from_wan / "models" / "dit.safetensors"),
-        "caches": [str(from_wan / "cache")],
+        "start_from": str(folder / "models" / "dit.safetensors"),
+        "caches": [str(folder / "cache")],
         "output_dir": str(folder / "run"),
         "export": str(folder / "out.safetensors"),
         "num_steps": 2,
@@ -43,8 +43,8 @@ def build(path: Path) -> EditTask:
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"lora_rank": 4}], ids=["full", "averaged", "lora"])
-def test_a_real_run_holds_and_writes_what_the_plan_says(from_wan, tmp_path, changes):
-    path = recipe_file(from_wan, tmp_path, **changes)
+def test_a_real_run_holds_and_writes_what_the_plan_says(from_wan, changes):
+    path = recipe_file(from_wan, **changes)
     report, task = plan(path), build(path)
     trained = [p for module in task.modules.values() for p in module.parameters()]
     assert report["trained"]["total"] == sum(report["trained"]["parts"].values()) == sum(p.numel() for p in trained)
@@ -52,17 +52,17 @@ def test_a_real_run_holds_and_writes_what_the_plan_says(from_wan, tmp_path, chan
     assert report["sequences_named_by"] == "caches" and (sequence["size"], sequence["frames"], sequence["pairs"]) == ([160, 96], 17, 2)
     assert sequence["tokens"] == max(task.workload(task.dataset[i]).num_tokens for i in range(2))
     run(task)
-    (checkpoint,) = (tmp_path / "run").glob("step_*.safetensors")
+    (checkpoint,) = (from_wan / "run").glob("step_*.safetensors")
     disk = report["disk"]
     assert disk["checkpoint_bytes"] == pytest.approx(checkpoint.stat().st_size, rel=0.02)
-    assert disk["export_bytes"] == pytest.approx((tmp_path / "out.safetensors").stat().st_size, rel=0.02)
+    assert disk["export_bytes"] == pytest.approx((from_wan / "out.safetensors").stat().st_size, rel=0.02)
     shards = sum(p.stat().st_size for p in (from_wan / "cache").glob("*.safetensors"))
     assert disk["states"] == "fp8" and disk["pairs"] == 2 and disk["cache_bytes"] == pytest.approx(shards, rel=0.02)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}], ids=["full", "lora"])
-def test_a_real_step_holds_the_memory_of_the_plan(from_wan, tmp_path, changes):
-    path = recipe_file(from_wan, tmp_path, **changes)
+def test_a_real_step_holds_the_memory_of_the_plan(from_wan, changes):
+    path = recipe_file(from_wan, **changes)
     memory, task = plan(path)["memory"], build(path)
     batch = task.dataset[0]
     with MemoryCounter() as counted:
@@ -73,7 +73,7 @@ def test_a_real_step_holds_the_memory_of_the_plan(from_wan, tmp_path, changes):
     assert memory["optimizer"] == pytest.approx(counted.current, rel=0.02)
 
 
-def test_the_plan_is_the_budget(tmp_path, recipes):
+def test_the_plan_is_the_budget():
     """Of the paper's recipe: the same figures as `mive bench scale`."""
     options = PlanOptions("14b", buckets=((1280, 720, 81),), card="H100", num_cards=8)
     report = plan(CONFIGS / "paper_14b_8xh100.yaml", options)
@@ -102,7 +102,7 @@ def test_from_a_converted_wan_the_new_parts_are_counted(recipes):
     assert report["card"]["name"] == "RTX 3090" and report["main_memory"]["blocks_inputs"] == 40 * tokens * 5120 * 2
 
 
-def test_what_a_recipe_leaves_open_can_be_said(tmp_path):
+def test_what_a_recipe_leaves_open_can_be_said():
     path = CONFIGS / "lora_14b_1x24gb.yaml"
     plain, other = plan(path, PlanOptions("1.3b")), plan(path, PlanOptions("1.3b", "2b", ((832, 480, 33), (480, 832, 33)), "fp8", 50, "RTX 4090", 2, 0.9))
     assert other["model"]["vlm"] == "Qwen3-VL-2B" and other["trained"]["parts"]["context"] < plain["trained"]["parts"]["context"]
@@ -148,6 +148,6 @@ def test_a_plan_that_cannot_be_says_why(arguments, said, tmp_path, capsys, monke
     assert said in message.replace("start_from 'models/dit_fp8.safetensors': ", ""), message
 
 
-def test_a_recipe_that_cannot_be_has_no_plan(from_wan, tmp_path):
+def test_a_recipe_that_cannot_be_has_no_plan(tmp_path):
     with pytest.raises(UserError, match="weights in 8 bits are not trained"):
-        plan(recipe_file(from_wan, tmp_path, float8="kept"))
+        plan(recipe_file(tmp_path, float8="kept"))
