@@ -198,8 +198,8 @@ def _add_eval(commands) -> None:
         "--manifest",
         required=True,
         type=text,
-        metavar="PAIRS.jsonl",
-        help="each line is a JSON object with source, reference, instruction, target (the correct result) and, optionally, mask",
+        metavar="PAIRS.jsonl|DIR",
+        help="each line is a JSON object with source, reference, instruction, target (the correct result) and, optionally, mask; or a folder of pairs",
     )
     evaluate.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to")
     evaluate.add_argument("--layers", type=text, metavar="SPEC", help=f"{LAYERS_HELP}; default: the layers the model was trained with")
@@ -220,6 +220,7 @@ def _add_eval(commands) -> None:
         action="store_true",
         help="measure the model's own pixels alone, without delivery at the source's size and the baselines that belong to it",
     )
+    evaluate.add_argument("--before", type=text, metavar="DIR", help="compare with an earlier evaluation of the same manifest: its --output folder")
     _add_fit(evaluate)
     _add_sampling(evaluate)
     _add_machine(evaluate)

@@ -75,16 +75,19 @@ def _edit_many(arguments: argparse.Namespace) -> None:
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    from ..data.manifest import ManifestPairs, read_manifest
+    from ..data.folder import read_pairs
+    from ..data.manifest import ManifestPairs
     from ..media.paths import check_output_folder
 
     output = check_output_folder(arguments.output, "output")
-    entries = read_manifest(arguments.manifest)
+    entries = read_pairs(arguments.manifest, allow_empty_instruction=True)
     pairs, loras = ManifestPairs(entries, arguments.size, arguments.frames), loras_of(arguments)
+    from ..evaluation.before import Before
     from ..evaluation.evaluate import evaluate
     from ..evaluation.full_size import FullSizePairs
     from ..pipeline import Pipeline
 
+    before = Before.read(Path(arguments.before), [entry.name for entry in entries]) if arguments.before else None
     evaluate(
         Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments), loras=loras),
         pairs,
@@ -92,6 +95,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         settings_of(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
         groups={"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]},
         full_size=None if arguments.raw_only else FullSizePairs(replace(pairs, size=None, full_size=True), arguments.size),
+        before=before,
         command=arguments.command_line,
     )
     sys.stdout.write(f"{output / 'report.json'}\n{output / 'sheet.png'}\n")
