@@ -252,7 +252,7 @@ def _entry(row: Row, manifest: str | os.PathLike, required: Sequence[str], absol
     fps = fields.get("fps", DEFAULT_FPS)
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1000:
         raise UserError("the key 'fps' is not a frame rate", where=row.at("fps"), got=json.dumps(fps, default=str)[:80], expected="more than 0, less than 1000")
-    for key in fields.keys() & set(PATH_KEYS):
+    for key in (key for key in PATH_KEYS if key in fields):
         fields[key] = _resolve(fields[key], manifest, f"{row.at(key)}: the key {key!r}", absolute)
     fields["keyframes"] = _keyframes(fields.get("keyframes", {}), row, manifest, absolute)
     return ManifestEntry(**{"reference": None, "instruction": "", **fields})

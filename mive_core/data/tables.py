@@ -16,6 +16,7 @@ from ..media.remote import check_url, is_url, read_bytes
 
 PARQUET, JSON_ARRAY, CSV = ".parquet", ".json", (".csv", ".tsv")
 SUFFIXES = (".jsonl", PARQUET)  # of tables that are written
+READ_SUFFIXES = (*SUFFIXES, JSON_ARRAY, *CSV)
 CSV_DELIMITERS = ",;\t"
 
 

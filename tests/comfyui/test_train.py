@@ -451,6 +451,15 @@ def test_a_manifest_is_trained_on(pack, folder, train):
     assert "rank 4, 1 pairs, 2 steps" in report
 
 
+def test_bad_rows_of_a_table_are_left_out_and_named(pack, folder, train):
+    """Among them a file outside the input folder, which an absolute path names."""
+    rows = ["source/a.mp4,target/a.mp4,make it night", "source/a.mp4,target/a.mp4,", f"{folder}/source/b.mp4,target/b.mp4,make it night"]
+    (folder / "pairs.csv").write_text("\n".join(["source,target,prompt", *rows]) + "\n")
+    *_, report = train(pairs=f"{PAIRS}/pairs.csv", steps=2, batch_size=1)
+    assert "rank 4, 1 pairs, 2 steps" in report
+    assert "pairs.csv:3: the instruction is empty" in report and "pairs.csv:4: the key 'source': not a path relative to the manifest" in report
+
+
 @pytest.mark.parametrize(
     "changed, said",
     [

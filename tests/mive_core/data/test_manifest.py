@@ -264,7 +264,7 @@ def test_absolute_paths(folder):
     path = write(folder / "tables", LINE | {"source": str(folder / "source"), "reference": str(folder / "reference.png")})
     (entry,) = read_manifest(path)
     assert entry.source == folder / "source" and load_entry(entry, num_frames=5).request.source.frames.shape == (5, 32, 48, 3)
-    with pytest.raises(UserError, match="the key 'source': not a path relative to the manifest"):
+    with pytest.raises(UserError, match="1:2: the key 'source': not a path relative to the manifest"):
         read_manifest(path, absolute=False)
 
 
