@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 MOUNT := .venv/mount
 
-.PHONY: setup demo test test-quick check format
+.PHONY: setup demo train-demo test test-quick check format
 
 setup: $(STAMP)
 
@@ -17,6 +17,20 @@ $(STAMP): pyproject.toml requirements.txt
 
 demo: $(STAMP)
 	$(BIN)/mive demo --output out/demo
+
+# docs/make_your_own.md at tiny size: the embedded models stand for the downloads, and learn a look that they do not know.
+train-demo: $(STAMP)
+	rm -rf out/train-demo && mkdir -p out/train-demo/models out/train-demo/editor
+	cp -R mive_core/assets/tiny/dit.safetensors mive_core/assets/tiny/vae.safetensors mive_core/assets/tiny/vlm out/train-demo/models
+	$(BIN)/mive data samples --output out/train-demo
+	$(BIN)/mive data cache --manifest out/train-demo/pairs --models out/train-demo/models --output out/train-demo/cache
+	$(BIN)/mive eval --manifest out/train-demo/heldout --models out/train-demo/models --raw-only --output out/train-demo/before
+	$(BIN)/mive train configs/train_demo.yaml --plan
+	$(BIN)/mive train configs/train_demo.yaml
+	cp -R out/train-demo/models/vae.safetensors out/train-demo/models/vlm out/train-demo/editor
+	$(BIN)/mive merge out/train-demo/models/dit.safetensors out/train-demo/lora.safetensors out/train-demo/editor/dit.safetensors
+	$(BIN)/mive edit --manifest out/train-demo/heldout --models out/train-demo/editor --output out/train-demo/edited
+	$(BIN)/mive eval --manifest out/train-demo/heldout --models out/train-demo/editor --raw-only --before out/train-demo/before --output out/train-demo
 
 test: $(STAMP)
 	$(BIN)/pytest

@@ -36,14 +36,14 @@ from .commands.data import (
     run_data_strengths,
     run_data_synth,
 )
-from .commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_quantize, run_train
+from .commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_merge, run_quantize, run_train
 from .config import VLM_SIZES
 from .errors import UserError
 
 DEFAULT_MODELS = "tiny"
 DTYPES, PRESET_NAMES = ("bf16", "fp16", "fp32"), ("tiny", "1.3b", "14b")
 # The next three repeat train/budget.py, formats/float8.py and media/encode.py, whose import would load torch.
-CARD_NAMES = ("H100", "A100", "RTX 4090", "RTX 3090")
+CARD_NAMES = ("H100", "A100", "RTX 4090", "RTX 3090", "RTX 4080")
 FLOAT8_MODES = ("scaled_back", "kept", "multiplied")
 CODECS = ("h264", "ffv1", "prores", "prores4444", "vp9", "av1", "gif")
 DESCRIPTION = """\
@@ -128,13 +128,11 @@ def build_parser() -> Parser:
     _add_edit(commands)
     _add_demo(commands)
     _add_eval(commands)
-    train = _command(
-        commands, "train", run_train, "train a model with the settings of a recipe file", "An interrupted training resumes from its last checkpoint."
-    )
-    train.add_argument("config", metavar="CONFIG.yaml", type=text, help="recipe file; the repository's folder configs/ has examples")
+    _add_train(commands)
     inspect = _command(commands, "inspect", run_inspect, "show what a checkpoint file, or each one in a folder, contains", "Prints JSON.")
     inspect.add_argument("path", metavar="FILE|DIR", type=text, help=".safetensors or .gguf file, or a folder of them")
     _add_conversions(commands)
+    _add_merge(commands)
     _add_data(commands)
     _add_bench(commands)
     return parser
@@ -205,6 +203,7 @@ def _add_edit(commands) -> None:
     _add_sampling(edit)
     _add_machine(edit)
     _add_float8(edit)
+    _add_loras(edit)
     _add_executor(edit)
 
 
@@ -228,8 +227,8 @@ def _add_eval(commands) -> None:
         "--manifest",
         required=True,
         type=text,
-        metavar="PAIRS.jsonl",
-        help="each line is a JSON object with source, reference, instruction, target (the correct result) and, optionally, mask",
+        metavar="PAIRS.jsonl|DIR",
+        help="each line is a JSON object with source, reference, instruction, target (the correct result) and, optionally, mask; or a folder of pairs",
     )
     evaluate.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to")
     evaluate.add_argument("--layers", type=text, metavar="SPEC", help=f"{LAYERS_HELP}; default: the layers the model was trained with")
@@ -250,10 +249,36 @@ def _add_eval(commands) -> None:
         action="store_true",
         help="measure the model's own pixels alone, without delivery at the source's size and the baselines that belong to it",
     )
+    evaluate.add_argument("--before", type=text, metavar="DIR", help="compare with an earlier evaluation of the same manifest: its --output folder")
     _add_fit(evaluate)
     _add_sampling(evaluate)
     _add_machine(evaluate)
     _add_float8(evaluate)
+    _add_loras(evaluate)
+
+
+def _add_train(commands) -> None:
+    train = _command(
+        commands, "train", run_train, "train a model with the settings of a recipe file", "An interrupted training resumes from its last checkpoint."
+    )
+    train.add_argument("config", metavar="CONFIG.yaml", type=text, help="recipe file; the repository's folder configs/ has examples")
+    plan = train.add_argument_group("plan", "What the recipe will take, computed from shapes. The options below need --plan.")
+    plan.add_argument("--plan", action="store_true", help="print trained weights, memory, hours and disk, and train nothing")
+    plan.add_argument("--preset", choices=PRESET_NAMES, help="plan for a Wan of this size, in place of the checkpoint start_from, which need not exist")
+    plan.add_argument("--vlm", choices=tuple(VLM_SIZES), help="size of the Qwen3-VL with --preset; default 8b")
+    plan.add_argument(
+        "--bucket",
+        action="append",
+        type=bucket,
+        metavar="WxHxF",
+        help="width, height and frames of the clips; can be repeated; default: those of the caches, or the checkpoint's edit size",
+    )
+    plan.add_argument("--states", choices=("bf16", "fp8"), help="data type of cached VLM states; default: the caches', or bf16")
+    plan.add_argument("--pairs", type=positive_int, metavar="N", help="number of cached pairs; default: the caches', or 1000")
+    plan.add_argument("--card", choices=CARD_NAMES, help="graphics card; default: the smallest of these that the recipe fits")
+    plan.add_argument("--cards", type=positive_int, metavar="N", help="number of cards; default: 1, or 8 for a sharded recipe")
+    plan.add_argument("--share", type=positive_float, metavar="X", help="assumed fraction of the card's peak speed that is reached; default 0.45")
+    plan.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the figures to this file")
 
 
 def _add_conversions(commands) -> None:
@@ -261,13 +286,19 @@ def _add_conversions(commands) -> None:
         commands,
         "init-from-wan",
         run_init_from_wan,
-        "convert a Wan2.1-T2V checkpoint into a MiVE checkpoint to train from",
+        "convert a Wan T2V or Fun-Control checkpoint into a MiVE checkpoint to train from",
         "Shared layers are copied, new ones are initialised. The result cannot edit before it is trained.",
     )
-    init.add_argument("source", metavar="SRC", type=text, help="Wan2.1-T2V checkpoint: a file, the index of a sharded one, or a diffusers folder")
+    init.add_argument(
+        "source",
+        metavar="SRC",
+        type=text,
+        help="Wan2.1-T2V, Wan2.2-T2V-A14B or Wan-Fun-Control checkpoint: a file, the index of a sharded one, or a diffusers folder",
+    )
     init.add_argument("destination", metavar="DST.safetensors", type=text, help="MiVE checkpoint to write")
     init.add_argument("--layers", type=text, default="first+last", metavar="SPEC", help=f"{LAYERS_HELP}; default first+last")
-    init.add_argument("--vlm", default="8b", choices=tuple(VLM_SIZES), help="size of the Qwen3-VL that the model will read; default 8b")
+    vlm_help = f"the Qwen3-VL that the model will read: {', '.join(VLM_SIZES)}, tiny (the embedded one) or a folder with its config.json; default 8b"
+    init.add_argument("--vlm", type=text, default="8b", metavar="SIZE|DIR", help=vlm_help)
     init.add_argument("--dtype", choices=DTYPES, help="data type of the new file; default: the source's, and bf16 if the source is fp8")
     quantize = _command(
         commands, "quantize", run_quantize, "store a MiVE checkpoint's large matrices in 8 bits", "Halves the size of a 16-bit file. Prints a report as JSON."
@@ -276,6 +307,24 @@ def _add_conversions(commands) -> None:
     quantize.add_argument("destination", metavar="DST.safetensors", type=text, help="8-bit checkpoint to write")
     quantize.add_argument(
         "--format", default="fp8_scaled", choices=("fp8_scaled",), help="fp8_scaled: float8 with one scale per matrix, which ComfyUI reads natively; default"
+    )
+
+
+def _add_merge(commands) -> None:
+    merge = _command(
+        commands,
+        "merge",
+        run_merge,
+        "add LoRAs to a MiVE checkpoint's weights, and write the sum as one file",
+        "Reads LoRAs of MiVE and of Wan in the usual key formats. Prints a report as JSON.",
+    )
+    merge.add_argument("base", metavar="BASE", type=text, help="MiVE checkpoint: a file, a folder, or the index of a sharded one")
+    merge.add_argument("loras", metavar="LORA[:STRENGTH]", nargs="+", type=lora, help="LoRA file and its strength, such as edit.safetensors:0.8; default 1")
+    merge.add_argument("destination", metavar="OUT.safetensors", type=text, help="checkpoint to write")
+    merge.add_argument(
+        "--dtype",
+        choices=(*DTYPES, "fp8"),
+        help="data type of the new file; fp8: the blocks' matrices in scaled float8, as `mive quantize` stores them; default: the base's own",
     )
 
 
@@ -657,6 +706,18 @@ def _add_machine(parser: Parser, attention: bool = True) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
 
 
+def _add_loras(parser: Parser) -> None:
+    parser.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        type=lora,
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="apply a LoRA to the DiT, such as edit.safetensors:0.8; default strength 1; can be repeated",
+    )
+
+
 def _add_float8(parser: Parser) -> None:
     parser.add_argument(
         "--fp8",
@@ -736,6 +797,12 @@ def positive_float(value: str) -> float:
     if number <= 0:
         raise argparse.ArgumentTypeError(f"got {value}; expected more than 0")
     return number
+
+
+def lora(value: str) -> tuple[str, float]:
+    """Argument type: FILE or FILE:STRENGTH -> (path, strength)."""
+    match = re.fullmatch(r"(.+):([+-]?[0-9.]+(?:e[+-]?[0-9]+)?)", value)
+    return (text(match[1]), finite_float(match[2])) if match else (text(value), 1.0)
 
 
 def keyframe(value: str) -> tuple[int, str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from .errors import UserError
 
-METADATA_KEY = "mive.config"
+METADATA_PREFIX = "mive."  # of all our keys in a file's metadata
+METADATA_KEY = METADATA_PREFIX + "config"
 ROPE_SCHEMES = ("wan_reference_before",)  # target (t, y, x) from 0, reference at t = -1, keyframes 1 before their own, identity for the condition
 LATENT_FORMATS = ("wan2.1",)
 SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4  # pixels per latent cell, pixel frames per latent frame after the first (wan2.1)

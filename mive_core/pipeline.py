@@ -4,7 +4,8 @@ F pixel frames (4n+1) of H x W; B batch, C latent channels, T x Y x X latent gri
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import environ
 from pathlib import Path
@@ -18,7 +19,9 @@ from .config import MiVEConfig
 from .dit import MiVEDiT
 from .errors import UserError
 from .flow import classifier_free_guidance, euler, schedule
-from .formats.checkpoint import load_dit, read_config, resolve
+from .formats.checkpoint import load_dit, read_config, resolve, state_dict_shapes
+from .formats.lora_apply import apply_loras, changed_parameters, find_loras
+from .formats.untrained import describe_untrained, still_untrained, untrained_parts
 from .layers import check_layers, parse_layers
 from .reference import check_keyframes, fix_first_frame, latent_times
 from .stretches import edit_in_stretches
@@ -51,24 +54,32 @@ class Pipeline:
         attention: str = "auto",
         compiled: bool = False,
         float8: str = "scaled_back",
+        loras: Sequence[tuple[str | Path, float]] = (),
     ) -> "Pipeline":
         """Loads `tiny`, or a folder with dit.safetensors, vae.safetensors and vlm/. Raises UserError if the three do not fit together.
 
         `layers` selects VLM layers other than those the DiT was trained with, in the same number; `attention` is one of attention.BACKENDS;
         `compiled` applies torch.compile to the DiT's blocks, which are compiled at the first step; `float8`, one of float8.MODES, selects
-        how the DiT's 8-bit matrices are handled.
+        how the DiT's 8-bit matrices are handled; `loras` are LoRA files and their strengths.
         """
         check_device(device)
         if compiled:
             check_compiler(device)
         function = get_attention(attention)
         folder, config = EMBEDDED.get(str(models), Path(models)), find_config(models)
+        found = find_loras(loras, state_dict_shapes(config), config, folder / "dit.safetensors")
+        for lora in found:
+            if lora.fit.num_fitting < lora.fit.num_keys:
+                warnings.warn(f"{lora.path.name}: {lora.fit}", stacklevel=2)
+        if untrained := still_untrained(untrained_parts(resolve(folder, "dit.safetensors")), changed_parameters(found)):
+            warnings.warn(describe_untrained(untrained), stacklevel=2)
         if layers is not None:
             config = choose_layers(config, layers)
         vlm = VLM.load(folder / "vlm", dtype=dtype, device=device)
         check_vlm(vlm, config, folder)
         vae = VAE.load(resolve(folder, "vae.safetensors"), dtype=dtype, device=device)
         dit = load_dit(folder, attention=function, dtype=dtype, device=device, float8=float8)
+        apply_loras(dit, found)
         return cls(vlm, vae, dit.compile_blocks() if compiled else dit, config)
 
     def edit(self, request: EditRequest, **settings) -> Clip:

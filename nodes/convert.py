@@ -8,12 +8,12 @@ from comfy_api.latest import io
 
 from ..mive_core.config import VLM_SIZES
 from ..mive_core.errors import UserError
-from ..mive_core.formats.from_wan import init_from_wan
+from ..mive_core.formats.from_wan import EMBEDDED_VLM, init_from_wan, vlm_fields
 from ..mive_core.layers import parse_layers
 from .bridge.messages import with_text
 from .bridge.paths import find, list_dits, output_path
 
-EXPECTED = "a .safetensors file of Wan2.1-T2V in models/diffusion_models"
+EXPECTED = "a .safetensors file of a Wan T2V or Fun-Control in models/diffusion_models"
 
 
 class MiVEInitFromWan(io.ComfyNode):
@@ -24,19 +24,26 @@ class MiVEInitFromWan(io.ComfyNode):
             display_name="MiVE Init From Wan",
             category="MiVE",
             is_output_node=True,
-            description="Converts a Wan2.1-T2V checkpoint into a MiVE checkpoint to train from: shared layers are copied, new ones are initialised. "
-            "It cannot edit before it is trained.",
+            description="Converts a Wan T2V or Fun-Control checkpoint into a MiVE checkpoint to train from: shared layers are copied, "
+            "new ones are initialised. It cannot edit before it is trained.",
             search_aliases=["convert wan", "wan to mive", "initialise", "training start"],
             inputs=[
                 io.Combo.Input(
-                    "model", options=list(list_dits()), tooltip=f"A Wan2.1-T2V checkpoint, 1.3B or 14B, in 16 bits or scaled fp8. Expected: {EXPECTED}."
+                    "model",
+                    options=list(list_dits()),
+                    tooltip=f"A Wan2.1-T2V, Wan2.2-T2V-A14B or Wan-Fun-Control checkpoint, 1.3B or 14B, in 16 bits or scaled fp8. Expected: {EXPECTED}.",
                 ),
                 io.String.Input(
                     "filename",
                     default="mive_init.safetensors",
                     tooltip="Name of the new file in models/diffusion_models. An existing file is never overwritten.",
                 ),
-                io.Combo.Input("vlm", options=list(VLM_SIZES), default="8b", tooltip="Size of the Qwen3-VL whose hidden states the new model will read."),
+                io.Combo.Input(
+                    "vlm",
+                    options=[*VLM_SIZES, EMBEDDED_VLM],
+                    default="8b",
+                    tooltip="Size of the Qwen3-VL whose hidden states the new model will read; tiny is the one that comes with the pack.",
+                ),
                 io.String.Input("layers", default="first+last", tooltip="The VLM layers that the new model will read: first+last, 1,-1, last or 0:36:6."),
             ],
             outputs=[io.String.Output(display_name="filename", tooltip="Name of the new file. MiVE Load DiT lists it after the page is refreshed.")],
@@ -46,7 +53,7 @@ class MiVEInitFromWan(io.ComfyNode):
     def validate_inputs(cls, filename: str, layers: str, vlm: str) -> bool | str:
         try:
             destination(filename)
-            parse_layers(layers, VLM_SIZES[vlm][1])
+            parse_layers(layers, vlm_fields(vlm)["vlm_num_layers"])
         except UserError as error:
             return str(error)
         return True

@@ -4,7 +4,9 @@ import torch
 from comfy_api.latest import io
 
 from .bridge.load import load_dit
+from .bridge.messages import logger, with_text
 from .bridge.paths import find, list_dits
+from .bridge.untrained import untrained_warning
 
 EXPECTED = "a .safetensors file of a MiVE DiT in models/diffusion_models (.gguf files are not loaded)"
 DTYPES = {
@@ -51,7 +53,10 @@ class MiVELoadDiT(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(load_dit(find(list_dits, model, EXPECTED), DTYPES[weight_dtype], weight_dtype.endswith("_fast")))
+        patcher = load_dit(find(list_dits, model, EXPECTED), DTYPES[weight_dtype], weight_dtype.endswith("_fast"))
+        if warning := untrained_warning(patcher):
+            logger.warning("MiVE: %s: %s", model, warning)
+        return io.NodeOutput(patcher, ui=with_text(warning))
 
 
 NODES = [MiVELoadDiT]

@@ -10,6 +10,7 @@ from .bridge.conditioning import GUIDES
 from .bridge.keyframes import KEYFRAME_NUMBERS, KEYFRAMES, read_keyframes
 from .bridge.messages import show_progress, with_text
 from .bridge.model import config_of
+from .bridge.untrained import untrained_warning
 from .bridge.vae import decode
 from .encode import MiVEEncode
 from .latents import MiVEReferenceLatents
@@ -93,7 +94,8 @@ class MiVEEditVideo(io.ComfyNode):
 
         edited = edit_in_stretches(request, length, edit).edited.frames
         count = f"in {len(spans)} stretches of at most {max(last - first for first, last in spans)}" if len(spans) > 1 else "at once"
-        return io.NodeOutput(edited, ui=with_text(f"{len(edited)} frames, edited {count}\n{texts[0]}".rstrip()))
+        lines = f"{len(edited)} frames, edited {count}", texts[0], untrained_warning(model)
+        return io.NodeOutput(edited, ui=with_text("\n".join(line for line in lines if line)))
 
 
 NODES = [MiVEEditVideo]

@@ -13,6 +13,7 @@ from ..mive_core.types import Clip
 from .bridge.estimate import describe_cost
 from .bridge.messages import log_warnings, with_text
 from .bridge.model import config_of
+from .bridge.untrained import untrained_warning
 from .latents import ANY_FPS, requested_size
 
 TRIM, PAD = "trim", "pad"
@@ -93,6 +94,8 @@ class MiVEPreflight(io.ComfyNode):
             spans = find_stretches(fitted, known)
             longest = max(last - first for first, last in spans)
             changes.append(f"the model knows {known} frames: MiVE Edit Video edits {len(spans)} stretches of at most {longest}. For one of them:")
+        if model is not None and (warning := untrained_warning(model)):
+            warned.append(warning)
         report = "\n".join([f"{length} frames of {width}x{height}", *warned, *changes, *describe_cost(longest, height, width, steps, model)])
         return io.NodeOutput(fitted, width, height, length, report, ui=with_text(report))
 

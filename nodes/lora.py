@@ -7,11 +7,13 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..mive_core.errors import UserError
+from ..mive_core.formats.lora_fit import check_base
 from ..mive_core.formats.safetensors_file import read_header
 from .bridge.lora import apply_lora
 from .bridge.messages import logger, with_text
 from .bridge.model import MiVEModel
 from .bridge.paths import find
+from .bridge.untrained import untrained_warning
 
 EXPECTED = "a .safetensors file of a LoRA in models/loras"
 
@@ -51,11 +53,15 @@ class MiVELoadLoRA(io.ComfyNode):
         if not isinstance(model.model, MiVEModel):
             raise UserError("this MODEL is not MiVE's", where="model", got=type(model.model).__name__, expected="the output of MiVE Load DiT")
         path = find(list_loras, lora_name, EXPECTED)
-        read_header(path)  # raises a clear UserError for a damaged file
+        header = read_header(path)  # raises a clear UserError for a damaged file
+        check_base(header.metadata, model.model.config, lora_name, model.model.checkpoint_name)
         patched, fit = apply_lora(model, comfy.utils.load_torch_file(str(path), safe_load=True), strength_model)
         report = f"{lora_name}: {fit}"
         if fit.num_fitting < fit.num_keys:
             logger.warning("MiVE: %s", report)
+        if warning := untrained_warning(patched):
+            report += f"\n{warning}"
+            logger.warning("MiVE: %s", warning)
         return io.NodeOutput(patched, report, ui=with_text(report))
 
 

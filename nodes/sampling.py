@@ -10,9 +10,10 @@ from ..mive_core.flow import schedule
 from ..mive_core.layers import warn_of_layers
 from ..mive_core.pipeline import check_cfg
 from .bridge.conditioning import GUIDES, LAYERS, reference_frames, states_of
-from .bridge.messages import log_warnings
+from .bridge.messages import log_warnings, logger, with_text
 from .bridge.model import check_shapes, config_of
 from .bridge.stretches import latent_stretches, sample_stretches
+from .bridge.untrained import untrained_warning
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -102,6 +103,8 @@ class MiVESampler(io.ComfyNode):
                 warn_of_layers(values[LAYERS], config.resolved_layers)
                 reference_frames(values, config)
                 check_shapes(latent["samples"], *(values[key] for key in GUIDES.values()))
+        if warning := untrained_warning(model):
+            logger.warning("MiVE: %s", warning)
         if shift:
             model = ModelSamplingSD3().patch(model, shift)[0]
 
@@ -109,7 +112,7 @@ class MiVESampler(io.ComfyNode):
             return nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)[0]
 
         spans = latent_stretches(model, latent["samples"].shape[2], config.edit_frames)
-        return io.NodeOutput(sample_stretches(sample, positive, negative, latent, spans))
+        return io.NodeOutput(sample_stretches(sample, positive, negative, latent, spans), ui=with_text(warning))
 
 
 NODES = [MiVESampler]

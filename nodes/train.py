@@ -24,6 +24,7 @@ EXPECTED_VAE = "a .safetensors file of a Wan 2.1 VAE in models/vae"
 FILE_INPUTS = {"pairs": (list_pairs, EXPECTED_PAIRS), "model": (list_dits, EXPECTED_DIT), "vlm": (list_vlms, EXPECTED_VLM), "vae": (list_vaes, EXPECTED_VAE)}
 DTYPES = ["default", "bf16", "fp32", "bf16, fp8 kept"]
 CONTINUE, ANEW = "continue", "start anew"
+NEW_PARTS = {"auto": "", "frozen": "frozen", "trained": "trained"}  # option -> recipe value
 FOLDER = "mive_training"  # in ComfyUI's output folder
 NUM_WARMUP_STEPS = 20
 MAX_SEED = 2**63 - 1
@@ -115,6 +116,15 @@ class MiVETrainLoRA(io.ComfyNode):
                     default=CONTINUE,
                     tooltip="continue: resume from the last checkpoint of this LoRA name, if there is one. start anew: delete that checkpoint first.",
                 ),
+                io.Combo.Input(
+                    "new_parts",
+                    options=list(NEW_PARTS),
+                    default=next(iter(NEW_PARTS)),
+                    optional=True,  # API prompts of before lack it
+                    advanced=True,
+                    tooltip="What a DiT has that Wan lacks: the layers that read the source and the VLM. auto: trained beside the LoRA, into the same "
+                    "file, if the DiT is fresh from MiVE Init From Wan; else frozen.",
+                ),
             ],
             outputs=[
                 io.AnyType.Output(
@@ -169,12 +179,15 @@ class MiVETrainLoRA(io.ComfyNode):
         offload: bool,
         dtype: str,
         resume: str,
+        new_parts: str = "auto",
     ) -> io.NodeOutput:
         from .bridge.training_job import Job  # imports the trainer, av and yaml, which are slow to load
 
         check_request_size((width, height))
         check_request_frames(length)
         check_numbers(learning_rate=learning_rate, alpha=alpha)
+        if steps < 1:
+            raise UserError("a training takes a step or more", where="steps", got=steps)
         given = {"pairs": pairs, "model": model, "vlm": vlm, "vae": vae}
         found = {name: find(entries, given[name], expected) for name, (entries, expected) in FILE_INPUTS.items()}
         bf16 = dtype.startswith("bf16") or (dtype == "default" and comfy.model_management.should_use_bf16(comfy.model_management.get_torch_device()))
@@ -197,6 +210,7 @@ class MiVETrainLoRA(io.ComfyNode):
                 weight_dtype="bf16" if bf16 else "fp32",
                 float8="kept" if dtype.endswith("kept") else "scaled_back",
                 num_warmup_steps=NUM_WARMUP_STEPS,
+                new_parts=NEW_PARTS[new_parts],
                 time_shift=read_config(found["model"]).shift,
             ),
         )
@@ -205,11 +219,13 @@ class MiVETrainLoRA(io.ComfyNode):
             job.discard_progress()
         skipped = job.run(cls, entries)
         TRAINED.add(job.lora)
-        losses = job.losses()
+        losses, whole = job.losses(), job.trained_new_parts()
         report = "\n".join(
             [
-                f"{lora_name}: rank {rank}, {len(entries) - len(skipped)} pairs, {len(losses)} steps",
+                f"{lora_name}: rank {rank}, {len(entries) - len(skipped)} pairs, {steps} steps",
                 "loss {:.4f} at first, {:.4f} at last".format(*first_and_last_mean(losses)),
+                *([f"trained whole beside the LoRA, in the same file: {whole.replace(',', ', ')}"] if whole else []),
+                *([f"skipped steps, which were not finite: {job.num_skipped()}"] if job.num_skipped() else []),
                 *(f"left out: {item['name']}: {item['why']}" for item in skipped),
             ]
         )

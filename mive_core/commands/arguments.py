@@ -24,10 +24,10 @@ def executor_of(arguments: argparse.Namespace) -> "Executor":
 
 
 def report_done(where: Path, outcomes: list, kept: int | None = None) -> None:
-    """Prints how many items are done, and warns of each one that is left out."""
-    left_out = [outcome for outcome in outcomes if outcome.result is None]
-    for outcome in left_out:
-        warnings.warn(f"{outcome.title} is left out: {outcome.why}", stacklevel=2)
+    """Prints how many items are done, and warns of each one that is left out, by its row from 1."""
+    left_out = {row: outcome for row, outcome in enumerate(outcomes, 1) if outcome.result is None}
+    for row, outcome in left_out.items():
+        warnings.warn(f"row {row}: {outcome.title} is left out: {outcome.why}", stacklevel=2)
     sys.stdout.write(f"{where}: {len(outcomes) - len(left_out)} done, {len(left_out)} left out{'' if kept is None else f', {kept} kept'}\n")
 
 
@@ -40,6 +40,13 @@ def machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "compiled": arguments.compile,
         "float8": arguments.fp8,
     }
+
+
+def loras_of(arguments: argparse.Namespace) -> list[tuple[Path, float]]:
+    """Returns the LoRA files and their strengths. Raises UserError for a file that is not there."""
+    from ..media.paths import check_input
+
+    return [(check_input(path, "LoRA"), strength) for path, strength in arguments.loras]
 
 
 def dtype_of(name: str | None) -> Any:

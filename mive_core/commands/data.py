@@ -100,7 +100,7 @@ def run_data_cache(arguments: argparse.Namespace) -> None:
 
     index = cache(entries, load(), output, settings, report, executor_of(arguments), load)
     for item in index["skipped"]:
-        warnings.warn(f"pair {item['pair'] + 1} ({item['name']}) is left out: {item['why']}", stacklevel=2)
+        warnings.warn(f"row {item['pair'] + 1}: {item['name']} is left out: {item['why']}", stacklevel=2)
     sys.stdout.write(f"{output}: {index['pairs']} pairs, {len(index['skipped'])} left out, {index['bytes'] / 1e6:.3g} MB\n")
 
 

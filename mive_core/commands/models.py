@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
-from .arguments import dtype_of, executor_of, machine_options, report_done, settings_of
+from .arguments import dtype_of, executor_of, loras_of, machine_options, report_done, settings_of
+
+PLAN_OPTIONS = ("preset", "vlm", "bucket", "states", "pairs", "card", "cards", "share", "output")  # of `mive train --plan`
 
 
 def run_edit(arguments: argparse.Namespace) -> None:
@@ -39,8 +41,9 @@ def run_edit(arguments: argparse.Namespace) -> None:
 
     options = FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, mask, arguments.register, encoding)
     entry = ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS, keyframes=keyframes)
+    loras = loras_of(arguments)
     prepared = prepare(entry, find_config(arguments.models), options)
-    pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments))
+    pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments), loras=loras)
     path, _ = edit_file(pipeline, prepared, output, settings_of(arguments), options)
     sys.stdout.write(f"{path}\n")
 
@@ -57,8 +60,11 @@ def _edit_many(arguments: argparse.Namespace) -> None:
     from ..media.encode import Encoding
     from ..pipeline import Pipeline
 
-    options = machine_options(arguments)
-    load = partial(Pipeline.load, arguments.models, arguments.layers, **options)
+    options, loras = machine_options(arguments), loras_of(arguments)
+    load = partial(Pipeline.load, arguments.models, arguments.layers, **options, loras=loras)
+    identity: tuple[object, ...] = (arguments.models, arguments.layers, sorted((key, str(value)) for key, value in options.items()))
+    if loras:
+        identity += ([(str(path), path.stat().st_mtime_ns, strength) for path, strength in loras],)
     outcomes = edit_all(
         entries,
         load,
@@ -72,36 +78,46 @@ def _edit_many(arguments: argparse.Namespace) -> None:
             registered=arguments.register,
             encoding=Encoding(arguments.codec, arguments.crf),
         ),
-        model_id=(arguments.models, arguments.layers, sorted((key, str(value)) for key, value in options.items())),
+        model_id=identity,
         executor=executor_of(arguments),
     )
     report_done(output / JOURNAL, outcomes)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    from ..data.manifest import ManifestPairs, read_manifest
+    from ..data.folder import read_pairs
+    from ..data.manifest import ManifestPairs
     from ..media.paths import check_output_folder
 
     output = check_output_folder(arguments.output, "output")
-    entries = read_manifest(arguments.manifest)
-    pairs = ManifestPairs(entries, arguments.size, arguments.frames)
+    entries = read_pairs(arguments.manifest, allow_empty_instruction=True)
+    pairs, loras = ManifestPairs(entries, arguments.size, arguments.frames), loras_of(arguments)
+    from ..evaluation.before import Before
     from ..evaluation.evaluate import evaluate
     from ..evaluation.full_size import FullSizePairs
     from ..pipeline import Pipeline
 
+    before = Before.read(Path(arguments.before), [entry.name for entry in entries]) if arguments.before else None
     evaluate(
-        Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments)),
+        Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments), loras=loras),
         pairs,
         output,
         settings_of(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
         groups={"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]},
         full_size=None if arguments.raw_only else FullSizePairs(replace(pairs, size=None, full_size=True), arguments.size),
+        before=before,
         command=arguments.command_line,
     )
     sys.stdout.write(f"{output / 'report.json'}\n{output / 'sheet.png'}\n")
 
 
 def run_train(arguments: argparse.Namespace) -> None:
+    given = [f"--{'json' if name == 'output' else name}" for name in PLAN_OPTIONS if getattr(arguments, name) is not None]
+    if arguments.plan:
+        _plan(arguments)
+        return
+    if given:
+        raise UserError("only a plan takes that", got=given[0], fix="add --plan")
     from ..embedded.tasks import TASKS
     from ..media.paths import check_input
     from ..train.launcher import num_processes
@@ -113,6 +129,32 @@ def run_train(arguments: argparse.Namespace) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from ..media.paths import check_input, check_output
+
+    output = check_output(arguments.output, "output", (".json",)) if arguments.output else None
+    if arguments.vlm and not arguments.preset:
+        raise UserError("the checkpoint says which VLM it reads", got="--vlm without --preset")
+    from ..evaluation.evaluate import write_json
+    from ..train.budget import SHARE_OF_PEAK
+    from ..train.plan import PlanOptions, describe_plan, plan
+
+    options = PlanOptions(
+        arguments.preset or "",
+        arguments.vlm or "8b",
+        tuple(arguments.bucket or ()),
+        arguments.states or "",
+        arguments.pairs or 0,
+        arguments.card or "",
+        arguments.cards or 0,
+        arguments.share or SHARE_OF_PEAK,
+    )
+    report = plan(check_input(arguments.config, "config"), options)
+    if output:
+        write_json(output, report | {"command": arguments.command_line})
+    sys.stdout.write(describe_plan(report))
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
@@ -140,6 +182,16 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     from ..formats.quantize import quantize
 
     report = quantize(check_input(arguments.source, "checkpoint"), destination, arguments.format)
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def run_merge(arguments: argparse.Namespace) -> None:
+    from ..media.paths import check_input, check_output
+
+    destination, loras = check_output(arguments.destination, "destination", (".safetensors",)), loras_of(arguments)
+    from ..formats.merge import merge
+
+    report = merge(check_input(arguments.base, "checkpoint"), loras, destination, arguments.dtype)
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 

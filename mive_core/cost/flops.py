@@ -54,12 +54,23 @@ def non_block_flops(config: MiVEConfig, layout: Layout, ours: bool) -> float:
     return 2 * per_patch * channels * width * (2 * embedded + target) + context
 
 
+def new_part_flops(config: MiVEConfig, layout: Layout) -> float:
+    """One forward pass of what Wan lacks: our patch embedding and the projection of the condition tokens."""
+    head = 2 * math.prod(config.patch_size) * config.latent_channels * config.width * math.prod(layout.grid)
+    return non_block_flops(config, layout, ours=True) - head
+
+
 def dit_flops(config: MiVEConfig, layout: Layout) -> float:
     """One forward pass of our DiT at batch 1."""
     return config.num_blocks * block_flops(config, layout.num_tokens) + non_block_flops(config, layout, ours=True)
 
 
-def training_flops(config: MiVEConfig, layout: Layout, *, frozen: bool = False) -> float:
-    """One forward and one backward pass at batch 1. `frozen`: without weight gradients, as in LoRA training; the LoRA itself is not counted."""
+def training_flops(config: MiVEConfig, layout: Layout, *, frozen: bool = False, new_parts: bool = False) -> float:
+    """One forward and one backward pass at batch 1.
+
+    `frozen`: without weight gradients, as in LoRA training; the LoRA itself is not counted. `new_parts`: with those of the parts that Wan lacks.
+    """
     forward, attention = dit_flops(config, layout), config.num_blocks * 4 * layout.num_tokens**2 * config.width
-    return 2 * (forward - attention) + 3 * attention if frozen else 3 * forward
+    if not frozen:
+        return 3 * forward
+    return 2 * (forward - attention) + 3 * attention + (new_part_flops(config, layout) if new_parts else 0.0)

@@ -65,6 +65,7 @@ def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = Fil
 
     Warns of edited frames that do not look like the source's. Raises UserError for what cannot be read or does not fit.
     """
+    entry.check()
     if options.num_frames is not None:
         check_request_frames(options.num_frames)
     if options.size is not None:

@@ -21,10 +21,13 @@ IGNORED_SUFFIXES = (".txt", ".json", ".jsonl", ".md", ".db", ".ini")  # other fi
 MAX_NAMED = 3  # names in a message
 
 
-def read_pairs(location: str | os.PathLike, allow_empty_instruction: bool = False) -> list[ManifestEntry]:
-    """Reads a folder of pairs, or a manifest, which may be a URL. Raises UserError, without `allow_empty_instruction` also for empty instructions."""
+def read_pairs(location: str | os.PathLike, allow_empty_instruction: bool = False, absolute: bool = True) -> list[ManifestEntry]:
+    """Reads a folder of pairs, or a manifest, which may be a URL and whose bad rows are entries with a `problem`. Raises UserError.
+
+    The arguments are read_manifest's.
+    """
     if is_url(location) or not check_input(location, "pairs").is_dir():
-        return read_manifest(location, allow_empty_instruction=allow_empty_instruction)
+        return read_manifest(location, allow_empty_instruction=allow_empty_instruction, strict=False, absolute=absolute)
     return read_folder(Path(location))
 
 

@@ -1,32 +1,48 @@
-"""Manifests of paired edits: one JSON object per line or Parquet row; paths are relative to the manifest, or URLs.
+"""Manifests of paired edits: a row each of JSON lines, a JSON array, CSV or Parquet; paths are absolute, relative to the manifest, or URLs.
 
 A path names a video file, a folder of frames or (reference, mask) a single image. `target` and `mask` are optional, and so is
 `reference` if there is a target: it defaults to the target's first frame, as in the paper's training.
 """
 
+import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UserError
-from ..media.fit import check_frames, fit_clip, fit_mask, fit_reference, resize_and_crop, trim_clip, valid_num_frames
+from ..media.fit import check_frames, fit_clip, fit_mask, fit_reference, resize_and_crop, trim_clip
 from ..media.images import read_image, write_frames
 from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name
 from ..media.remote import check_url, is_url, local_copy
 from ..media.video import DEFAULT_FPS, read_clip
 from ..types import Clip, EditRequest, Keyframe, PairedEdit
+from .pace import Pace
 from .tables import Row, read_table, write_table
 
 PATH_KEYS = ("source", "reference", "target", "mask")
 TEXT_KEYS = ("instruction", "name", "kind", "edit", "colour")
+KEYS = (*PATH_KEYS, *TEXT_KEYS, "fps", "keyframes")
 REQUIRED_KEYS = ("source", "instruction")
-MAX_TRIMMED = 4  # trimming a clip to 4n+1 frames removes fewer frames than this
+ALIASES = {  # columns of other tables that can mean nothing else -> ours
+    "source_video": "source",
+    "source_path": "source",
+    "source_video_path": "source",
+    "original_video": "source",
+    "target_video": "target",
+    "target_path": "target",
+    "target_video_path": "target",
+    "edited_video": "target",
+    "reference_image": "reference",
+    "mask_video": "mask",
+    "prompt": "instruction",
+}
 
 
 @dataclass(frozen=True)
@@ -44,41 +60,64 @@ class ManifestEntry:
     colour: str = ""  # #rrggbb of the one edited object after the edit (before it, if removed); lets reports measure its position and shape
     fps: float = DEFAULT_FPS  # frame rate, for folders of frames
     keyframes: tuple[tuple[int, Path | str], ...] = ()  # number and image of further edited frames; a JSON object {"40": "image.png"}
+    problem: str = field(default="", repr=False)  # of a row that is left out, why; nothing else of it is known than its location, the name
 
     @property
     def title(self) -> str:
         """The entry's name in messages."""
         return self.name or str(self.source)
 
+    def check(self) -> None:
+        """Raises UserError for a row that is left out."""
+        if self.problem:
+            raise UserError(self.problem)
 
-def read_manifest(location: str | os.PathLike, required: Sequence[str] = REQUIRED_KEYS, allow_empty_instruction: bool = True) -> list[ManifestEntry]:
-    """Reads a manifest. Raises UserError with the line, column and key for anything missing, unknown or outside the manifest's folder.
 
-    Media behind URLs are checked only when they are read. `required` are the keys that every line must have; fewer than the default allow
-    lines that are not pairs. Without `allow_empty_instruction` an empty instruction is an error.
+def read_manifest(
+    location: str | os.PathLike, required: Sequence[str] = REQUIRED_KEYS, allow_empty_instruction: bool = True, *, strict: bool = True, absolute: bool = True
+) -> list[ManifestEntry]:
+    """Reads a manifest -> one entry a row. Raises UserError with the line, column and key for anything missing, misspelt or outside the manifest's folder.
+
+    Without `strict` such a row becomes an entry with a `problem`, which is raised when its media are read; the manifest is an error if all
+    rows are such. Media behind URLs are checked only when they are read. `required` are the keys that every row must have; fewer than the
+    default allow rows that are not pairs. Without `allow_empty_instruction` an empty instruction is an error, without `absolute` an
+    absolute path. Other columns are ignored, with a warning.
     """
     rows = read_table(location, "manifest")
-    entries = [_entry(row, location, required) for row in rows]
-    for row, entry in zip(rows, entries):
-        if not allow_empty_instruction and not entry.instruction.strip():
-            raise UserError("the instruction is empty", where=row.at("instruction"), fix="say what the edit is, or leave the line out")
+    entries, others = [], dict.fromkeys(key for row in rows for key in row.values if key not in KEYS and key not in ALIASES)
+    for row in rows:
+        try:
+            entry = _entry(row, location, required, absolute)
+            if not allow_empty_instruction and not entry.instruction.strip():
+                raise UserError("the instruction is empty", where=row.at("instruction"), fix="say what the edit is, or leave the line out")
+        except UserError as error:
+            if strict:
+                raise
+            entry = ManifestEntry("", None, "", name=row.where, problem=str(error))
+        entries.append(entry)
+    if all(entry.problem for entry in entries):
+        raise UserError("none of the rows can be used", where=f"manifest {str(location)!r}", got=f"{len(rows)}, the first of which says: {entries[0].problem}")
+    unknown = [key for key in others if not _misspelt(key)]
+    if unknown:
+        warnings.warn(f"manifest {str(location)!r}: these columns are not used: {', '.join(unknown[:8])}; known are {', '.join(KEYS)}", stacklevel=2)
     return entries
 
 
 def write_manifest(path: str | os.PathLike, entries: Iterable[ManifestEntry]) -> Path:
-    """Writes a .jsonl or .parquet atomically, without moving media. Raises UserError if one is outside the manifest's folder."""
+    """Writes a .jsonl or .parquet atomically, without moving media; those outside the manifest's folder get absolute paths. Raises UserError."""
     folder, rows = Path(path).absolute().parent, []
     for entry in entries:
         values = {key: value for key, value in asdict(entry).items() if value not in ("", None, ())}
-        row = {key: _relative(value, folder, path) if key in PATH_KEYS else value for key, value in values.items()}
+        row = {key: _relative(value, folder) if key in PATH_KEYS else value for key, value in values.items()}
         if entry.keyframes:
-            row["keyframes"] = {str(number): _relative(image, folder, path) for number, image in entry.keyframes}
+            row["keyframes"] = {str(number): _relative(image, folder) for number, image in entry.keyframes}
         rows.append(row)
     return write_table(path, rows)
 
 
 def read_source(entry: ManifestEntry, num_frames: int | None = None) -> Clip:
     """Reads the source without fitting it, at most `num_frames` frames."""
+    entry.check()
     return read_clip(local_copy(entry.source, "source"), what="source", fps=entry.fps, num_frames=num_frames)
 
 
@@ -87,8 +126,10 @@ def load_entry(
 ) -> PairedEdit:
     """Reads and fits an entry's media; size (width, height) and num_frames as in `fit_clip`; `source`: the clip, if already read.
 
+    Target and mask are read at the source's pace, see pace.py.
     `full_size` keeps the source's own size, to which the rest is fitted; only the number of frames is made to fit.
     """
+    entry.check()
     clip, where = source or read_source(entry, num_frames), f"source {str(entry.source)!r}"
     source = trim_clip(clip, num_frames, where) if full_size else fit_clip(clip, size, num_frames, where)
     source_size = clip.frames.shape[2], clip.frames.shape[1]
@@ -96,9 +137,9 @@ def load_entry(
     size = (width, height)
     target: Tensor | None = None
     mask: Tensor | None = None
+    pace = Pace.of(local_copy(entry.source, "source"), entry.fps, count, num_frames, source_size)
     if entry.target is not None:
-        clip = read_clip(local_copy(entry.target, "target"), what="target", fps=entry.fps, num_frames=num_frames or count + MAX_TRIMMED)
-        frames = _check_length(clip, entry.target, "target", count).frames[:count]
+        frames = pace.read(local_copy(entry.target, "target"), "target", str(entry.target))
         target = resize_and_crop(check_frames(frames, f"target {str(entry.target)!r}"), size)
     if entry.reference is not None:
         image = read_image(local_copy(entry.reference, "reference"), what="reference")
@@ -109,10 +150,7 @@ def load_entry(
         raise UserError("there is neither a reference nor a target", where=entry.title)
     keyframes = read_keyframes(entry, size, source_size)
     if entry.mask is not None:
-        clip = read_clip(local_copy(entry.mask, "mask"), what="mask", fps=entry.fps, num_frames=num_frames or count + MAX_TRIMMED)
-        still = len(clip.frames) == 1
-        mask = fit_mask((clip if still else _check_length(clip, entry.mask, "mask", count)).frames[:count], size)
-        mask = mask.expand(count, -1, -1) if still else mask
+        mask = fit_mask(pace.read(local_copy(entry.mask, "mask"), "mask", str(entry.mask), may_be_still=True), size).expand(count, -1, -1)
     colour: tuple[float, float, float] | None = None
     if entry.colour:
         red, green, blue = bytes.fromhex(entry.colour[1:])
@@ -185,23 +223,22 @@ def _write_pair(pair: PairedEdit, labels: Mapping[str, str], folder: Path, index
     return line
 
 
-def _check_length(clip: Clip, path: Path | str, what: str, count: int) -> Clip:
-    """Returns the clip. Raises UserError unless it is as long as the source once both are trimmed to 4n+1 frames."""
-    if valid_num_frames(len(clip.frames)) != count:
-        raise UserError(
-            f"the {what} is {'shorter' if len(clip.frames) < count else 'longer'} than the source",
-            where=f"{what} {str(path)!r}",
-            got=f"{len(clip.frames)} frames",
-            expected=f"{count}",
-        )
-    return clip
-
-
-def _entry(row: Row, manifest: str | os.PathLike, required: Sequence[str]) -> ManifestEntry:
-    values, known = row.values, (*PATH_KEYS, *TEXT_KEYS, "fps", "keyframes")
-    for key in values:
-        if key not in known:
-            raise UserError(f"unknown key {key!r}", where=row.at(key), expected=", ".join(known))
+def _entry(row: Row, manifest: str | os.PathLike, required: Sequence[str], absolute: bool) -> ManifestEntry:
+    if row.problem:
+        raise UserError(row.problem)
+    values: dict[str, Any] = {}
+    for key, value in row.values.items():
+        if _misspelt(key):
+            raise UserError(f"unknown key {key!r}", where=row.at(key), expected=", ".join(KEYS))
+        known = ALIASES.get(key, key)
+        if known in KEYS and value is not None and (value != "" or known in TEXT_KEYS):
+            if known in values:
+                raise UserError(f"two keys say what the {known} is", where=row.at(key), got=", ".join(k for k in row.values if ALIASES.get(k, k) == known))
+            values[known] = value
+    if isinstance(values.get("fps"), str):
+        values["fps"] = _parse(float, values["fps"])
+    if isinstance(values.get("keyframes"), str):
+        values["keyframes"] = _parse(json.loads, values["keyframes"])
     for key in required:
         if values.get(key) is None:
             raise UserError(f"the key {key!r} is missing", where=row.at(key))
@@ -216,13 +253,26 @@ def _entry(row: Row, manifest: str | os.PathLike, required: Sequence[str]) -> Ma
     fps = fields.get("fps", DEFAULT_FPS)
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1000:
         raise UserError("the key 'fps' is not a frame rate", where=row.at("fps"), got=json.dumps(fps, default=str)[:80], expected="more than 0, less than 1000")
-    for key in fields.keys() & set(PATH_KEYS):
-        fields[key] = _resolve(fields[key], manifest, f"{row.at(key)}: the key {key!r}")
-    fields["keyframes"] = _keyframes(fields.get("keyframes", {}), row, manifest)
+    for key in (key for key in PATH_KEYS if key in fields):
+        fields[key] = _resolve(fields[key], manifest, f"{row.at(key)}: the key {key!r}", absolute)
+    fields["keyframes"] = _keyframes(fields.get("keyframes", {}), row, manifest, absolute)
     return ManifestEntry(**{"reference": None, "instruction": "", **fields})
 
 
-def _keyframes(values: Any, row: Row, manifest: str | os.PathLike) -> tuple[tuple[int, Path | str], ...]:
+def _misspelt(key: str) -> bool:
+    """Whether a key is not known, but nearly."""
+    return key not in KEYS and key not in ALIASES and bool(difflib.get_close_matches(key, KEYS, cutoff=0.85))
+
+
+def _parse(read: Callable[[str], Any], text: str) -> Any:
+    """A cell of CSV as the value that it stands for, or else the text itself."""
+    try:
+        return read(text)
+    except ValueError:
+        return text
+
+
+def _keyframes(values: Any, row: Row, manifest: str | os.PathLike, absolute: bool) -> tuple[tuple[int, Path | str], ...]:
     """A JSON object of frame numbers and paths -> numbers and resolved paths. A table of columns has null for the numbers that a row lacks."""
     if not isinstance(values, dict):
         raise UserError("the key 'keyframes' is no object", where=row.at("keyframes"), got=json.dumps(values, default=str)[:80], expected='{"40": "image.png"}')
@@ -233,14 +283,22 @@ def _keyframes(values: Any, row: Row, manifest: str | os.PathLike) -> tuple[tupl
         if not re.fullmatch("[0-9]{1,9}", number) or not isinstance(path, str):
             got = json.dumps({number: path}, default=str)[:80]
             raise UserError("a keyframe is the number of a frame and an image", where=row.at("keyframes"), got=got, expected='"40": "image.png"')
-        found.append((int(number), _resolve(path, manifest, f"{row.at('keyframes')}: keyframe {number}")))
+        found.append((int(number), _resolve(path, manifest, f"{row.at('keyframes')}: keyframe {number}", absolute)))
     return tuple(found)
 
 
-def _resolve(text: str, manifest: str | os.PathLike, where: str) -> Path | str:
-    """Resolves a URL, or a path relative to the manifest and inside its folder even if links are followed. Raises UserError."""
+def _resolve(text: str, manifest: str | os.PathLike, where: str, absolute: bool) -> Path | str:
+    """Resolves a URL, an absolute path in a local manifest, or a path relative to the manifest and inside its folder even if links are followed.
+
+    Raises UserError.
+    """
     if is_url(text):
         return check_url(text, where)
+    if absolute and not is_url(manifest) and os.path.isabs(text):
+        try:
+            return check_input(text, "path")
+        except UserError as error:
+            raise UserError(str(error), where=where) from None
     if re.match(r"[A-Za-z]:", text) or "\\" in text or text.startswith("/"):
         raise UserError("not a path relative to the manifest", where=where, got=repr(text), fix="write folder/file with /")
     if is_url(manifest):
@@ -256,16 +314,9 @@ def _resolve(text: str, manifest: str | os.PathLike, where: str) -> Path | str:
     return path
 
 
-def _relative(location: Path | str, folder: Path, manifest: str | os.PathLike) -> str:
-    """The location as a manifest in that folder names it. Raises UserError if it is outside the folder."""
+def _relative(location: Path | str, folder: Path) -> str:
+    """The location as a manifest in that folder names it."""
     if is_url(location):
         return location
     absolute = Path(os.path.abspath(location))
-    if not absolute.is_relative_to(folder):
-        raise UserError(
-            "the manifest must stand in a folder that its media are under",
-            where=f"output {str(manifest)!r}",
-            got=str(location),
-            fix=f"write it to {str(Path(os.path.commonpath([absolute, folder])) / Path(manifest).name)!r}, say",
-        )
-    return absolute.relative_to(folder).as_posix()
+    return absolute.relative_to(folder).as_posix() if absolute.is_relative_to(folder) else str(absolute)

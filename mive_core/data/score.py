@@ -27,6 +27,7 @@ class ScoreWorker:
     judge: Judge
 
     def read(self, entry: ManifestEntry) -> PairedEdit:
+        entry.check()
         if entry.target is None:
             raise UserError("the pair has no target, so there is nothing to rate")
         return load_entry(replace(entry, reference=None, mask=None))

@@ -1,7 +1,6 @@
 """Task vlm: trains the tiny Qwen3-VL to classify and localise edits. It is then frozen and provides hidden states for the DiT."""
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,8 +141,6 @@ class VLMTask(Task):
         weights = {f"model.{name}": value.half() for name, value in self.model.state_dict().items()}
         write_tensors(path / WEIGHTS, weights, {"format": "pt", **self.recipe.metadata})
         write_tensors(path / HEADS, {name: value.half() for name, value in self.heads.state_dict().items()}, {"format": "pt"})
-        for name in (WEIGHTS, HEADS):
-            os.chmod(path / name, 0o644)
 
 
 @torch.no_grad()

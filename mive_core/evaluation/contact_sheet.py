@@ -35,19 +35,21 @@ def make_band(
     target: Tensor | None = None,
     *,
     delivered: Tensor | None = None,
+    before: Tensor | None = None,
     notes: Sequence[str] = (),
     title: str | None = None,
     cell_side: int = 160,
 ) -> Band:
     """Picks NUM_COLUMNS frames and scales them so that the longer side is `cell_side`.
 
-    `edited` and `target` are (F, H, W, 3) in 0..1, like the request's source; `delivered` is the edit at the source's own size. The title
-    defaults to the instruction.
+    `edited` and `target` are (F, H, W, 3) in 0..1, like the request's source; `delivered` is the edit at the source's own size, `before` another
+    model's edit, shown above. The title defaults to the instruction.
     """
     source = request.source
     columns = np.unique(np.linspace(0, len(source.frames) - 1, NUM_COLUMNS).round().astype(int))
-    rows: list[tuple[str, Tensor]] = [("source", source.frames), ("ours", edited)]
-    rows += [(label, frames) for label, frames in (("delivered", delivered), ("truth", target)) if frames is not None]
+    rows: list[tuple[str, Tensor]] = [("source", source.frames)]
+    named = ("before", before), ("ours" if before is None else "after", edited), ("delivered", delivered), ("truth", target)
+    rows += [(label, frames) for label, frames in named if frames is not None]
     return Band(
         request.instruction if title is None else title,
         tuple(notes),

@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..media.paths import atomic_folder, atomic_write, check_output_folder
 from ..media.video import write_video
 from ..types import Clip, EditRequest, EditResult, PairedEdit
+from .before import EDITED, REPORT, Before, decibels
 from .contact_sheet import Band, make_band, write_sheet
 from .full_size import FullSizePairs, colour_match, flow_reference, same_request
 from .metrics import FIGURES, PSNR_CAP, edit_completion, first_frame_gap, is_nearest, mean, region_psnr, shows_edit, worst_frame
@@ -87,13 +88,15 @@ def evaluate(
     *,
     groups: Mapping[str, Sequence[str]] | None = None,
     full_size: FullSizePairs | None = None,
+    before: Before | None = None,
     command: str = "",
 ) -> dict:
     """Edits every pair, writes report.json, sheet.png, sheets/ (8 clips per page) and edited/ (videos), and returns the report.
 
     `groups` holds each pair's kind, edit, ... for the report's `by_kind`, `by_edit`, ...; `full_size` the same pairs at their sources' own
-    sizes, for DELIVERY_FIGURES and `strength_right`; `command` is the command that reproduces the report. Nothing is written before all
-    clips are finished. Raises UserError if there are no pairs or a pair is unusable.
+    sizes, for DELIVERY_FIGURES and `strength_right`; `before` is an earlier evaluation of the same pairs to compare with; `command` is the
+    command that reproduces the report. Nothing is written before all clips are finished. Raises UserError if there are no pairs or a pair
+    is unusable.
     """
     output_dir, groups = check_output_folder(output_dir, "output"), groups or {}
     if not len(pairs):
@@ -101,12 +104,12 @@ def evaluate(
     rows: list[dict] = []
     bands: list[Band] = []
     with atomic_folder(output_dir) as folder:
-        (folder / "edited").mkdir()
+        (folder / EDITED).mkdir()
         for index in tqdm(range(len(pairs)), desc="clips", disable=None):
             pair = pairs[index]
             request = apply_modes(pair.request, settings, pairs, index)
             edited, seconds = timed_edit(pipeline, request, settings)
-            write_video(folder / "edited" / f"{index:03d}.mp4", edited)
+            write_video(folder / EDITED / f"{index:03d}.mp4", edited)
             row = {
                 "name": pair.name,
                 **{group: names[index] for group, names in groups.items()},
@@ -127,19 +130,21 @@ def evaluate(
                 if others:
                     row["strength_right"] = is_nearest(delivered, full.target, [full_size.pairs[other].target for other in others])
             rows.append(row)
-            bands.append(make_band(request, edited.frames, pair.target, delivered=delivered, notes=notes(row), cell_side=96))
+            shown = {} if before is None else {"before": before.frames(index), "notes": (*notes(row), before.note(index))}
+            bands.append(make_band(request, edited.frames, pair.target, delivered=delivered, **{"notes": notes(row), **shown}, cell_side=96))
         report = {
             **summary(rows),
             **strengths_right(rows, "strength_right_raw"),
             **strengths_right(rows, "strength_right"),
             **{f"by_{group}": by_group(rows, group) for group in groups},
+            **({} if before is None else {"before": before.summary}),
             "command": command,
             "settings": asdict(settings),
             "psnr_cap": PSNR_CAP,
             "config": asdict(pipeline.config),
             "per_clip": rows,
         }
-        write_json(folder / "report.json", report)
+        write_json(folder / REPORT, report)
         _write_sheets(folder, bands, report)
     return report
 
@@ -303,13 +308,17 @@ def by_group(rows: Sequence[dict], group: str) -> dict[str, dict]:
 def notes(row: dict) -> tuple[str, ...]:
     """The lines beside the reference on a contact sheet."""
     lines = [" · ".join(text for text in (row["name"], row.get("kind"), row.get("edit")) if text)]
-    delivered = {key: f", delivered {_db(value)}" for key, value in row.get("delivered", {}).items()}
+    delivered = {key: f", delivered {decibels(value)}" for key, value in row.get("delivered", {}).items()}
     if row["psnr_edited"] is not None:
         right = "" if row["edit_completion"] is None else "right, " if row["edit_completion"] >= SUCCESS_THRESHOLD else "not right, "
-        compared = f"copy {_db(row['copy_source']['psnr_edited'])}, ceiling {_db(row['vae_ceiling']['psnr_edited'])}{delivered.get('psnr_edited', '')}"
+        compared = (
+            f"copy {decibels(row['copy_source']['psnr_edited'])}, ceiling {decibels(row['vae_ceiling']['psnr_edited'])}{delivered.get('psnr_edited', '')}"
+        )
         lines.append(f"{right}edited {row['psnr_edited']:.1f} dB ({compared})")
     if row["psnr_kept"] is not None:
-        compared = f"repeat {_db(row['repeat_reference']['psnr_kept'])}, ceiling {_db(row['vae_ceiling']['psnr_kept'])}{delivered.get('psnr_kept', '')}"
+        compared = (
+            f"repeat {decibels(row['repeat_reference']['psnr_kept'])}, ceiling {decibels(row['vae_ceiling']['psnr_kept'])}{delivered.get('psnr_kept', '')}"
+        )
         lines.append(f"kept {row['psnr_kept']:.1f} dB ({compared})")
     return tuple(line for line in lines if line)
 
@@ -321,15 +330,13 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def _write_sheets(folder: Path, bands: Sequence[Band], report: dict) -> None:
-    heading = f"{report['clips']} clips · edited {_db(report['psnr_edited'])} dB · kept {_db(report['psnr_kept'])} dB"
+    heading = f"{report['clips']} clips · edited {decibels(report['psnr_edited'])} dB · kept {decibels(report['psnr_kept'])} dB"
+    if "before" in report:
+        heading += f" · before {decibels(report['before']['psnr_edited'])} and {decibels(report['before']['psnr_kept'])} dB"
     if "delivered" in report:
-        heading += f" · delivered {_db(report['delivered']['psnr_edited'])} and {_db(report['delivered']['psnr_kept'])} dB"
+        heading += f" · delivered {decibels(report['delivered']['psnr_edited'])} and {decibels(report['delivered']['psnr_kept'])} dB"
     write_sheet(folder / "sheet.png", bands, heading, across=min(SHEET_ACROSS, math.ceil(len(bands) / 2)))
     if len(bands) > PAGE_CLIPS:
         (folder / "sheets").mkdir()
         for page, start in enumerate(range(0, len(bands), PAGE_CLIPS)):
             write_sheet(folder / "sheets" / f"{page:02d}.png", bands[start : start + PAGE_CLIPS], across=2)
-
-
-def _db(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

@@ -15,7 +15,19 @@ from ..config import MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
 from .float8 import MODES, Float8Linear
-from .safetensors_file import INDEX_SUFFIX, family_of, is_quantization_key, read_dequantized, read_headers, read_tensor, resolve, scale_key, write_tensors
+from .safetensors_file import (
+    INDEX_SUFFIX,
+    check_finite,
+    family_of,
+    is_quantization_key,
+    read_dequantized,
+    read_headers,
+    read_tensor,
+    resolve,
+    scale_key,
+    write_tensors,
+)
+from .untrained import describe_untrained, untrained_parts
 
 # key parts of the shared layers: Wan's, which are also ours -> those of diffusers' WanTransformer3DModel
 WAN_TO_DIFFUSERS = {
@@ -49,8 +61,9 @@ def rename_keys(keys: dict[str, T], table: dict[str, str], backwards: bool = Fal
 
 
 def save_dit(path: str | Path, state: dict[str, Tensor], config: MiVEConfig, dtype: torch.dtype | None = None, metadata: dict[str, str] | None = None) -> None:
-    """Writes a MiVE DiT's weights to one safetensors file, with the whole config in its metadata."""
+    """Writes a MiVE DiT's weights to one safetensors file, with the whole config in its metadata. Raises UserError if one is not finite."""
     tensors = {k: v if dtype is None else v.to(dtype) for k, v in state.items()}
+    check_finite(Path(path), tensors)
     write_tensors(Path(path), tensors, {**(metadata or {}), **config.to_metadata()})
 
 
@@ -76,11 +89,13 @@ def load_dit(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     float8: str = "scaled_back",
+    precise: tuple[str, ...] = (),
 ) -> MiVEDiT:
     """Loads a MiVE checkpoint (file, folder or sharded index) as a model in eval mode. Its keys must be exactly the model's.
 
     Tensors are loaded one at a time, so that no second copy of the model is held. `float8`, one of float8.MODES, selects how 8-bit
-    matrices are handled: scaled back to `dtype` they save disk space only, kept or multiplied they save memory too.
+    matrices are handled: scaled back to `dtype` they save disk space only, kept or multiplied they save memory too. The modules `precise`
+    are loaded in float32, whatever `dtype` and `float8` say.
     """
     if float8 not in MODES:
         raise UserError("unknown handling of 8 bits", where="float8", got=repr(float8), expected=", ".join(MODES))
@@ -93,13 +108,14 @@ def load_dit(
     state: dict[str, Tensor] = {}
     for key, file in files.items():
         layer = key.removesuffix(".weight")
-        scale = scale_key(file, key)
+        is_precise = key.split(".", 1)[0] in precise
+        scale = None if is_precise else scale_key(file, key)
         if scale is not None and float8 != "scaled_back" and file.shapes[scale] in ((), (1,)) and isinstance(model.get_submodule(layer), nn.Linear):
             weight, factor = read_tensor(file, key).to(device), read_tensor(file, scale).float().view(()).to(device)
             model.set_submodule(layer, Float8Linear(weight, factor, model.get_submodule(layer).bias, float8 == "multiplied"))
             state |= {key: weight, f"{layer}.weight_scale": factor}
         elif not is_quantization_key(key):
-            state[key] = read_dequantized(file, key, dtype).to(device)
+            state[key] = read_dequantized(file, key, torch.float32 if is_precise else dtype).to(device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -132,7 +148,7 @@ def check_shapes(path: Path, got: dict[str, tuple], expected: dict[str, tuple]) 
 
 
 def inspect(path: str | Path) -> dict:
-    """Describes a file, or each file of a folder: family, config, layers, VLM, parameters, dtypes, bytes."""
+    """Describes a file, or each file of a folder: family, config, layers, VLM, untrained modules, parameters, dtypes, bytes."""
     path = Path(path)
     if not path.exists():
         raise UserError("no such file or folder", where=path)
@@ -155,5 +171,7 @@ def inspect(path: str | Path) -> dict:
     if report["family"] == "MiVE DiT":
         config = MiVEConfig.from_metadata(metadata, where=path)
         report |= {"config": json.loads(config.to_metadata()["mive.config"]), "layers": list(config.layers), "vlm": config.vlm}
+        if untrained := untrained_parts(path):
+            report |= {"untrained": list(untrained), "note": describe_untrained(untrained)}
     extra = {k: v for k, v in metadata.items() if k not in ("mive.config", "format")}
     return report | ({"metadata": extra} if extra else {})

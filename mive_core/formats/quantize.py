@@ -17,7 +17,7 @@ from ..errors import UserError
 from . import gguf_file
 from .checkpoint import check_dit_shapes, read_config
 from .float8 import to_float8
-from .safetensors_file import DTYPES, FLOAT8, FileBytes, file_bytes, is_quantization_key, read_headers, read_tensor, resolve, stream_tensors
+from .safetensors_file import DTYPES, FLOAT8, FileBytes, file_bytes, is_quantization_key, read_headers, read_metadata, read_tensor, resolve, stream_tensors
 
 FORMATS = {"fp8_scaled": (torch.float8_e4m3fn, "float8_e4m3fn")}  # name -> dtype, ComfyUI's name of it
 MATRIX = re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]|ffn\.[02])\.weight")
@@ -33,7 +33,6 @@ def quantize(source: str | Path, destination: str | Path, format_name: str = "fp
     """
     if format_name not in FORMATS:
         raise UserError("unknown format", got=format_name, expected=" or ".join(FORMATS))
-    storage, comfy_name = FORMATS[format_name]
     path = resolve(source, "dit.safetensors")
     config = read_config(path)
     files = {key: file for file in read_headers(path) for key in file.shapes}
@@ -46,39 +45,50 @@ def quantize(source: str | Path, destination: str | Path, format_name: str = "fp
             got=f"{quantised[0]} as {files[quantised[0]].dtypes[quantised[0]]}",
             expected="16 or 32 bits",
         )
-    comfy_quant = torch.frombuffer(bytearray(json.dumps({"format": comfy_name}).encode()), dtype=torch.uint8)
+    layers = {key: Float8Layer(key, file.shapes[key], format_name) for key, file in files.items() if MATRIX.fullmatch(key)}
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, file in files.items():
-        if MATRIX.fullmatch(key):
-            layer = key.removesuffix(".weight")
-            layout |= {
-                key: (storage, file.shapes[key]),
-                f"{layer}.weight_scale": (torch.float32, ()),
-                f"{layer}.comfy_quant": (torch.uint8, (len(comfy_quant),)),
-            }
-        else:
-            layout[key] = (DTYPES[file.dtypes[key]], file.shapes[key])
-    scales: dict[str, Tensor] = {}  # of the weight produced last
+        layout |= layers[key].layout if key in layers else {key: (DTYPES[file.dtypes[key]], file.shapes[key])}
+    owners = {name: layer for layer in layers.values() for name in layer.layout}
     errors: dict[str, dict[str, float]] = {}
 
     def produce(key: str) -> Tensor | FileBytes:
-        if key in files and not MATRIX.fullmatch(key):
+        if key not in owners:
             return file_bytes(files[key], key)
-        if key.endswith(".comfy_quant"):
-            return comfy_quant
-        if key.endswith(".weight_scale"):
-            return scales.pop(key)
+        if key not in layers:
+            return owners[key].tensor(key)
         weight = read_tensor(files[key], key).float()
-        weight_float8, scale = to_float8(weight, storage)
-        scales[f"{key.removesuffix('.weight')}.weight_scale"] = scale
+        weight_float8 = layers[key].quantize(weight)
         worst = errors.setdefault(key.split(".", 2)[2].removesuffix(".weight"), {"weight": 0.0, "product": 0.0})
-        for kind, value in relative_errors(weight, weight_float8.float() * scale).items():
+        for kind, value in relative_errors(weight, weight_float8.float() * layers[key].scale).items():
             worst[kind] = max(worst[kind], value)
         return weight_float8
 
-    stream_tensors(Path(destination), layout, produce, config.to_metadata())
+    stream_tensors(Path(destination), layout, produce, {**read_metadata(path), **config.to_metadata()})
     before = sum(file.path.stat().st_size for file in read_headers(path))
     return {"format": format_name, "bytes_before": before, "bytes": Path(destination).stat().st_size, "relative_error": errors}
+
+
+class Float8Layer:
+    """The three tensors under which a file stores one 8-bit matrix; the scale is known once the matrix was quantised."""
+
+    def __init__(self, key: str, shape: tuple[int, ...], format_name: str = "fp8_scaled"):
+        self.storage, comfy_name = FORMATS[format_name]
+        self.key, layer = key, key.removesuffix(".weight")
+        self.scale_key, self.note_key = f"{layer}.weight_scale", f"{layer}.comfy_quant"
+        self.note = torch.frombuffer(bytearray(json.dumps({"format": comfy_name}).encode()), dtype=torch.uint8)
+        self.scale = 1.0  # a number: scalar tensors of all layers, kept until the end, would fragment the memory
+        self.layout = {key: (self.storage, shape), self.scale_key: (torch.float32, ()), self.note_key: (torch.uint8, (len(self.note),))}
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """A float32 matrix -> the one to store."""
+        quantised, scale = to_float8(weight, self.storage)
+        self.scale = float(scale)
+        return quantised
+
+    def tensor(self, key: str) -> Tensor:
+        """The scale or the note, after `quantize`."""
+        return self.note if key == self.note_key else torch.tensor(self.scale)
 
 
 def relative_errors(weight: Tensor, restored: Tensor) -> dict[str, float]:

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import METADATA_KEY
+from ..config import METADATA_PREFIX
 from ..errors import UserError
-from ..media.paths import atomic_write, check_input
+from ..media.paths import atomic_write, check_input, remove_partials_of
 from . import gguf_file
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -37,11 +37,18 @@ SCALE_SUFFIXES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight
 QUANTIZATION_SUFFIXES = (".comfy_quant", ".input_scale", ".scale_input", "scaled_fp8")  # other keys of 8-bit storage; dequantising needs none of them
 
 VLM_FAMILY, VAE_FAMILY, WAN_FAMILY = "a Qwen3-VL model", "a Wan VAE", "a Wan T2V checkpoint"
+WAN_I2V_FAMILY = "a Wan I2V checkpoint"
 # name of a family, pattern of a key that only its files have; most specific first
 FAMILIES = (
     ("a MiVE DiT", r"^context\.projections\.0\.weight$"),
     ("a LoRA", r"lora_(A|B|up|down|a|b)\b|\.lora_"),
-    ("a Wan I2V checkpoint", r"img_emb\.proj|image_embedder\."),
+    ("a Wan VACE checkpoint", r"(^|\.)vace_(blocks|patch_embedding)\."),
+    ("a Wan S2V checkpoint", r"(^|\.)casual_audio_encoder\."),
+    ("a Wan Animate checkpoint", r"(^|\.)(face_adapter|pose_patch_embedding)\."),
+    ("a HuMo checkpoint", r"(^|\.)audio_proj\.audio_proj_glob_1\."),
+    ("a SCAIL or WanDancer checkpoint", r"(^|\.)patch_embedding_(pose|mask|global)\."),
+    ("a Wan Control-Camera checkpoint", r"(^|\.)control_adapter\."),
+    (WAN_I2V_FAMILY, r"img_emb\.proj|image_embedder\."),
     (WAN_FAMILY, r"(^|\.)blocks\.0\.(cross_attn|attn2)\."),
     (VAE_FAMILY, r"^(decoder\.middle\.0\.residual\.0\.gamma|decoder\.mid_block\.resnets\.0\.norm1\.gamma|decoder\.head\.0\.gamma)$"),
     (VLM_FAMILY, r"(visual\.deepstack_merger_list|visual\.merger)"),
@@ -129,9 +136,11 @@ def read_header(path: Path) -> TensorFile:
         )
     data_start = 8 + header_size
     offsets = {k: (data_start + v["data_offsets"][0], data_start + v["data_offsets"][1]) for k, v in header.items()}
-    if METADATA_KEY in header and header.pop(METADATA_KEY)["dtype"] == "U8":  # written by hosts that use the metadata themselves
-        start, end = offsets.pop(METADATA_KEY)
-        metadata = {**metadata, METADATA_KEY: np.fromfile(path, np.uint8, end - start, offset=start).tobytes().decode("utf-8", "replace")}
+    for key in [key for key, entry in header.items() if key.startswith(METADATA_PREFIX) and entry["dtype"] == "U8"]:
+        # written by hosts that use the metadata themselves
+        start, end = offsets.pop(key)
+        metadata = {**metadata, key: np.fromfile(path, np.uint8, end - start, offset=start).tobytes().decode("utf-8", "replace")}
+        del header[key]
     return TensorFile(path, {k: tuple(v["shape"]) for k, v in header.items()}, {k: v["dtype"] for k, v in header.items()}, metadata, offsets)
 
 
@@ -156,6 +165,11 @@ def shard_files(path: Path) -> list[Path]:
 def read_headers(path: Path) -> list[TensorFile]:
     """The header of a file, or those of all shards of a sharded index."""
     return [read_header(shard) for shard in shard_files(path)]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file, or of all shards of a sharded index."""
+    return {key: value for header in read_headers(path) for key, value in header.metadata.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -226,6 +240,7 @@ def stream_tensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partials_of(path)  # of gigabytes, where an earlier run was killed
     free = shutil.disk_usage(path.parent).free
     if free < end:
         raise UserError("there is no room for the file", where=path, got=f"{free / 1e9:.1f} GB free", expected=f"{end / 1e9:.1f} GB")
@@ -258,6 +273,15 @@ def copy_bytes(origin: FileBytes, file: BinaryIO) -> None:
             if not copied:
                 raise UserError("the file is truncated", where=origin.path, got=f"{position} bytes", expected=f"{origin.end} bytes", fix="download it again")
             position += copied
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError if a tensor holds a NaN or an infinity, as one of float16 does where its numbers were above 65504."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.detach()).all():
+            raise UserError(
+                "a weight is not finite, so nothing is written", where=path, got=f"{key} in {tensor.dtype}", fix="take bf16 or fp32 instead of fp16"
+            )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

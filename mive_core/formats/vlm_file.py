@@ -1,8 +1,10 @@
 """Qwen3-VL in a single file, as used with ComfyUI: without a config, possibly with 8-bit weights and their scales.
 
 The size follows from the shapes; all other settings are the same in all published sizes (2B to 32B).
+Of a Hugging Face folder it reads the size only.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from ..config import VLM_SIZES
 from ..errors import UserError
+from ..media.paths import check_input
 from .safetensors_file import VLM_FAMILY, is_quantization_key, read_dequantized, read_header
 
 # the same in every published Qwen3-VL
@@ -87,6 +90,16 @@ def read_single_file(path: Path, dtype: torch.dtype) -> tuple[dict, dict[str, Te
     body = {key: key.removeprefix("model.") for key in header.shapes if not is_quantization_key(key) and not key.startswith("lm_head.")}
     config = config_from_shapes(path, {name: header.shapes[key] for key, name in body.items()})
     return config, {name: read_dequantized(header, key, dtype) for key, name in body.items()}
+
+
+def read_folder_shape(folder: Path) -> tuple[int, int]:
+    """A Hugging Face folder of a Qwen3-VL -> its width and number of layers, as config.json says. Raises UserError."""
+    path = check_input(folder / "config.json", "VLM config")
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))["text_config"]
+        return int(text["hidden_size"]), int(text["num_hidden_layers"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("this is no config of a Qwen3-VL", where=path, got=f"{type(error).__name__}: {error}", expected="a text_config in it") from error
 
 
 def vlm_name(width: int, path: Path) -> str:

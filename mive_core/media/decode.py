@@ -33,9 +33,10 @@ UNSPECIFIED = 2  # ISO/IEC 23091-2's number of an untagged matrix
 
 @dataclass(frozen=True)
 class Timing:
-    """Frame rates: that of the file, None if it has none, and, where that varies, the constant one that it is read at."""
+    """Frame rates: that of the file, None if it has none, and, where that varies, the constant one that it is read at; and the frames then read."""
 
     average: Fraction | None
+    num_frames: int | None  # None: not known without decoding
     constant: Fraction | None = None
 
     @property
@@ -54,19 +55,22 @@ def read_timing(path: Path) -> Timing:
     with av.open(str(path)) as container:
         stream = video_stream(container)
         if stream is None:
-            return Timing(None)
+            return Timing(None, None)
         average, packets = stream.average_rate, islice(container.demux(stream), NUM_TIMED)
         times = [packet.pts for packet in packets if packet.size]
+        timing = Timing(average, stream.frames or (len(times) if len(times) < NUM_TIMED - 1 else None))
     if len(times) < 3 or any(time is None for time in times):
-        return Timing(average)
+        return timing
     intervals = np.diff(np.sort(np.array(times, dtype=np.int64)))
     usual = np.median(intervals)
     is_usual = np.abs(intervals - usual) <= np.maximum(JITTER * usual, 1)
     if is_usual.all() or not stream.time_base or usual <= 0:
-        return Timing(average)
+        return timing
     measured = 1 / (Fraction(float(intervals[is_usual].mean())) * stream.time_base)
     rate = min(RATES, key=lambda known: abs(known / measured - 1))
-    return Timing(average, rate if abs(rate / measured - 1) < SNAP else measured.limit_denominator(1001))
+    constant = rate if abs(rate / measured - 1) < SNAP else measured.limit_denominator(1001)
+    num_frames = round(float((max(times) - min(times)) * stream.time_base * constant)) + 1 if len(times) < NUM_TIMED - 1 else None
+    return Timing(average, num_frames, constant)
 
 
 def decode_video(path: Path, what: str, num_frames: int | None) -> Iterator[np.ndarray]:

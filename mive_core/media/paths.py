@@ -1,5 +1,6 @@
 """Checks the user's paths early, and writes files and folders atomically."""
 
+import glob
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -73,12 +74,17 @@ def numbered_name(number: int, name: str, digits: int) -> str:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder, which is renamed to `path` at the end.
 
-    On any failure the temporary file is removed, and an existing file at `path` stays unchanged.
+    The file's permissions are those that open() gives, whatever writes it. On any failure the temporary file is removed, and an existing
+    file at `path` stays unchanged.
     Raises UserError if the system refuses the write.
     """
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        if partial.stat().st_mode != mode:  # safetensors, for one, leaves a file that only its owner may read
+            partial.chmod(mode)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -112,6 +118,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 os.replace(entry, destination)
     except OSError as error:
         raise UserError(f"could not be written ({error.strerror or error})", where=path, fix="check space and permissions") from error
+
+
+def remove_partials_of(path: Path) -> None:
+    """Removes what killed processes left of `atomic_write` to this very path."""
+    for leftover in path.parent.glob(f".*.partial{glob.escape(path.suffix)}"):
+        if re.fullmatch(rf"\.{re.escape(path.stem)}\.\d+\.partial{re.escape(path.suffix)}", leftover.name):
+            leftover.unlink(missing_ok=True)
 
 
 def remove_partial_files(folder: Path) -> None:

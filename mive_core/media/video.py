@@ -64,6 +64,17 @@ def read_fps(path: str | os.PathLike, fps: float = DEFAULT_FPS) -> float:
     return fps if animation is None else animation[1]
 
 
+def read_num_frames(path: str | os.PathLike) -> int | None:
+    """Number of frames that a source is read as, for a video file as its header or its times tell. None if it is not known."""
+    path = Path(path)
+    if path.is_dir():
+        return sum(p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") for p in path.iterdir())
+    if _is_file(path):
+        return read_timing(path).num_frames
+    animation = read_animation(path, "video")
+    return 1 if animation is None else len(animation[0])
+
+
 def write_video(path: str | os.PathLike, clip: Clip, *, sound: Path | None = None, encoding: Encoding = Encoding()) -> Path:
     """Clip -> a file of the format that `encoding` names, by default the suffix's (see encode.DEFAULTS), written completely or not at all.
 

@@ -1,7 +1,9 @@
 """Training checkpoints: one safetensors file per saved state, written atomically."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,29 @@ class RecipeMismatch(UserError):
         self.differ = differ
 
 
+class FurtherThanAsked(UserError):
+    """Raised when the checkpoints in a folder are of more steps than the run is to have."""
+
+    def __init__(self, folder: Path, num_done: int, num_steps: int):
+        super().__init__(
+            "the checkpoint there has more steps than num_steps",
+            where=folder,
+            got=num_done,
+            expected=f"at most {num_steps}",
+            fix=f"set num_steps to {num_done} to export it, or to more to go on; another output_dir starts anew",
+        )
+        self.num_done, self.num_steps = num_done, num_steps
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run starts, and the fields that its user has changed since its first step."""
+
+    step: int = 0  # the next step
+    changes: tuple[dict, ...] = ()  # in order: {"step": the first one with the change, "changed": {field: [old, new]}}
+    newest: dict[str, list] = field(default_factory=dict)  # the changed fields of this resume, which `changes` holds last
+
+
 def save(
     folder: Path,
     step: int,
@@ -43,6 +68,7 @@ def save(
     recipe: dict,
     keep: int,
     processes: ProcessGroup = ProcessGroup(),
+    changes: Sequence[dict] = (),
 ) -> Path:
     """Saves all that is needed to continue after `step`, and removes all but the `keep` newest checkpoints.
 
@@ -66,7 +92,7 @@ def save(
             full_tensors[key] = full.cpu().clone()  # safetensors refuses tensors that share storage
     if not processes.is_first:
         return path
-    write_tensors(path, full_tensors, {METADATA_KEY: json.dumps({"step": step, "recipe": recipe, "scalars": scalars})})
+    write_tensors(path, full_tensors, {METADATA_KEY: json.dumps({"step": step, "recipe": recipe, "changes": changes, "scalars": scalars})})
     for old in sorted(folder.glob(PATTERN))[:-keep]:
         old.unlink()
     return path
@@ -80,22 +106,26 @@ def restore(
     recipe: dict,
     defaults: dict,
     free_fields: frozenset[str] = frozenset(),
-) -> int:
-    """Loads the newest complete checkpoint and returns the next step, 0 if there is none. Removes unfinished files of a crash.
+    is_adjustable: Callable[[str, Any], bool] = lambda field, old: False,
+) -> Resumed:
+    """Loads the newest complete checkpoint and returns where the run goes on. Removes unfinished files of a crash.
 
-    `recipe` must equal the checkpoint's recipe except for `free_fields`; `defaults` fill in fields that are newer than the checkpoint.
-    Raises RecipeMismatch if the recipes differ.
+    `recipe` must equal the checkpoint's recipe except for `free_fields`, and for those that `is_adjustable(field, old value)` lets change;
+    `defaults` fill in fields that are newer than the checkpoint. Raises RecipeMismatch if the recipes differ, FurtherThanAsked if the
+    checkpoint has more steps than the recipe.
     """
     for orphan in folder.glob(PARTIAL_PATTERN):
         orphan.unlink(missing_ok=True)
     newest = _newest(folder)
     if newest is None:
-        return 0
+        return Resumed()
     stored, state = newest
     written = defaults | rename_keys(state["recipe"], recipe.keys())
     differing = sorted(key for key in (recipe.keys() | written.keys()) - free_fields if recipe.get(key) != written.get(key))
-    if differing:
-        raise RecipeMismatch(folder, differing)
+    if mismatched := [key for key in differing if not is_adjustable(key, written.get(key))]:
+        raise RecipeMismatch(folder, mismatched)
+    if state["step"] + 1 > recipe.get("num_steps", math.inf):
+        raise FurtherThanAsked(folder, state["step"] + 1, recipe["num_steps"])
     for name, module in modules.items():
         check_shapes(folder, {key: stored.shape(f"module.{name}.{key}") for key in _strip_prefix(stored, f"module.{name}.")}, module.state_dict())
     for name, module in modules.items():
@@ -107,7 +137,9 @@ def restore(
         prefix = f"optimizer.{name}."
         values = ((key, source[prefix + key]) for source in (stored, state["scalars"]) for key in _strip_prefix(source, prefix))
         optimizer.load_state_dict(optimizer.state_dict() | {"state": _optimizer_state(values, optimizer)})
-    return state["step"] + 1
+    changed = {key: [written[key], recipe[key]] for key in differing if key in written}
+    changes = (*state.get("changes", ()), *([{"step": state["step"] + 1, "changed": changed}] if changed else []))
+    return Resumed(state["step"] + 1, changes, changed)
 
 
 class LazyTensors(Mapping):

@@ -17,6 +17,7 @@ from ..config import MiVEConfig
 from ..errors import UserError
 from ..formats.checkpoint import load_dit, read_config
 from ..formats.safetensors_file import resolve
+from ..formats.untrained import NEW_PARTS, untrained_parts
 from ..pipeline import EMBEDDED
 from .cache import CacheEntry, dequantize_states, read_index
 from .flow_matching import DTYPES, FlowMatchingRecipe, FlowMatchingTask, check_recipe, training_attention
@@ -33,7 +34,7 @@ FLOAT8 = ("scaled_back", "kept")
 class EditRecipe(FlowMatchingRecipe):
     """Recipe of a training on cached pairs."""
 
-    caches: tuple  # folders that `mive data cache` made for the checkpoint start_from
+    caches: tuple[str, ...]  # folders that `mive data cache` made for the checkpoint start_from
     weight_dtype: str = "fp32"  # dtype of the loaded weights, fp32 or bf16; weights of the LoRA are always float32
     float8: str = "scaled_back"  # treatment of the checkpoint's 8-bit matrices: scaled_back to weight_dtype, or kept in 8 bits, for a LoRA only
     condition_dropout: float = 0.0  # probability of an empty instruction for a batch, for classifier-free guidance
@@ -110,9 +111,13 @@ class EditTask(FlowMatchingTask):
         check_edit_recipe(recipe, where)
         path = resolve(EMBEDDED.get(recipe.start_from, recipe.start_from), "dit.safetensors")
         check_caches(recipe, read_config(path))
+        untrained = bool(untrained_parts(path))
+        precise = NEW_PARTS if recipe.trains_new_parts(untrained) else ()
         torch.manual_seed(recipe.seed)
-        model = load_dit(path, attention=training_attention(recipe), dtype=DTYPES[recipe.weight_dtype], device=recipe.device, float8=recipe.float8).train()
-        super().__init__(recipe, model, CachedBatches(recipe.caches, recipe.batch_size, recipe.seed))
+        model = load_dit(
+            path, attention=training_attention(recipe), dtype=DTYPES[recipe.weight_dtype], device=recipe.device, float8=recipe.float8, precise=precise
+        )
+        super().__init__(recipe, model.train(), CachedBatches(recipe.caches, recipe.batch_size, recipe.seed), untrained=untrained)
 
     def states(self, batch: EditFeatures, generator: torch.Generator) -> Tensor:
         """Returns the states of the instruction, or by condition dropout those of an empty one."""

@@ -3,6 +3,7 @@
 B batch, C latent channels, T x Y x X latent grid, K chosen layers, S VLM tokens, D_vlm their width.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from ..dit import MiVEDiT
 from ..errors import UserError
 from ..flow import shift_time
 from ..formats.checkpoint import save_dit
+from ..formats.lora_file import lora_metadata, write_lora
+from ..formats.untrained import NEW_PARTS
 from ..pipeline import check_compiler, check_device
 from . import blocks
 from .distributed import full_tensor
 from .loop import Task
-from .lora import TARGETS, add_lora, as_module, save_lora
+from .lora import TARGETS, adapters_of, add_lora, as_module
+from .new_parts import CHOICES, differences, stored_weights, train_whole, trains_new_parts
 from .objective import EditFeatures, flow_matching_losses, one_step_prediction
 from .optim import Muon, adamw_8bit
 from .recipe import Recipe
@@ -33,6 +37,8 @@ TIME_SAMPLINGS = ("uniform", "logit_normal")
 PREDICTION_TIMES = (0.1, 1.0)  # uniform range of t for scheduled sampling
 OPTIMIZERS = ("adamw", "adamw_8bit")
 TIME_LAYERS = ("time_embedding", "time_projection", "modulation")  # components of parameter names
+GROUP_RATES = frozenset({"time_learning_rate", "muon_learning_rate"})  # a rate of 0 means no parameter group, so a checkpoint holds no state of one
+ADJUSTABLE_FIELDS = GROUP_RATES | {"learning_rate", "new_parts_learning_rate", "weight_decay", "num_warmup_steps", "decay_ratio", "max_grad_norm", "num_steps"}
 BLOCK_FIELDS = frozenset({"gradient_checkpointing", "offload", "compiled", "sharded"})
 VALIDATION_FIELDS = frozenset(
     {"validate_every", "validate_at_start", "validation_manifest", "validation_cache", "validation_vae", "validation_pairs", "validation_steps"}
@@ -61,7 +67,9 @@ class FlowMatchingRecipe(Recipe):
     cauchy_scale: float = 0.0  # scale of the Cauchy loss on each region's error, see objective.cauchy_loss; 0: mean squared error over all cells
     lora_rank: int = 0  # rank of the LoRA; 0: training of all weights
     lora_alpha: float = 0.0  # LoRA alpha, where the LoRA is scaled by alpha / rank; 0: alpha = rank
-    lora_targets: tuple = TARGETS  # layers of each block that the LoRA adapts
+    lora_targets: tuple[str, ...] = TARGETS  # layers of each block that the LoRA adapts
+    new_parts: str = ""  # what Wan lacks, beside a LoRA: frozen or trained; "": trained if start_from is fresh from Wan, else frozen
+    new_parts_learning_rate: float = 0.0  # peak learning rate of the new parts; 0: learning_rate
     attention: str = "auto"  # attention backend, see attention.py
     gradient_checkpointing: bool = False  # recomputation of each block's activations in the backward pass, to save memory
     offload: bool = False  # storage of the blocks' inputs in main memory; needs gradient_checkpointing
@@ -81,10 +89,18 @@ class FlowMatchingRecipe(Recipe):
         """The LoRA alpha in effect."""
         return self.lora_alpha or self.lora_rank
 
+    def trains_new_parts(self, untrained: bool) -> bool:
+        """Whether a LoRA's training trains the new parts whole beside it. Raises UserError if the untrained ones were to stay so."""
+        return bool(self.lora_rank) and trains_new_parts(self.new_parts, untrained)
+
     @property
     def free_fields(self) -> frozenset[str]:
-        """Adds fields of how blocks run and of validation; without a learning rate decay also num_steps, so that a finished run can be extended."""
-        return super().free_fields | BLOCK_FIELDS | VALIDATION_FIELDS | (frozenset() if self.decay_ratio else {"num_steps"})
+        """Adds fields of how blocks run and of validation."""
+        return super().free_fields | BLOCK_FIELDS | VALIDATION_FIELDS
+
+    def is_adjustable(self, field: str, old: Any) -> bool:
+        """Learning rates, their schedule and num_steps may change, but Muon and the time layers' own rate are not switched on or off."""
+        return field in ADJUSTABLE_FIELDS and (field not in GROUP_RATES or bool(old) == bool(getattr(self, field)))
 
 
 class FlowMatchingTask(Task):
@@ -92,13 +108,16 @@ class FlowMatchingTask(Task):
 
     recipe: FlowMatchingRecipe
 
-    def __init__(self, recipe: FlowMatchingRecipe, model: MiVEDiT, dataset: Dataset, channel_weights: Tensor | float = 1.0):
-        """`channel_weights`, (C,) or one number, are the loss weights of the latent channels."""
+    def __init__(self, recipe: FlowMatchingRecipe, model: MiVEDiT, dataset: Dataset, channel_weights: Tensor | float = 1.0, untrained: bool = False):
+        """`channel_weights`, (C,) or one number, are the loss weights of the latent channels; `untrained`: the model's new parts have not learnt yet."""
         self.recipe, self.model, self.config, self.dataset, self.channel_weights = recipe, model, model.config, dataset, channel_weights
         if recipe.lora_rank:
             self.modules = {"lora": as_module(add_lora(model, recipe.lora_rank, recipe.lora_targets, recipe.alpha))}
         else:
             self.modules = {"dit": model.requires_grad_(True)}
+        self.new_parts = train_whole(model) if recipe.trains_new_parts(untrained) else {}
+        if self.new_parts:
+            self.base, self.modules = stored_weights(self.new_parts), {**self.modules, "new_parts": as_module(self.new_parts)}
         if recipe.gradient_checkpointing:
             blocks.checkpoint_activations(model)
         if recipe.offload:
@@ -107,13 +126,13 @@ class FlowMatchingTask(Task):
             model.compile_blocks()
         if recipe.sharded:
             blocks.shard(model, recipe.bf16)
-        self.optimizers = build_optimizers(recipe, next(iter(self.modules.values())))
+        self.optimizers = build_optimizers(recipe, next(iter(self.modules.values())), self.new_parts.values())
 
     def lr_factor(self, step: int) -> float:
         """Returns the factor of linear warmup and linear decay."""
         recipe = self.recipe
         remaining = (recipe.num_steps - step) / max(recipe.decay_ratio * recipe.num_steps, 1)
-        return min((step + 1) / recipe.num_warmup_steps, remaining, 1.0)
+        return min((step + 1) / max(recipe.num_warmup_steps, 1), remaining, 1.0)
 
     def loss(self, step: int, batch: EditFeatures, generator: torch.Generator) -> dict[str, Tensor]:
         """Draws noise and t and returns the losses of flow_matching_losses."""
@@ -141,7 +160,8 @@ class FlowMatchingTask(Task):
 
     def workload(self, batch: EditFeatures) -> Workload:
         size, layout = len(batch.target), Layout(batch.states.shape[2], self.config.patch_grid(*batch.target.shape[2:]), batch.reference.shape[2])
-        trained_flops, prediction_flops = training_flops(self.config, layout, frozen=bool(self.recipe.lora_rank)), dit_flops(self.config, layout)
+        trained_flops = training_flops(self.config, layout, frozen=bool(self.recipe.lora_rank), new_parts=bool(self.new_parts))
+        prediction_flops = dit_flops(self.config, layout)
         return Workload(size, size * layout.num_tokens, size * trained_flops + self.num_predicted(size) * prediction_flops)
 
     def exported(self, name: str, weight: Tensor) -> Tensor:
@@ -149,10 +169,12 @@ class FlowMatchingTask(Task):
         return weight
 
     def export(self, path: Path) -> None:
-        """Writes a full MiVE checkpoint, or a LoRA in peft's format."""
+        """Writes a full MiVE checkpoint, or a LoRA with the differences of the new parts, if these were trained."""
         if self.recipe.lora_rank:
-            metadata = {"mive.lora": f"rank {self.recipe.lora_rank}", "mive.base": Path(self.recipe.start_from).name, **self.recipe.metadata}
-            save_lora(path, self.modules["lora"], self.recipe.alpha / self.recipe.lora_rank, metadata)
+            changed = differences(self.new_parts, self.base) if self.new_parts else {}
+            metadata = lora_metadata(self.recipe.lora_rank, Path(self.recipe.start_from).name, self.config, NEW_PARTS if changed else ())
+            adapters = adapters_of(self.modules["lora"].state_dict())
+            write_lora(path, adapters, self.recipe.alpha / self.recipe.lora_rank, changed, metadata | self.recipe.metadata)
             return
         is_first = not distributed.is_initialized() or distributed.get_rank() == 0
         weights = {}
@@ -164,14 +186,19 @@ class FlowMatchingTask(Task):
             save_dit(path, weights, self.config, DTYPES.get(self.recipe.export_dtype), self.recipe.metadata)
 
 
-def build_optimizers(recipe: FlowMatchingRecipe, trained: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """Builds AdamW, with a separate parameter group for the time layers if these have a learning rate, and Muon for the blocks' matrices if it has one."""
+def build_optimizers(recipe: FlowMatchingRecipe, trained: nn.Module, new_parts: Iterable[nn.Parameter] = ()) -> dict[str, torch.optim.Optimizer]:
+    """Builds AdamW, and Muon for the blocks' matrices if it has a learning rate.
+
+    AdamW has a parameter group of its own for the time layers, if these have a learning rate, and for the `new_parts` beside a LoRA.
+    """
     matrices = [p for p in trained.blocks.parameters() if p.ndim == 2] if recipe.muon_learning_rate else []
     time_parameters = [p for name, p in trained.named_parameters() if not set(TIME_LAYERS).isdisjoint(name.split("."))] if recipe.time_learning_rate else []
     assigned = {id(p) for p in matrices + time_parameters}
     groups: list[dict[str, Any]] = [{"params": [p for p in trained.parameters() if id(p) not in assigned]}]
     if time_parameters:
         groups.append({"params": time_parameters, "lr": recipe.time_learning_rate})
+    if whole := list(new_parts):
+        groups.append({"params": whole, "lr": recipe.new_parts_learning_rate or recipe.learning_rate})
     settings = {"lr": recipe.learning_rate, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
     optimizers = {"adamw": torch.optim.AdamW(groups, fused=True, **settings) if recipe.optimizer == "adamw" else adamw_8bit(groups, **settings)}
     if matrices:
@@ -194,7 +221,7 @@ def check_recipe(recipe: FlowMatchingRecipe, where: object = None) -> None:
     check_device(recipe.device)
     if recipe.compiled:
         check_compiler(recipe.device)
-    for name, known in (("time_sampling", TIME_SAMPLINGS), ("export_dtype", ("", *DTYPES)), ("optimizer", OPTIMIZERS)):
+    for name, known in (("time_sampling", TIME_SAMPLINGS), ("export_dtype", ("", *DTYPES)), ("optimizer", OPTIMIZERS), ("new_parts", CHOICES)):
         if getattr(recipe, name) not in known:
             raise UserError(f"the recipe's {name} is unknown", where=where, got=repr(getattr(recipe, name)), expected=" or ".join(known))
     unknown = sorted(set(recipe.lora_targets) - set(TARGETS))
@@ -208,6 +235,8 @@ def check_recipe(recipe: FlowMatchingRecipe, where: object = None) -> None:
         ),
         (recipe.cauchy_scale < 0, "cauchy_scale is an error, which is never below zero", "set cauchy_scale to 0 for no logarithm"),
         (recipe.sharded and recipe.lora_rank, "a LoRA is not sharded: its weights are few, and each process holds the frozen ones", "set sharded to false"),
+        ((recipe.new_parts or recipe.new_parts_learning_rate) and not recipe.lora_rank, "new_parts says what is trained beside a LoRA", "set lora_rank"),
+        (recipe.new_parts_learning_rate and recipe.new_parts == "frozen", "what is frozen has no learning rate", "leave new_parts_learning_rate out"),
         (recipe.time_learning_rate and recipe.lora_rank, "a LoRA leaves the time layers as they are", "leave time_learning_rate out"),
         (
             recipe.muon_learning_rate and recipe.lora_rank,

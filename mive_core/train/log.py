@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,12 +27,13 @@ class Log:
         self.writers = [writer for writer in (tensorboard(self.folder / TENSORBOARD, first_step), weights_and_biases(recipe)) if writer is not None]
 
     def write(self, step: int, metrics: Mapping[str, float], kind: str = "train", image: Path | None = None) -> None:
-        """`kind` is a key of FILES; `image` is a PNG that illustrates the metrics."""
+        """`kind` is a key of FILES; `image` is a PNG that illustrates the metrics. JSON has no NaN: values that are not finite become null."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         with write_errors(self.folder):
             with open(self.folder / FILES[kind], "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(json.dumps({"step": step, **{name: finite.get(name) for name in metrics}}, allow_nan=False) + "\n")
             for writer in self.writers:
-                writer.write(step, {f"{kind}/{name}": value for name, value in metrics.items()}, kind, image)
+                writer.write(step, {f"{kind}/{name}": value for name, value in finite.items()}, kind, image)
 
     def close(self) -> None:
         with write_errors(self.folder):

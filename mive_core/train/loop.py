@@ -4,7 +4,9 @@ A task defines the model, the data and the loss; the loop handles the order of s
 All randomness derives from (seed, step), so a resumed run continues bit for bit.
 """
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from . import checkpoints
 from .distributed import ProcessGroup, full_tensor
+from .finite import StepGuard, all_finite, check_finite
 from .log import Log
 from .recipe import Recipe, defaults_of, fingerprint
 from .throughput import ThroughputMeter, Workload, peak_flops
@@ -79,9 +82,12 @@ def run(
 ) -> None:
     """Trains from the newest checkpoint in `output_dir`, or from step 0, and exports at the end. Only the first process writes.
 
+    A resumed run whose learning rates, schedule or number of steps were changed says so in a warning and in its checkpoints.
+
     `stop_at` ends the run before that step without a checkpoint, as a crash would. `on_step_end` is called after each step with the
     step and its losses; an exception from it ends the run after a checkpoint, from which a later run resumes. `validation` runs after
-    a checkpoint, on the averaged weights if `ema_decay` is set.
+    a checkpoint, on the averaged weights if `ema_decay` is set. Steps that are not finite are skipped, see finite.py: weights and averages
+    stay as they are, and no checkpoint is due until a step is taken again. Raises UserError if several in a row are not finite.
     """
     recipe = task.recipe
     folder = Path(recipe.output_dir)
@@ -90,13 +96,18 @@ def run(
         torch.set_num_threads(recipe.num_threads)
     averages = _initial_averages(task)
     recipe_fields = checkpoint_fields(recipe, processes)
-    first = checkpoints.restore(folder, task.modules, averages, task.optimizers, recipe_fields, _defaults(recipe), recipe.free_fields)
+    resumed = _restore(task, averages, recipe_fields)
+    first = resumed.step
+    if resumed.newest and processes.is_first:
+        shown = ", ".join(f"{name} from {old} to {new}" for name, (old, new) in resumed.newest.items())
+        warnings.warn(f"{folder}: the run goes on from step {first + 1} with a change of {shown}", stacklevel=2)
     processes.barrier()  # all processes have read before the first one writes
     base_lrs = [(group, float(group["lr"])) for optimizer in task.optimizers.values() for group in optimizer.param_groups]
     last = recipe.num_steps if stop_at is None else min(stop_at, recipe.num_steps)
     saved_at = time.monotonic()
     batches = _batches(task, first, last, processes)
     sums: dict[str, Tensor] = {}
+    guard = StepGuard(first, processes.is_first)
     with ExitStack() as stack:
         log = stack.enter_context(closing(Log(recipe, first))) if processes.is_first else None
         if validation is not None and validation.at_start and first == 0:
@@ -107,21 +118,31 @@ def run(
                 step_batches = next(batches)
             for group, base_lr in base_lrs:
                 _set_lr(group, base_lr * task.lr_factor(step))
-            losses = _step(task, step, step_batches, processes)
-            _update_averages(task, averages, step)
+            losses = _gradients(task, step, step_batches, processes)
+            if is_taken := guard.accepts(step, losses):
+                for optimizer in task.optimizers.values():
+                    optimizer.step()
+                task.after_step(step)
+                _update_averages(task, averages, step)
+                sums = {name: sums.get(name, 0) + pair for name, pair in losses.items() if pair.ndim}
             meter.count(task.workload(batch) for batch in step_batches)
-            sums = {name: sums.get(name, 0) + pair for name, pair in losses.items() if pair.ndim}
             losses = {name: value for name, value in losses.items() if not value.ndim}
-            if step % recipe.log_every == 0:
+            if step % recipe.log_every == 0 or guard.ends_run:
                 metrics = {name: float(value) for name, value in losses.items()} | _quotients(sums)  # synchronises with the device
-                metrics |= meter.read()
+                metrics |= {**guard.logged(), **meter.read()}
                 sums = {}
                 if log is not None:
                     log.write(step, metrics)
             interruption = _interruption(on_step_end, step, losses)
+            if interruption is None:
+                guard.check(step, last - 1)
             due = validation is not None and validation.due(step)
-            if interruption or due or step == recipe.num_steps - 1 or processes.broadcast(time.monotonic() - saved_at > recipe.checkpoint_every_s):
-                checkpoints.save(folder, step, task.modules, averages, task.optimizers, recipe_fields, recipe.num_checkpoints, processes)
+            is_time = processes.broadcast(time.monotonic() - saved_at > recipe.checkpoint_every_s) and is_taken
+            if interruption or due or step == recipe.num_steps - 1 or is_time:
+                if interruption is None:
+                    check_finite(_saved(task, averages), step, processes)
+                if interruption is None or all_finite(_saved(task, averages), processes):
+                    checkpoints.save(folder, step, task.modules, averages, task.optimizers, recipe_fields, recipe.num_checkpoints, processes, resumed.changes)
                 saved_at = time.monotonic()
             if interruption:
                 raise interruption
@@ -129,6 +150,7 @@ def run(
                 _validate(task, averages, validation, step, processes, log)
                 meter.restart()
     if last == recipe.num_steps:
+        check_finite(_saved(task, averages), recipe.num_steps - 1, processes)
         _swap_averages(task, averages)
         if processes.is_first or _is_sharded(task):
             task.export(Path(recipe.export))
@@ -150,13 +172,18 @@ def checkpoint_fields(recipe: Recipe, processes: ProcessGroup) -> dict:
 def export_newest(task: Task, path: Path) -> int:
     """Exports the newest checkpoint of an unfinished run; returns its number of finished steps."""
     averages = _initial_averages(task)
-    recipe = task.recipe
-    num_steps = checkpoints.restore(
-        Path(recipe.output_dir), task.modules, averages, task.optimizers, checkpoint_fields(recipe, ProcessGroup()), _defaults(recipe), recipe.free_fields
-    )
+    num_steps = _restore(task, averages, checkpoint_fields(task.recipe, ProcessGroup())).step
+    check_finite(_saved(task, averages), num_steps - 1)
     _swap_averages(task, averages)
     task.export(path)
     return num_steps
+
+
+def _restore(task: Task, averages: dict[str, Tensor], recipe_fields: dict) -> checkpoints.Resumed:
+    recipe = task.recipe
+    return checkpoints.restore(
+        Path(recipe.output_dir), task.modules, averages, task.optimizers, recipe_fields, _defaults(recipe), recipe.free_fields, recipe.is_adjustable
+    )
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -164,8 +191,8 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % (1 << 63)
 
 
-def _step(task: Task, step: int, batches: list, processes: ProcessGroup = ProcessGroup()) -> dict[str, Tensor]:
-    """Performs one optimizer step on the mean gradient of all processes' batches and returns their mean losses."""
+def _gradients(task: Task, step: int, batches: list, processes: ProcessGroup = ProcessGroup()) -> dict[str, Tensor]:
+    """Computes the mean gradient of all processes' batches, clipped to `max_grad_norm`; returns their mean losses and `grad_norm` before that."""
     recipe = task.recipe
     parameters = [p for module in task.modules.values() for p in module.parameters()]
     for optimizer in task.optimizers.values():
@@ -180,11 +207,7 @@ def _step(task: Task, step: int, batches: list, processes: ProcessGroup = Proces
             means[name] = means.get(name, 0) + value.detach() / len(batches)
     processes.average_([p.grad for p in parameters if p.grad is not None])
     processes.average_(list(means.values()))
-    if recipe.max_grad_norm:
-        means["grad_norm"] = full_tensor(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
-    for optimizer in task.optimizers.values():
-        optimizer.step()
-    task.after_step(step)
+    means["grad_norm"] = full_tensor(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf))
     return means
 
 
@@ -237,6 +260,12 @@ def _is_sharded(task: Task) -> bool:
 def _initial_averages(task: Task) -> dict[str, Tensor]:
     """Returns copies of the weights to hold their moving average; {} without `ema_decay`."""
     return {name: value.detach().clone() for name, value in _weights(task)} if task.recipe.ema_decay else {}
+
+
+def _saved(task: Task, averages: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Yields the weights and averages that a checkpoint holds."""
+    yield from (parameter for _, parameter in _weights(task))
+    yield from averages.values()
 
 
 def _weights(task: Task) -> Iterator[tuple[str, Tensor]]:

@@ -1,8 +1,7 @@
-"""LoRA on the blocks of a DiT, exported in peft's format, which stock loaders read."""
+"""LoRA on the blocks of a DiT, by peft. formats/lora_file.py writes it."""
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +9,8 @@ from torch import Tensor, nn
 from ..dit import MiVEDiT
 from ..errors import UserError
 from ..formats.float8 import Float8Linear
-from ..formats.safetensors_file import write_tensors
 
 TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.0", "ffn.2")
-PREFIX = "diffusion_model."  # prefix of LoRA keys in peft's format that ComfyUI expects
 
 
 def add_lora(model: MiVEDiT, rank: int, targets: tuple[str, ...], alpha: float) -> dict[str, nn.Parameter]:
@@ -62,11 +59,10 @@ def as_module(trained: Mapping[str, nn.Parameter]) -> nn.ParameterDict:
     return nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in trained.items()})
 
 
-def save_lora(path: Path, weights: Mapping[str, Tensor], scale: float, metadata: Mapping[str, str]) -> None:
-    """Saves a LoRA under peft's keys without the adapter name, with ComfyUI's prefix: diffusion_model.blocks.0.self_attn.q.lora_A.weight.
-
-    `scale`, alpha / rank, is multiplied into the B matrices, so loaders need no alpha.
-    """
-    names = {name: PREFIX + name.replace("/", ".").replace(".default.", ".") for name in weights}
-    tensors = {key: weights[name].detach() * scale if ".lora_B." in key else weights[name] for name, key in names.items()}
-    write_tensors(path, tensors, {"format": "pt", **metadata})
+def adapters_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The state dict of `as_module` -> the matrices A and B of each layer."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        layer, _, matrix = name.replace("/", ".").partition(".lora_")
+        pairs.setdefault(layer, {})[matrix[0]] = weight
+    return {layer: (pair["A"], pair["B"]) for layer, pair in pairs.items()}

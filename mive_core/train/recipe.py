@@ -35,10 +35,18 @@ class Recipe:
     wandb: str = ""  # Weights & Biases project that also receives the log; "": none
     peak_tflops: float = 0.0  # peak TFLOPS of each device, for model FLOPs utilisation (mfu); 0: looked up by the GPU's name
 
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise UserError("a run takes a step or more", where="num_steps", got=self.num_steps, fix="set num_steps to the number of optimizer steps")
+
     @property
     def free_fields(self) -> frozenset[str]:
         """The fields that may differ between the run that wrote a checkpoint and the run that resumes it."""
         return FREE_FIELDS
+
+    def is_adjustable(self, field: str, old: Any) -> bool:
+        """Whether a run may resume with another value of this field than `old`, on purpose; the checkpoint then records the change."""
+        return False
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -130,7 +138,14 @@ def parse_recipe(cls: type[AnyRecipe], values: Mapping, where: object = None) ->
 
 
 def _parse_value(name: str, value: Any, wanted: Any, where: object) -> Any:
-    """Converts a YAML value to the field type `wanted`. Raises UserError if the type does not match."""
+    """Converts a YAML value to the field type `wanted`. Raises UserError if the type does not match. One name stands for a list of one."""
+    if wanted == tuple[str, ...]:
+        items = [value] if isinstance(value, str) else value  # one name needs no list
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise UserError(f"the recipe's {name} is no list of names", where=where, got=repr(value), expected="such as [first, second]")
+        return tuple(items)
+    if wanted is tuple and not isinstance(value, list):
+        raise UserError(f"the recipe's {name} is no list", where=where, got=repr(value), expected="a list, in brackets")
     if isinstance(value, list):
         return tuple(tuple(item) if isinstance(item, list) else item for item in value)
     if wanted is float and type(value) in (int, str):  # YAML 1.1 reads 1e-3 as a string

@@ -22,6 +22,7 @@ PEAK_TFLOPS = {  # by a substring of the GPU's name: dense bfloat16 products wit
     "RTX 6000 Ada": 364,
     "RTX 5090": 210,
     "RTX 4090": 165,
+    "RTX 4080": 97,
     "RTX 3090": 71,
 }
 

@@ -4,6 +4,7 @@ Thanks to the cache no VLM is loaded. C latent channels, T x Y x X latent grid; 
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -191,6 +192,7 @@ class Validation:
         folder = Path(self.recipe.output_dir)
         validated = folder / FILES["validation"]
         lines = [json.loads(line) for line in validated.read_text(encoding="utf-8").splitlines()] if validated.is_file() else []
+        newest = {name: value for name, value in newest.items() if value is not None and math.isfinite(value)}
         lines.append({"step": step, **newest})
         log = folder / FILES["train"]
         losses = read_losses(log) if log.is_file() else {}

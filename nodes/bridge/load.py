@@ -15,9 +15,10 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from ...mive_core.config import METADATA_KEY
+from ...mive_core.config import METADATA_PREFIX
 from ...mive_core.errors import UserError
 from ...mive_core.formats.checkpoint import check_dit_shapes
+from ...mive_core.formats.untrained import untrained_parts
 from .lora import HostedDynamicPatcher, HostedPatcher
 from .metadata import config_of
 from .model import MiVESupport
@@ -48,7 +49,7 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
     """
     config = config_of(Path(path))
     state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    state.pop(METADATA_KEY, None)
+    state = {key: value for key, value in state.items() if not key.startswith(METADATA_PREFIX)}
     state, _ = comfy.utils.convert_old_quants(state, metadata=metadata)
     check_dit_shapes(Path(path), {k: tuple(v.shape) for k, v in state.items()}, config)
 
@@ -66,6 +67,7 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
     support.optimizations["fp8"] = fp8_matmul
 
     model = support.get_model(state)
+    model.checkpoint_name, model.untrained = Path(path).name, untrained_parts(Path(path))
     dynamic = comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher
     patcher_class = HostedDynamicPatcher if dynamic and not disable_dynamic and not comfy.model_management.is_device_cpu(device) else HostedPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device, **disk_options(state))

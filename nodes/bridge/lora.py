@@ -5,8 +5,6 @@ MiVE's blocks are Wan's without the cross-attention, so the self-attention and f
 
 import logging
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 import comfy.lora
 import comfy.lora_convert
@@ -15,32 +13,15 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Size, Tensor
 
 from ...mive_core.errors import UserError
-from ...mive_core.formats.checkpoint import WAN_TO_DIFFUSERS, rename_keys
+from ...mive_core.formats.lora_file import PREFIX as ROOT
+from ...mive_core.formats.lora_file import lora_key_map
+from ...mive_core.formats.lora_fit import FIX, Fit
+from ...mive_core.formats.untrained import untrained_metadata
 from .messages import logger
+from .metadata import with_metadata
+from .untrained import untrained_parts
 
-ROOT = "diffusion_model."  # prefix of the DiT's weights in ComfyUI
-# prefixes of layer names: ComfyUI and diffusion-pipe; full checkpoints; diffusers; PEFT (two); DiffSynth (none)
-PREFIXES = (ROOT, f"model.{ROOT}", "transformer.", "base_model.model.", "base_model.model.transformer.", "")
-FLAT_PREFIXES = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")  # kohya and musubi, Wan Fun, OneTrainer, SimpleTuner
-CROSS_ATTENTION = re.compile(r"cross_attn|attn2|norm3|text_embed|img_emb")
 BIAS_SUFFIXES = ("diff_b", "b_norm")  # follow the layer's name
-FIX = "take a LoRA of Wan 2.1 of this DiT's width, or of MiVE"
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How many of a LoRA's keys fit, and how many of the others belong to the cross-attention, which MiVE does not have."""
-
-    num_keys: int
-    num_fitting: int
-    num_cross: int
-
-    def __str__(self) -> str:
-        rest = self.num_keys - self.num_fitting
-        if not rest:
-            return f"all {self.num_keys} keys fit"
-        parts = [(self.num_cross, "of the cross-attention, which MiVE does not have"), (rest - self.num_cross, "of other layers or shapes")]
-        return f"{self.num_fitting} of {self.num_keys} keys fit, {rest} do not: " + ", ".join(f"{number} {what}" for number, what in parts if number)
 
 
 def apply_lora(patcher: comfy.model_patcher.ModelPatcher, lora: dict[str, Tensor], strength: float) -> tuple[comfy.model_patcher.ModelPatcher, Fit]:
@@ -50,23 +31,12 @@ def apply_lora(patcher: comfy.model_patcher.ModelPatcher, lora: dict[str, Tensor
     patched = patcher.clone()
     applied = set(patched.add_patches(comfy.lora.load_lora(lora, targets, log_missing=False), strength))
 
-    def fits(key: str) -> bool:
+    def changed_by(key: str) -> str | None:
         candidates = [(targets.get(key[: dot.start()]), key[dot.end() :]) for dot in re.finditer(r"\.", key)]
-        return any((f"{target.removesuffix('.weight')}.bias" if suffix in BIAS_SUFFIXES else target) in applied for target, suffix in candidates if target)
+        weights = (f"{target.removesuffix('.weight')}.bias" if suffix in BIAS_SUFFIXES else target for target, suffix in candidates if target)
+        return next((weight.removeprefix(ROOT) for weight in weights if weight in applied), None)
 
-    unfitting = [key for key in lora if not fits(key)]
-    return patched, Fit(len(lora), len(lora) - len(unfitting), sum(bool(CROSS_ATTENTION.search(key)) for key in unfitting))
-
-
-def lora_key_map(keys: Iterable[str]) -> dict[str, str]:
-    """ComfyUI's weight keys -> a map from every layer name that LoRAs use to the weight key it changes."""
-    targets: dict[str, str] = {}
-    for key in keys:
-        wan = key.removeprefix(ROOT)
-        (diffusers,) = rename_keys({wan: None}, WAN_TO_DIFFUSERS)
-        for name in (wan.removesuffix(".weight"), diffusers.removesuffix(".weight")):
-            targets |= {prefix + name: key for prefix in PREFIXES} | {prefix + name.replace(".", "_"): key for prefix in FLAT_PREFIXES}
-    return targets
+    return patched, Fit.of({key: changed_by(key) for key in lora})
 
 
 class HostedPatcher(comfy.model_patcher.ModelPatcher):
@@ -96,6 +66,10 @@ class HostedPatcher(comfy.model_patcher.ModelPatcher):
             misshapen,
         )
         return super().add_patches(fitting, strength_patch, strength_model)
+
+    def state_dict_for_saving(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Returns what ComfyUI's save nodes write, with the mark of an untrained checkpoint unless a LoRA has what it lacks."""
+        return with_metadata(super().state_dict_for_saving(*args, **kwargs), untrained_metadata(untrained_parts(self)))
 
 
 class HostedDynamicPatcher(HostedPatcher, comfy.model_patcher.ModelPatcherDynamic):

@@ -1,7 +1,7 @@
-"""The MiVE config inside a checkpoint file: in its metadata or, if one of ComfyUI's save nodes wrote the file, in a tensor of bytes.
+"""MiVE's metadata inside a checkpoint file: in its header or, if one of ComfyUI's save nodes wrote the file, in tensors of bytes.
 
-Save nodes write their own metadata and take only tensors from the model, so the config is stored as one more tensor;
-read_header reads it from there.
+Save nodes write their own metadata and take only tensors from the model, so each of MiVE's entries is stored as one more tensor;
+read_header reads them from there.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...mive_core.config import METADATA_KEY, MiVEConfig
+from ...mive_core.config import MiVEConfig
 from ...mive_core.errors import UserError
 from ...mive_core.formats.checkpoint import read_config
 from ...mive_core.formats.safetensors_file import WAN_FAMILY, read_header
@@ -17,10 +17,9 @@ from ...mive_core.formats.safetensors_file import WAN_FAMILY, read_header
 PREFIX = "model.diffusion_model."  # what ComfyUI's save nodes put before every key by default
 
 
-def with_config(state: dict[str, Tensor], config: MiVEConfig) -> dict[str, Tensor]:
-    """Returns a DiT's weights with the config added as one more tensor, of bytes."""
-    text = config.to_metadata()[METADATA_KEY].encode()
-    return {**state, METADATA_KEY: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+def with_metadata(state: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
+    """Returns a DiT's weights with each entry of the metadata added as one more tensor, of bytes."""
+    return {**state, **{key: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for key, text in metadata.items()}}
 
 
 def config_of(path: Path) -> MiVEConfig:

@@ -11,7 +11,7 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor
 
-from ...mive_core.config import MiVEConfig
+from ...mive_core.config import METADATA_KEY, MiVEConfig
 from ...mive_core.cost.flops import Layout
 from ...mive_core.cost.memory import activation_bytes
 from ...mive_core.errors import UserError
@@ -19,7 +19,7 @@ from ...mive_core.reference import latent_times
 from .conditioning import GUIDES, reference_frames, states_of
 from .conds import CONDReference, CONDTimes
 from .dit import HostedDiT
-from .metadata import with_config
+from .metadata import with_metadata
 
 SLACK = 1.25  # factor for the attention kernel's workspace, a layer's weights in transfer, and memory that the allocator leaves unused
 
@@ -30,6 +30,8 @@ class MiVEModel(comfy.model_base.BaseModel):
     def __init__(self, model_config, device=None):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=HostedDiT)
         self.config: MiVEConfig = model_config.unet_config["config"]
+        self.checkpoint_name = "the MODEL"  # for messages
+        self.untrained: tuple[str, ...] = ()  # modules that the checkpoint says have not been trained
 
     def process_timestep(self, timestep: Tensor, **kwargs) -> Tensor:
         """ComfyUI's timestep -> t = sigma in 0..1, for any multiplier set by a sampling patch; Flux's patch has none."""
@@ -104,7 +106,7 @@ class MiVESupport(comfy.supported_models_base.BASE):
 
     def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns what ComfyUI's save nodes write: the keys of every MiVE file, and the config as a tensor."""
-        return with_config(state_dict, self.unet_config["config"])
+        return with_metadata(state_dict, {METADATA_KEY: self.unet_config["config"].to_metadata()[METADATA_KEY]})
 
 
 def config_of(patcher) -> MiVEConfig:

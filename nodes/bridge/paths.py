@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 
 import folder_paths
 
+from ...mive_core.data.tables import READ_SUFFIXES
 from ...mive_core.errors import UserError
 from ...mive_core.formats.safetensors_file import VAE_FAMILY, VLM_FAMILY, read_header
 from ...mive_core.pipeline import EMBEDDED
@@ -107,7 +108,7 @@ def list_pairs() -> dict[str, Path]:
     """Returns dropdown entry -> path of a folder with source/ and target/, or of a manifest, in ComfyUI's input folder or its subfolders."""
     root = Path(folder_paths.get_input_directory())
     folders = [path.parent for path in sorted({*root.glob("*/source"), *root.glob("*/*/source")}) if (path.parent / "target").is_dir()]
-    manifests = sorted({*root.glob("*.jsonl"), *root.glob("*/*.jsonl"), *root.glob("*/*/*.jsonl")})
+    manifests = sorted(path for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}*") if path.suffix.lower() in READ_SUFFIXES and path.is_file())
     return {path.relative_to(root).as_posix(): path for path in (*folders, *manifests)}
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,13 @@ from ...mive_core.data.folder import read_pairs
 from ...mive_core.data.manifest import ManifestEntry
 from ...mive_core.errors import UserError
 from ...mive_core.evaluation.loss_curve import read_losses
+from ...mive_core.formats.lora_file import NEW_PARTS_KEY
+from ...mive_core.formats.safetensors_file import read_header
 from ...mive_core.media.remote import is_url
 from ...mive_core.train.cache import CacheSettings, cache, cache_contract
-from ...mive_core.train.checkpoints import PATTERN, RecipeMismatch
+from ...mive_core.train.checkpoints import PATTERN, FurtherThanAsked, RecipeMismatch
 from ...mive_core.train.edit_task import EditRecipe, EditTask
+from ...mive_core.train.finite import NotFinite
 from ...mive_core.train.loop import run
 from ...mive_core.train.lora import check_peft
 from .messages import log_warnings, logger
@@ -34,6 +36,7 @@ INPUT_NAMES = {  # recipe keys that are named differently on the node
     "bf16": "dtype",
     "weight_dtype": "dtype",
     "float8": "dtype",
+    "num_steps": "steps",
 }
 
 
@@ -56,7 +59,7 @@ class Job:
         check_peft()
         if self.lora.exists() and not (self.folder / LOG).exists():
             raise UserError("the file is there already", where="lora_name", got=self.lora.name, fix="choose another name, or delete the file")
-        entries = read_pairs(self.pairs)
+        entries = read_pairs(self.pairs, absolute=False)
         if any(path and is_url(path) for entry in entries for path in (entry.source, entry.target, entry.reference, entry.mask)):
             raise UserError(
                 "the manifest names a URL",
@@ -114,24 +117,48 @@ class Job:
         def watch(step: int, losses: dict[str, torch.Tensor]) -> None:
             nonlocal progress
             progress = progress or Progress(node, "step", recipe.num_steps, step, after_cancel=RESUMES)
-            loss = float(losses["loss"])
-            if not math.isfinite(loss):
-                raise UserError(
-                    "the loss is no longer finite", where=f"step {step + 1}", got=loss, fix="set resume to 'start anew' and lower the learning rate"
-                )
-            progress.advance(f": loss {loss:.4f}")
+            progress.advance(f": loss {float(losses['loss']):.4f}")
 
         self.lora.parent.mkdir(parents=True, exist_ok=True)
         try:
-            run(EditTask(recipe), on_step_end=watch)
-        except RecipeMismatch as error:
-            differ = ", ".join(dict.fromkeys(INPUT_NAMES.get(field, field) for field in error.differ))
-            raise UserError(
-                "the training of that name was begun with other settings",
-                where="lora_name",
-                got=f"another {differ}",
-                fix="set resume to 'start anew', or choose another name",
-            ) from None
+            with log_warnings():
+                run(EditTask(recipe), on_step_end=watch)
+        except (NotFinite, FurtherThanAsked, RecipeMismatch) as error:
+            refusal = in_words_of_the_node(error)
+        else:
+            return
+        raise refusal  # outside the handler, so that no context keeps the training's frames and with them the model
 
     def losses(self) -> dict[int, float]:
+        """Returns step -> loss, without the skipped steps."""
         return read_losses(self.folder / LOG)
+
+    def trained_new_parts(self) -> str:
+        """Returns the modules that the file holds whole beside the LoRA, separated by commas; "" for none."""
+        return read_header(self.lora).metadata.get(NEW_PARTS_KEY, "")
+
+    def num_skipped(self) -> int:
+        """Returns the number of steps that were skipped, since they were not finite."""
+        return sum(json.loads(line).get("skipped_steps", 0) for line in (self.folder / LOG).read_text(encoding="utf-8").splitlines())
+
+
+def in_words_of_the_node(error: NotFinite | FurtherThanAsked | RecipeMismatch) -> UserError:
+    """The trainer's error, which speaks of a recipe's keys -> one that speaks of the node's inputs."""
+    if isinstance(error, NotFinite):
+        fix = "lower learning_rate, set dtype to fp32, or look for a broken pair; if the last checkpoint has gone wrong already, set resume to 'start anew'"
+        return UserError(error.what, where=error.where, got=error.got, fix=fix)
+    if isinstance(error, FurtherThanAsked):
+        return UserError(
+            "this LoRA has been trained for more steps already",
+            where="steps",
+            got=error.num_steps,
+            expected=f"at least {error.num_done}",
+            fix="raise steps, or set resume to 'start anew'",
+        )
+    differ = ", ".join(dict.fromkeys(INPUT_NAMES.get(field, field) for field in error.differ))
+    return UserError(
+        "the training of that name was begun with other settings",
+        where="lora_name",
+        got=f"another {differ}",
+        fix="set resume to 'start anew', or choose another name",
+    )

@@ -236,11 +236,16 @@ def test_more_steps_go_on_and_other_settings_do_not(pack, train):
     train(steps=STEPS)
     train(steps=STEPS, lora_name="trained_whole.safetensors")
     assert same(trained(pack), trained(pack, "trained_whole.safetensors"))
-    message = refused(train, rank=2, width=48, learning_rate=1e-3)
+    message = refused(train, rank=2, width=48, new_parts="trained")
     assert message == (
-        "lora_name: the training of that name was begun with other settings; got another pairs, vlm, vae, width, height or length, learning_rate, rank; "
+        "lora_name: the training of that name was begun with other settings; got another pairs, vlm, vae, width, height or length, rank, new_parts; "
         "set resume to 'start anew', or choose another name"
     )
+    message = refused(train, steps=3)
+    assert message == "steps: this LoRA has been trained for more steps already; got 3; expected at least 6; raise steps, or set resume to 'start anew'"
+    before = trained(pack)
+    train(steps=STEPS)
+    assert same(before, trained(pack))
     train(rank=2, resume="start anew", steps=2)
     assert len(losses(pack)) == 2 and all(tensor.shape[0] == 2 for key, tensor in trained(pack).items() if "lora_A" in key)
 
@@ -368,7 +373,64 @@ def test_a_loss_that_is_no_number_ends_the_training(pack, train):
     save_file({**state, "blocks.3.ffn.2.bias": torch.full_like(state["blocks.3.ffn.2.bias"], float("nan"))}, models / "trained_nan.safetensors", metadata)
     message = refused(train, model="trained_nan.safetensors")
     (models / "trained_nan.safetensors").unlink()
-    assert message == "step 1: the loss is no longer finite; got nan; set resume to 'start anew' and lower the learning rate"
+    assert message.startswith("step 5: 5 steps in a row were not finite; got loss nan, gradient norm nan; lower learning_rate, set dtype to fp32, or look")
+    assert not (models.parent / "loras" / LORA).exists() and not list(run_folder(pack).glob("step_*"))
+    assert losses(pack) == [None] * 5
+
+
+def test_a_rate_that_was_too_high_is_lowered_and_the_training_goes_on(pack, train, caplog):
+    """The weights of the last checkpoint are finite, and so is what is exported."""
+    message = refused(train, steps=40, learning_rate=1e9)
+    assert "steps in a row were not finite" in message
+    for path in run_folder(pack).glob("step_*"):
+        assert all(torch.isfinite(value).all() for value in load_file(path).values())
+    train(steps=3, learning_rate=1e-2, resume="start anew")
+    *_, report = train(steps=STEPS, learning_rate=1e-3)
+    assert (
+        "2 pairs, 6 steps" in report and "MiVE: " in caplog.text and "with a change of learning_rate from 0.01 to 0.001, num_steps from 3 to 6" in caplog.text
+    )
+
+
+@pytest.fixture
+def fresh(pack, monkeypatch):
+    """The name of a DiT that MiVE Init From Wan has made of a small random Wan, for the embedded VLM."""
+    import comfy.ops
+    from comfy.ldm.wan.model import WanModel
+
+    sizes = dict(dim=256, ffn_dim=384, freq_dim=64, text_dim=16, in_dim=16, out_dim=16, num_heads=2, num_layers=2)
+    model = WanModel(**sizes, model_type="t2v", device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    folder = pack.base / "models" / "diffusion_models"
+    generator = torch.Generator().manual_seed(2)
+    save_file({key: torch.randn(value.shape, generator=generator) * 0.05 for key, value in model.state_dict().items()}, folder / "wan_t2v.safetensors")
+    monkeypatch.setitem(pack.submodule("mive_core.config").VLM_SIZES, "tiny", (128, 4))
+    (name,) = pack.run("MiVEInitFromWan", model="wan_t2v.safetensors", filename="from_wan.safetensors", vlm="tiny", layers="first+last")
+    yield name
+    (folder / "wan_t2v.safetensors").unlink()
+    (folder / name).unlink()
+
+
+def test_a_dit_fresh_from_wan_learns_to_read_the_source(pack, train, fresh):
+    """A LoRA alone left the source's half of the patch embedding at zero: no source changed the output."""
+    import comfy.model_management
+
+    *_, report = train(model=fresh, steps=2)
+    assert "trained whole beside the LoRA, in the same file: context, patch_embedding" in report
+    (model,) = pack.run("MiVELoadDiT", model=fresh)
+    patched, fit = pack.run("MiVELoadLoRA", model=model, lora_name=LORA)
+    assert fit == f"{LORA}: all {2 * 6 * 2 + 10} keys fit"
+    torch.manual_seed(1)
+    noisy, reference, condition = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 16, 1, 4, 4), torch.randn(1, 9, 256)
+    sources = torch.randn(2, 1, 16, 3, 4, 4)
+
+    def reaction(patcher) -> float:
+        comfy.model_management.load_models_gpu([patcher])
+        with torch.inference_mode():
+            a, b = (patcher.model.diffusion_model(noisy, torch.tensor([0.5]), source=s, reference=reference, condition=condition) for s in sources)
+        return float((a - b).abs().max())
+
+    assert reaction(model) == 0.0 and reaction(patched) > 1e-4
+    message = refused(train, model=fresh, new_parts="frozen", resume="start anew")
+    assert "the weights that read the source are zero, so a LoRA alone never sees the source" in message
 
 
 def test_without_peft_nothing_is_begun(pack, train, monkeypatch):
@@ -387,6 +449,15 @@ def test_a_manifest_is_trained_on(pack, folder, train):
     (folder / "pairs.jsonl").write_text(json.dumps({"source": "source/a.mp4", "target": "target/a.mp4", "instruction": "make it night", "fps": 8}) + "\n")
     *_, report = train(pairs=f"{PAIRS}/pairs.jsonl", steps=2)
     assert "rank 4, 1 pairs, 2 steps" in report
+
+
+def test_bad_rows_of_a_table_are_left_out_and_named(pack, folder, train):
+    """Among them a file outside the input folder, which an absolute path names."""
+    rows = ["source/a.mp4,target/a.mp4,make it night", "source/a.mp4,target/a.mp4,", f"{folder}/source/b.mp4,target/b.mp4,make it night"]
+    (folder / "pairs.csv").write_text("\n".join(["source,target,prompt", *rows]) + "\n")
+    *_, report = train(pairs=f"{PAIRS}/pairs.csv", steps=2, batch_size=1)
+    assert "rank 4, 1 pairs, 2 steps" in report
+    assert "pairs.csv:3: the instruction is empty" in report and "pairs.csv:4: the key 'source': not a path relative to the manifest" in report
 
 
 @pytest.mark.parametrize(

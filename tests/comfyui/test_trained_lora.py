@@ -1,5 +1,6 @@
 """A LoRA that `mive train` writes, taken by ComfyUI's stock loader unchanged: the edit it was trained to make."""
 
+import pytest
 import torch
 
 from mive_core.data.manifest import export_pairs, read_manifest
@@ -13,7 +14,9 @@ from mive_core.train.loop import run
 NAME = "trained.safetensors"
 
 
-def test_the_stock_loader_takes_a_trained_lora(pack, loaded, pipeline, base, tmp_path):
+@pytest.mark.parametrize("new_parts", ["frozen", "trained"])
+def test_the_stock_loader_takes_a_trained_lora(pack, loaded, pipeline, base, tmp_path, new_parts):
+    """Also what it holds whole: the condition's projection and the patch embedding."""
     import comfy.model_management
 
     import nodes
@@ -28,6 +31,7 @@ def test_the_stock_loader_takes_a_trained_lora(pack, loaded, pipeline, base, tmp
             caches=(str(tmp_path / "cache"),),
             num_steps=3,
             lora_rank=4,
+            new_parts=new_parts,
             learning_rate=1e-2,
             num_warmup_steps=1,
             num_workers=0,
@@ -38,12 +42,14 @@ def test_the_stock_loader_takes_a_trained_lora(pack, loaded, pipeline, base, tmp
     run(task)
 
     (patched,) = nodes.LoraLoaderModelOnly().load_lora_model_only(loaded.model, NAME, 1.0)
-    assert len(patched.patches) == 6 * task.config.num_blocks
+    assert len(patched.patches) == 6 * task.config.num_blocks + len(task.new_parts)
     comfy.model_management.load_models_gpu([patched])
     torch.manual_seed(1)
     noisy, source, reference = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 16, 3, 4, 4), torch.randn(1, 16, 1, 4, 4)
     condition, t = torch.randn(1, 9, task.config.width), torch.tensor([0.5])
+    states = torch.randn(1, len(task.config.layers), 9, task.config.vlm_width)
     with torch.inference_mode():
+        torch.testing.assert_close(patched.model.diffusion_model.embed_condition(states), task.model.embed_condition(states), atol=1e-5, rtol=1e-5)
         hosted = patched.model.diffusion_model(noisy, t, source=source, reference=reference, condition=condition)
         trained = fix_first_frame(task.model.eval()(noisy, source, reference, condition, t), noisy, t, source, reference)
         untrained = pipeline.dit(noisy, source, reference, condition, t)

@@ -5,6 +5,7 @@ A bad file may be read or refused with a UserError; nothing else may come out.
 
 import io
 import json
+import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from safetensors.torch import save
 from mive_core.config import PRESETS, MiVEConfig
 from mive_core.data.manifest import read_manifest
 from mive_core.formats.checkpoint import inspect
+from mive_core.formats.lora_file import read_lora
 from mive_core.formats.safetensors_file import read_headers
 from mive_core.layers import parse_layers
 from mive_core.media.images import read_image
@@ -27,7 +29,22 @@ from mive_core.media.video import read_clip
 from mive_core.train.edit_task import EditRecipe
 from mive_core.train.recipe import parse_recipe, read_recipe
 
-WORDS = [b"", b"\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff\xff\xff\xff\xff", b"{}", b"[]", b"null", b"NaN", b'"', b"-1", b"1e999", b"\n", b"\xed\xa0\x80", b"../"]
+WORDS = [
+    b"",
+    b"\0",
+    b"\xff\xff\xff\xff",
+    b"\x7f\xff\xff\xff\xff\xff\xff\xff",
+    b"{}",
+    b"[]",
+    b"null",
+    b"NaN",
+    b'"',
+    b"-1",
+    b"1e999",
+    b"\n",
+    b"\xed\xa0\x80",
+    b"../",
+]
 
 
 @dataclass(frozen=True)
@@ -100,13 +117,37 @@ def checkpoint() -> bytes:
     return save(tensors, {**PRESETS["tiny"].to_metadata(), "mive.version": "1"})
 
 
+def lora() -> bytes:
+    layer = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 4), f"{layer}.lora_B.weight": torch.ones(4, 2), "diffusion_model.context.fuse.diff": torch.ones(4, 4)}
+    return save(tensors, {"mive.lora": "rank 2", "mive.base_config": json.dumps(asdict(PRESETS["tiny"]))})
+
+
+def gguf() -> bytes:
+    """A file of one tensor and one entry, as llama.cpp's specification of GGUF 3 has it."""
+
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + text(b"general.name") + struct.pack("<I", 8) + text(b"a name")
+    head += text(b"context.fuse.weight") + struct.pack("<IQQIQ", 2, 4, 4, 0, 0)
+    return head + b"\0" * (-len(head) % 32) + b"\0" * 64
+
+
 def index() -> bytes:
     return json.dumps({"metadata": {"total_size": 8}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}).encode()
 
 
 def manifest() -> list[bytes]:
-    rows = [{"source": "a.mp4", "target": "b.mp4", "instruction": "make it night", "keyframes": {"4": "c.png"}, "fps": 24}, {"source": "d.mp4", "instruction": ""}]
-    return ["\n".join(map(json.dumps, rows)).encode(), json.dumps(rows).encode()]
+    rows = [
+        {"source": "a.mp4", "target": "b.mp4", "instruction": "make it night", "keyframes": {"4": "c.png"}},
+        {"source": "d.mp4", "target": "b.mp4", "instruction": ""},
+    ]
+    return ["\n".join(map(json.dumps, rows)).encode()]
+
+
+def csv_table() -> list[bytes]:
+    return [b'source,target,instruction\na.mp4,b.mp4,make it night\n"d.mp4",b.mp4,"a, ""b"""\n']
 
 
 def recipe() -> list[bytes]:
@@ -120,11 +161,16 @@ def read_text(path: Path) -> str:
     return path.read_bytes().decode("utf-8", "surrogateescape")
 
 
+NAMED = ("a.mp4", "b.mp4", "c.png", "d.mp4")
 PARSERS = {
     "safetensors": Parser(".safetensors", lambda: [checkpoint()], inspect),
+    "lora": Parser(".safetensors", lambda: [lora()], read_lora),
+    "gguf": Parser(".gguf", lambda: [gguf()], inspect),
     "index": Parser(".safetensors.index.json", lambda: [index()], read_headers),
     "config": Parser(".json", lambda: [json.dumps(asdict(PRESETS["tiny"])).encode()], lambda path: MiVEConfig.from_metadata({"mive.config": read_text(path)})),
-    "manifest": Parser(".jsonl", manifest, read_manifest, ("a.mp4", "b.mp4", "c.png", "d.mp4")),
+    "manifest": Parser(".jsonl", manifest, read_manifest, NAMED),
+    "array": Parser(".json", lambda: [b"[" + b",".join(manifest()[0].splitlines()) + b"]"], read_manifest, NAMED),
+    "csv": Parser(".csv", csv_table, read_manifest, NAMED),
     "recipe": Parser(".yaml", recipe, lambda path: parse_recipe(EditRecipe, read_recipe(path))),
     "layers": Parser(".txt", lambda: [b"first+last", b"1,-1", b"0:36:6", b"0:36:6,2+last"], lambda path: parse_layers(read_text(path), 36)),
     "mp4": Parser(".mp4", lambda: [video(".mp4", "libx264", "yuv420p")], read_clip),

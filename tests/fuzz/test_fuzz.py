@@ -13,7 +13,7 @@ from mive_core.errors import UserError
 sys.path.append(str(Path(__file__).parent))
 from parsers import PARSERS, mutants
 
-EACH = 200
+EACH = 150
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -44,5 +44,5 @@ def test_the_good_files_are_read(name, tmp_path):
             parser.read(path)
             num_read += 1
         except UserError as error:
-            assert name in ("safetensors", "index", "recipe", "manifest"), error  # whose shards, keys and layout are not all there
-    assert num_read or name in ("safetensors", "index")
+            assert name in ("safetensors", "gguf", "index", "recipe"), error  # whose shards, keys and layout are not all there
+    assert num_read or name in ("safetensors", "gguf", "index")

@@ -129,7 +129,7 @@ def test_a_described_background_is_in_the_words(work):
             ["--frames", "9"],
             "none of the clips can be used; got 1, the first of which says: source 'anna': the clip is shorter",
         ),
-        ({"source": "anna", "mask": "backgrounds/sea.mp4", "musk": "x"}, [], r"people.jsonl:1:"),
+        ({"source": "anna", "mask": "backgrounds/sea.mp4", "masks": "x"}, [], r"people.jsonl:1:"),
         ({"source": "anna", "mask": "short"}, [], "the mask and the person's clip differ in length"),
         ({"source": "anna", "mask": "black"}, [], "there is no person to be cut out; got 0.0% of the pixels"),
     ],

@@ -66,3 +66,13 @@ def test_what_cannot_be(work, random_models, capsys, more, says):
     out, err = capsys.readouterr()
     assert out == "" and says in err and err.count("\n") == 1
     assert not [name for name in os.listdir(".") if name.endswith(".mp4") and name not in ("a.mp4", "b.mp4", "c.mp4")]
+
+
+def test_bad_rows_are_left_out_by_number(work, random_models, capsys):
+    (work / "clips.csv").write_text("source,reference,prompt,take\na.mp4,first.png,make it a,1\ngone.mp4,first.png,make it b,2\nb.mp4,first.png,make it b,3\n")
+    assert main(["edit", "--manifest", "clips.csv", "--output", "out", "--models", str(random_models)]) == 0
+    out, err = capsys.readouterr()
+    assert out == "out/edits.jsonl: 1 done, 2 left out\n"
+    assert "these columns are not used: take" in err and "row 2: clips.csv:3 is left out: " in err and "no such file" in err
+    assert "row 3: b.mp4 is left out: source 'b.mp4': is not a video" in err
+    assert sorted(os.listdir("out")) == ["000000-a.mp4", "edits.jsonl"]

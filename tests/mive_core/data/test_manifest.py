@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import sys
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mive_core.data.manifest import ManifestPairs, export_pairs, load_entry, read_manifest, write_manifest
+from mive_core.data.manifest import ManifestPairs, export_pairs, load_entry, read_manifest, read_source, write_manifest
 from mive_core.errors import UserError
 from mive_core.media.images import write_frames
 from mive_core.media.video import write_video
@@ -128,7 +129,9 @@ def test_a_truth_shorter_than_its_source(folder, key):
         ({**LINE, "refernce": "x"}, "unknown key 'refernce'"),
         ({**LINE, "source": 5}, "the key 'source' is not text; got 5"),
         ({**LINE, "source": "gone.mp4"}, "the key 'source'.*no such file"),
-        ({**LINE, "target": "/etc/hostname"}, "the key 'target': not a path relative"),
+        ({**LINE, "target": "/gone/a.mp4"}, "the key 'target'.*no such file"),
+        ({**LINE, "source": ""}, "the key 'source' is missing"),
+        ({**LINE, "source_video": "source"}, "two keys say what the source is; got source, source_video"),
         ({**LINE, "target": "C:\\clips\\a.mp4"}, "the key 'target': not a path relative"),
         ({**LINE, "target": "clips\\a.mp4"}, "the key 'target': not a path relative"),
         ({**LINE, "mask": "../outside.png"}, "the key 'mask': leads outside"),
@@ -202,9 +205,9 @@ def test_a_written_manifest_is_read_back(folder, suffix):
     entries = read_manifest(write(folder, LINE | {"target": "target", "fps": 8, "edit": "recolour"}, LINE | {"name": "żółw"}))
     assert read_manifest(write_manifest(folder / f"again{suffix}", entries)) == entries
     (folder / "elsewhere").mkdir()
-    with pytest.raises(UserError, match=rf"media are under.*write it to '{folder}/again"):
-        write_manifest(folder / "elsewhere" / f"again{suffix}", entries)
-    assert not list((folder / "elsewhere").iterdir())
+    elsewhere = write_manifest(folder / "elsewhere" / f"again{suffix}", entries)
+    assert [replace(entry, source=folder / "source") for entry in read_manifest(elsewhere)] == entries
+    assert all(entry.source == folder / "source" for entry in read_manifest(elsewhere))
 
 
 def test_a_row_of_parquet_is_named(folder):
@@ -225,3 +228,65 @@ def test_parquet_without_its_package_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r'needs the package pyarrow.*pip install "mive\[data\]"'):
         read_manifest(folder / "pairs.parquet")
+
+
+ROWS = [
+    {"name": "a", "source": "source", "target": "target", "instruction": 'make it "red", now\nand bright', "fps": 12.5},
+    {"name": "b", "source": "source", "reference": "reference.png", "instruction": "", "keyframes": {"4": "reference.png"}},
+]
+
+
+def write_csv(path, delimiter: str, rows: list[dict]):
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows({key: json.dumps(value) if isinstance(value, dict) else value for key, value in row.items()} for row in rows)
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "semicolons.csv", "pairs.tsv", "pairs.json", "lines.json"])
+def test_every_kind_of_table_says_the_same(folder, name):
+    path = folder / name
+    if path.suffix == ".json":
+        path.write_text(json.dumps(ROWS, indent=1) if name == "pairs.json" else "\n".join(map(json.dumps, ROWS)))
+    else:
+        write_csv(path, {"pairs.csv": ",", "semicolons.csv": ";", "pairs.tsv": "\t"}[name], ROWS)
+    assert read_manifest(path) == read_manifest(write(folder, *ROWS))
+
+
+def test_columns_of_other_names(folder):
+    write_csv(folder / "pairs.csv", ",", [{"original_video": "source", "edited_video": "target", "prompt": "make it red", "duration": 5, "id": 7}])
+    with pytest.warns(UserWarning, match="these columns are not used: duration, id; known are source"):
+        (entry,) = read_manifest(folder / "pairs.csv")
+    assert (entry.source, entry.target, entry.instruction) == (folder / "source", folder / "target", "make it red")
+
+
+def test_absolute_paths(folder):
+    (folder / "tables").mkdir()
+    path = write(folder / "tables", LINE | {"source": str(folder / "source"), "reference": str(folder / "reference.png")})
+    (entry,) = read_manifest(path)
+    assert entry.source == folder / "source" and load_entry(entry, num_frames=5).request.source.frames.shape == (5, 32, 48, 3)
+    with pytest.raises(UserError, match="1:2: the key 'source': not a path relative to the manifest"):
+        read_manifest(path, absolute=False)
+
+
+def test_bad_rows_are_entries_that_say_why(folder):
+    (folder / "pairs.csv").write_text("source,target,instruction\nsource,target,make it red\ngone,target,x\nsource,target\nsource,target, \n")
+    entries = read_manifest(folder / "pairs.csv", allow_empty_instruction=False, strict=False)
+    assert [entry.problem == "" for entry in entries] == [True, False, False, False]
+    for line, entry, said in zip((3, 4, 5), entries[1:], ("the key 'source'.*no such file", "columns; got 2; expected 3", "the instruction is empty")):
+        with pytest.raises(UserError, match=rf"pairs\.csv:{line}: .*{said}"):
+            load_entry(entry)
+        with pytest.raises(UserError, match=said):
+            read_source(entry)
+        assert entry.title.endswith(f"pairs.csv:{line}")
+    assert load_entry(entries[0], num_frames=5).target is not None
+
+
+def test_a_manifest_of_bad_rows_is_bad(folder):
+    path = write(folder, "{", "[1]", LINE | {"source": "gone"})
+    with pytest.raises(UserError, match=r"none of the rows can be used; got 3, the first of which says: .*:1:2: not JSON"):
+        read_manifest(path, strict=False)
+    for content, said in (("[{", "not JSON"), ("[[1]]", "not a JSON object; got list")):
+        (folder / "pairs.json").write_text(content)
+        with pytest.raises(UserError, match=rf"pairs\.json:1(:3)?: {said}"):
+            read_manifest(folder / "pairs.json")

@@ -99,7 +99,7 @@ def test_the_command(manifest, vlm_folder, capsys):
     [
         ({"instruction": " "}, r"some\.jsonl:1:\d+: the instruction is empty"),
         ({"source": "gone.mp4"}, r"some\.jsonl:1:\d+: the key 'source'.*no such file"),
-        ({"sauce": "x"}, r"some\.jsonl:1:\d+: unknown key 'sauce'"),
+        ({"sorce": "x"}, r"some\.jsonl:1:\d+: unknown key 'sorce'"),
     ],
 )
 @pytest.mark.parametrize("command", [["score", "--model", "vlm"], ["cache", "--models", "models"]])

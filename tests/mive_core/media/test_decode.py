@@ -12,7 +12,7 @@ import torch
 from mive_core.media.decode import read_timing
 from mive_core.media.sound import add_sound
 from mive_core.media.tone_map import light_to_pq
-from mive_core.media.video import read_clip, read_fps, stream_clip, write_video
+from mive_core.media.video import read_clip, read_fps, read_num_frames, stream_clip, write_video
 from mive_core.types import Clip
 
 FOOTAGE = Path(__file__).parents[3] / "mive_core" / "assets" / "samples" / "bigbuckbunny_33f.mp4"
@@ -126,7 +126,7 @@ def test_a_varying_rate_is_read_at_a_constant_one(tmp_path):
     path = write(tmp_path / "phone.mp4", counting(7), "yuv420p", times=times, time_base=Fraction(1, 30_000), options={"bf": "0"})
     with pytest.warns(UserWarning, match="its frame rate varies; read at a constant 30 frames a second"):
         clip = read_clip(path)
-    assert clip.fps == read_fps(path) == 30
+    assert clip.fps == read_fps(path) == 30 and len(clip.frames) == read_num_frames(path) == 10
     assert shown(clip)[:10] == [0, 1, 2, 2, 2, 3, 4, 5, 5, 6]
     with pytest.warns(UserWarning):
         assert shown(read_clip(path, num_frames=4)) == [0, 1, 2, 2]

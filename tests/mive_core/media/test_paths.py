@@ -1,9 +1,17 @@
 """Folders are written whole or not at all, and leave nothing behind."""
 
-import pytest
+import os
 
+import pytest
+import torch
+
+from mive_core.data.tables import write_table
 from mive_core.errors import UserError
+from mive_core.formats.safetensors_file import stream_tensors, write_tensors
+from mive_core.media.images import write_frames
 from mive_core.media.paths import atomic_folder, remove_partial_files
+from mive_core.media.video import write_video
+from mive_core.types import Clip
 
 
 def files(folder):
@@ -51,3 +59,23 @@ def test_what_a_kill_left_is_removed(tmp_path):
     remove_partial_files(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]
     remove_partial_files(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no permissions of this kind")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_what_is_written_for_others_can_be_read_by_them(tmp_path, umask, mode):
+    """Checkpoints and LoRAs were readable by their owner alone: safetensors makes its files so."""
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "lora.safetensors", {"x": torch.ones(2)}, {})
+        stream_tensors(tmp_path / "dit.safetensors", {"x": (torch.float32, (2,))}, lambda key: torch.ones(2), {})
+        write_video(tmp_path / "clip.mp4", Clip(torch.zeros(1, 32, 32, 3), 8.0))
+        write_table(tmp_path / "pairs.jsonl", [{"source": "clip.mp4"}])
+        with atomic_folder(tmp_path / "set") as folder:
+            write_tensors(folder / "shard.safetensors", {"x": torch.ones(2)}, {})
+            write_frames(folder / "frames", torch.zeros(1, 32, 32, 3))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 6 and {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: mode for path in files}
+    assert (tmp_path / "set" / "frames").stat().st_mode & 0o777 == 0o777 & ~umask == (tmp_path / "set").stat().st_mode & 0o777

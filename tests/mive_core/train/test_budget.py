@@ -13,7 +13,7 @@ from mive_core.cost.flops import Layout
 from mive_core.dit import MiVEDiT
 from mive_core.errors import UserError
 from mive_core.train import blocks
-from mive_core.train.budget import CARDS, RESERVED, block_size, clip_layout, lora_size, scaling_report, training_memory
+from mive_core.train.budget import CARDS, RESERVED, block_size, clip_layout, lora_size, new_parts_size, scaling_report, training_memory
 from mive_core.train.edit_task import EditRecipe
 from mive_core.train.lora import TARGETS, add_lora
 from mive_core.train.objective import EditFeatures, flow_matching_losses
@@ -65,6 +65,8 @@ def test_where_the_bytes_lie():
     assert training_memory(recipe(bf16=True, optimizer="adamw_8bit"), CONFIG, 1000).optimizer == plain.optimizer // 4
     kept = training_memory(recipe(bf16=True, weight_dtype="bf16", float8="kept", lora_rank=4), CONFIG, 1000)
     assert kept.weights < 0.4 * plain.weights and kept.optimizer < 0.05 * plain.optimizer
+    fresh = training_memory(recipe(bf16=True, weight_dtype="bf16", float8="kept", lora_rank=4), CONFIG, 1000, untrained=True)
+    assert fresh.gradients - kept.gradients == 4 * new_parts_size(CONFIG) and fresh.weights - kept.weights == 2 * new_parts_size(CONFIG)  # from 16 bits to 32
     with pytest.raises(UserError, match="counted where blocks are recomputed"):
         training_memory(recipe(gradient_checkpointing=False), CONFIG, 1000)
 
@@ -84,13 +86,16 @@ def test_scale_says_what_fits_and_where_a_sequence_has_to_be_spread():
 
 
 @pytest.mark.parametrize(
-    "name, preset, size, card, processes",
+    "name, preset, size, frames, card, processes",
     [
-        ("paper_14b_8xh100", "14b", (1280, 720), "H100", 8),
-        ("lora_14b_1x24gb", "14b", (832, 480), "RTX 3090", 1),
-        ("full_1p3b_1x80gb", "1.3b", (832, 480), "A100", 1),
+        ("paper_14b_8xh100", "14b", (1280, 720), 81, "H100", 8),
+        ("lora_14b_1x24gb", "14b", (832, 480), 81, "RTX 3090", 1),
+        ("full_1p3b_1x80gb", "1.3b", (832, 480), 81, "A100", 1),
+        ("lora_1p3b_1x24gb", "1.3b", (832, 480), 81, "RTX 3090", 1),
+        ("lora_1p3b_1x16gb", "1.3b", (832, 480), 33, "RTX 4080", 1),
     ],
 )
-def test_a_preset_fits_the_card_that_it_names(recipes, name, preset, size, card, processes):
-    memory = training_memory(recipes[name], PRESETS[preset], clip_layout(size, 81).num_tokens, processes)
+def test_a_preset_fits_the_card_that_it_names(recipes, name, preset, size, frames, card, processes):
+    """Fresh from Wan, so that a LoRA's recipe trains the new parts too."""
+    memory = training_memory(recipes[name], PRESETS[preset], clip_layout(size, frames).num_tokens, processes, untrained=True)
     assert memory.total + RESERVED <= CARDS[card]

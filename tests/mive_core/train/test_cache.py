@@ -163,6 +163,32 @@ def test_the_command_says_what_it_will_write_and_what_it_left_out(manifest, rand
     other.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["data", "cache", "--manifest", str(other), "--models", str(random_models), "--output", str(tmp_path / "c"), "--bucket", "32x32x5"]) == 0
     captured = capsys.readouterr()
-    assert "GB for 5 pairs" in captured.err and "pair 1 (" in captured.err and "4 pairs, 1 left out" in captured.out
+    assert "GB for 5 pairs" in captured.err and "row 1: " in captured.err and "4 pairs, 1 left out" in captured.out
     assert main(["data", "cache", "--manifest", str(other), "--models", "tiny", "--output", str(tmp_path / "d"), "--bucket", "32x30x5"]) == 2
     assert "multiples of 16" in capsys.readouterr().err
+
+
+def test_bad_rows_of_a_manifest_are_left_out_by_number(manifest, random_models, tmp_path, capsys):
+    good = [json.loads(line) | {"keyframes": {}} for line in manifest.read_text().splitlines()[:2]]
+    absolute = lambda line: line | {key: str(manifest.parent / line[key]) for key in ("source", "target", "reference", "mask")}
+    rows = [absolute(line) for line in good]
+    rows[1:1] = [rows[0] | {"instruction": " "}, rows[0] | {"target": "gone.mp4"}, rows[0] | {"fps": "fast"}, 5]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    command = [
+        "data",
+        "cache",
+        "--manifest",
+        str(tmp_path / "pairs.json"),
+        "--models",
+        str(random_models),
+        "--output",
+        str(tmp_path / "c"),
+        "--bucket",
+        "32x32x5",
+    ]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "2 pairs, 4 left out" in captured.out
+    for row, said in ((2, "the instruction is empty"), (3, "no such file"), (4, "'fps' is not a frame rate"), (5, "not a JSON object")):
+        assert any(f"row {row}: " in line and f"pairs.json:{row}: " in line and said in line for line in captured.err.splitlines()), row
+    assert [int(entry.key) for entry in read_index(tmp_path / "c")["entries"]] == [0, 5]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mive_core.data.manifest import export_pairs, read_manifest
 from mive_core.embedded.heldout import drawn_pairs
@@ -81,7 +82,9 @@ def train_by_two(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes, others", [({"lora_rank": 2}, {}), ({}, {}), ({}, {"sharded": True, "gradient_checkpointing": True})], ids=["lora", "full", "sharded"]
+    "changes, others",
+    [({"lora_rank": 2}, {}), ({"lora_rank": 2, "new_parts": "trained"}, {}), ({}, {}), ({}, {"sharded": True, "gradient_checkpointing": True})],
+    ids=["lora", "new_parts", "full", "sharded"],
 )
 def test_two_processes_equal_one_with_accumulation(pairs, random_models, tmp_path, changes, others):
     train(recipe(tmp_path / "one", pairs, random_models, gradient_accumulation_steps=2, **changes))
@@ -163,3 +166,24 @@ def test_sharded_and_compiled(pairs, random_models, tmp_path):
 def test_sharding_needs_company(pairs, random_models, tmp_path):
     with pytest.raises(UserError, match="takes several processes; got one; start it with torchrun"):
         train(recipe(tmp_path, pairs, random_models, sharded=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"sharded": True}], ids=["lora", "sharded"])
+def test_two_processes_skip_the_same_steps_and_end_together(pairs, random_models, tmp_path, changes):
+    """A pair of one process's batch is damaged: its target is not finite."""
+    broken = tmp_path / "cache"
+    shutil.copytree(pairs, broken)
+    (shard,) = broken.glob("*.safetensors")
+    tensors = load_file(shard)
+    first = next(key for key in sorted(tensors) if key.endswith(".target"))
+    save_file(tensors | {first: torch.full_like(tensors[first], torch.nan)}, shard)
+    train_by_two(recipe(tmp_path / "two", broken, random_models, num_steps=6, **changes))  # six pairs, two a step: one step of three is skipped
+    lines = [json.loads(line) for line in (tmp_path / "two" / "run" / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and sum(line.get("skipped_steps", 0) for line in lines) == 2 and sum(line["loss"] is None for line in lines) == 2
+    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "two" / "out.safetensors").values())
+    everything = {key: torch.full_like(value, torch.nan) if key.endswith(".target") else value for key, value in tensors.items()}
+    save_file(everything, shard)
+    with pytest.raises(AssertionError, match="5 steps in a row were not finite"):
+        train_by_two(recipe(tmp_path / "none", broken, random_models, **changes))
+    assert not (tmp_path / "none" / "out.safetensors").exists() and not list((tmp_path / "none" / "run").glob("step_*"))

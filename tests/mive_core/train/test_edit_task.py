@@ -1,10 +1,12 @@
 """Training on cached pairs: batches, LoRA, recomputation, resume, and what is refused."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mive_core.attention import torch_attention
@@ -159,6 +161,7 @@ def test_resume_equals_uninterrupted(cached, random_models, tmp_path, changes):
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
 
 
+@pytest.mark.filterwarnings("ignore:.*goes on from step")
 def test_a_finished_run_goes_on_to_more_steps(cached, random_models, tmp_path):
     run(EditTask(recipe(cached, random_models, tmp_path / "whole", lora_rank=2, num_steps=4)))
     run(EditTask(recipe(cached, random_models, tmp_path / "more", lora_rank=2, num_steps=2)))
@@ -167,10 +170,88 @@ def test_a_finished_run_goes_on_to_more_steps(cached, random_models, tmp_path):
     assert all(torch.equal(whole[key], more[key]) for key in whole) and len(losses(tmp_path / "more")) == 4
 
 
-def test_where_the_rate_decays_to_the_end_the_end_stays(cached, random_models, tmp_path):
+def recorded(folder) -> list[dict]:
+    with safe_open(str(max((folder / "run").glob("step_*"))), framework="pt") as file:
+        return json.loads(file.metadata()["mive.training"])["changes"]
+
+
+def test_a_run_goes_on_with_another_learning_rate_and_says_so(cached, random_models, tmp_path):
+    """From the same checkpoint: the next step is in proportion to the rate, and Adam's averages are those of before."""
+    steps = []
+    for name, changes in (("same", {}), ("half", {"learning_rate": 5e-3, "weight_decay": 0.1, "num_warmup_steps": 2})):
+        run(EditTask(recipe(cached, random_models, tmp_path / name, lora_rank=2, weight_decay=0.0)), stop_at=3)
+        before = load_file(tmp_path / name / "run" / "step_00000002.safetensors")
+        own = recipe(cached, random_models, tmp_path / name, lora_rank=2, **{"weight_decay": 0.0, **changes})
+        if changes:
+            with pytest.warns(UserWarning, match="goes on from step 4 with a change of learning_rate from 0.01 to 0.005, num_warmup_steps from 1 to 2, weight"):
+                run(EditTask(own))
+        else:
+            run(EditTask(own))
+        after = load_file(tmp_path / name / "run" / "step_00000003.safetensors")
+        key = next(key for key in before if key.startswith("module.lora.") and ".lora_B" in key.replace("/", "."))
+        steps.append(after[key] - before[key] * (1 - 5e-3 * 0.1 if changes else 1))
+    torch.testing.assert_close(2 * steps[1], steps[0], rtol=1e-3, atol=1e-6)
+    assert recorded(tmp_path / "same") == []
+    assert recorded(tmp_path / "half") == [{"step": 3, "changed": {"learning_rate": [0.01, 0.005], "num_warmup_steps": [1, 2], "weight_decay": [0.0, 0.1]}}]
+    with pytest.warns(UserWarning, match="learning_rate from 0.005 to 0.01, num_steps from 4 to 5"):
+        run(EditTask(recipe(cached, random_models, tmp_path / "half", lora_rank=2, num_steps=5, weight_decay=0.1, num_warmup_steps=2)))
+    assert [change["step"] for change in recorded(tmp_path / "half")] == [3, 4]
+
+
+@pytest.mark.parametrize("changes", [{"muon_learning_rate": 0.1}, {"time_learning_rate": 1e-3}, {"lora_rank": 2}, {"seed": 1}, {"betas": [0.8, 0.9]}])
+def test_what_would_make_another_run_of_it_does_not_change(cached, random_models, tmp_path, changes):
+    """Muon and the time layers have parameter groups of their own, so that a checkpoint without them cannot be gone on from with them."""
+    run(EditTask(recipe(cached, random_models, tmp_path)), stop_at=1)
+    with pytest.raises(UserError, match=f"written by another recipe.*different {next(iter(changes))}"):
+        run(EditTask(recipe(cached, random_models, tmp_path, **changes)))
+
+
+@pytest.mark.filterwarnings("ignore:.*goes on from step")
+def test_where_the_rate_decays_the_decay_follows_the_new_end(cached, random_models, tmp_path):
     run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=2, decay_ratio=0.5)))
-    with pytest.raises(UserError, match="different num_steps"):
-        run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=4, decay_ratio=0.5)))
+    task = EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=8, decay_ratio=0.5))
+    run(task)
+    assert [task.lr_factor(step) for step in range(2, 8)] == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25] and len(losses(tmp_path)) == 8
+    assert recorded(tmp_path) == [{"step": 2, "changed": {"num_steps": [2, 8]}}]
+
+
+def test_fewer_steps_than_there_are_is_an_error_and_as_many_export_again(cached, random_models, tmp_path):
+    run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2)))
+    exported, log = load_file(tmp_path / "out.safetensors"), (tmp_path / "run" / "log.jsonl").read_bytes()
+    (tmp_path / "out.safetensors").unlink()
+    with pytest.raises(UserError, match="has more steps than num_steps; got 4; expected at most 3; set num_steps to 4 to export it, or to more to go on"):
+        run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2, num_steps=3)))
+    assert not (tmp_path / "out.safetensors").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(EditTask(recipe(cached, random_models, tmp_path, lora_rank=2)))
+    again = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(again[key], exported[key]) for key in exported) and (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+def test_one_name_is_a_list_of_one(cached, random_models, tmp_path):
+    """A cache once was read letter by letter."""
+    own = recipe(cached, random_models, tmp_path, caches=str(cached / "wide"), lora_targets="ffn.0")
+    assert own.caches == (str(cached / "wide"),) and own.lora_targets == ("ffn.0",)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"betas": "0.9"}, "the recipe's betas is no list; got '0.9'"),
+        ({"caches": None}, "the recipe's caches is no list of names; got None"),
+        ({"caches": [1]}, "the recipe's caches is no list of names"),
+        ({"num_steps": 0}, "num_steps: a run takes a step or more; got 0"),
+        ({"num_steps": -3}, "num_steps: a run takes a step or more; got -3"),
+    ],
+)
+def test_values_that_are_no_lists_or_no_steps_are_refused(cached, random_models, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        recipe(cached, random_models, tmp_path, **changes)
+
+
+def test_no_warmup_is_none(cached, random_models, tmp_path):
+    assert EditTask(recipe(cached, random_models, tmp_path, lora_rank=1, num_warmup_steps=0)).lr_factor(0) == 1.0
 
 
 @pytest.mark.slow

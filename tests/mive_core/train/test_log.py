@@ -45,6 +45,16 @@ def test_tensorboard_has_the_same_curves(tmp_path):
     assert [event.step for event in events.Scalars("validation/psnr")] == [4]
 
 
+def test_what_is_not_finite_is_null(tmp_path):
+    """JSON has no NaN; a curve has no point there."""
+    log = Log(recipe(tmp_path), 0)
+    log.write(0, {"loss": float("nan"), "grad_norm": float("-inf"), "seconds": 1.0})
+    log.close()
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 0, "loss": null, "grad_norm": null, "seconds": 1.0}\n'
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="TENSORBOARD IS NOT INSTALLED")
+    assert accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"] == ["train/seconds"]
+
+
 def test_a_full_disk_is_one_clear_line(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("NO /dev/full ON THIS SYSTEM")

@@ -1,66 +1,17 @@
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from line_task import LineTask, recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.utils.data import Dataset
 
 from mive_core.embedded.tasks import TASKS
 from mive_core.errors import UserError
-from mive_core.train.loop import Task, _step, export_newest, run, step_seed
+from mive_core.train.loop import _gradients, export_newest, run, step_seed
 from mive_core.train.recipe import RENAMED, Recipe, parse_recipe
 from mive_core.train.tasks import train
-
-
-@dataclass(frozen=True, kw_only=True)
-class LineRecipe(Recipe):
-    lr: float = 0.01
-
-
-class Points(Dataset):
-    """A noisy line: dataset[step] is the batch of that step."""
-
-    def __getitem__(self, step):
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(8, 3, generator=generator)
-        return x, x @ torch.tensor([1.0, -2.0, 0.5])
-
-
-class LineTask(Task):
-    def __init__(self, recipe):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
-        self.recipe, self.modules, self.dataset = recipe, {"model": model}, Points()
-        self.optimizers = {"adamw": torch.optim.AdamW(model.parameters(), lr=recipe.lr), "unused": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)}
-
-    def lr_factor(self, step):
-        return 1 - step / self.recipe.num_steps
-
-    def loss(self, step, batch, generator):
-        x, y = batch
-        x = x + 0.1 * torch.randn(x.shape, generator=generator)
-        return {"loss": (self.modules["model"](x)[:, 0] - y).square().mean()}
-
-    def export(self, path):
-        save_file(self.modules["model"].state_dict(), str(path))
-
-
-def recipe(folder: Path, **changes) -> LineRecipe:
-    values = {
-        "task": "line",
-        "output_dir": str(folder / "run"),
-        "export": str(folder / "model.safetensors"),
-        "num_steps": 30,
-        "num_workers": 0,
-        "checkpoint_every_s": 0.0,
-        "log_every": 1,
-        "ema_decay": 0.9,
-    }
-    return parse_recipe(LineRecipe, values | changes)
 
 
 def exported(folder: Path, *, stop_at: int | None = None, damage=None, **changes) -> dict[str, torch.Tensor]:
@@ -164,7 +115,7 @@ def test_accumulated_batches_give_the_mean_gradient(tmp_path):
     noises = [0.1 * torch.randn(8, 3, generator=torch.Generator().manual_seed(step_seed(0, n))) for n in (0, 1)]
     x, y = torch.cat([b[0] + n for b, n in zip(batches, noises)]), torch.cat([b[1] for b in batches])
     expected = torch.autograd.grad((task.modules["model"](x)[:, 0] - y).square().mean(), list(task.modules["model"].parameters()))
-    losses = _step(task, 0, batches)
+    losses = _gradients(task, 0, batches)
     for parameter, gradient in zip(task.modules["model"].parameters(), expected):
         torch.testing.assert_close(parameter.grad, gradient)
     assert losses["loss"].shape == ()
