@@ -285,7 +285,9 @@ def copy_bytes(origin: FileBytes, file: BinaryIO) -> None:
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError if a tensor holds a NaN or an infinity, as one of float16 does where its numbers were above 65504."""
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.detach()).all():
+        values = tensor.detach()
+        values = values.float() if values.is_floating_point() and values.dtype.itemsize == 1 else values  # torch knows no isfinite of float8
+        if values.is_floating_point() and not torch.isfinite(values).all():
             raise UserError(
                 "a weight is not finite, so nothing is written", where=path, got=f"{key} in {tensor.dtype}", fix="take bf16 or fp32 instead of fp16"
             )
