@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +31,15 @@ ARCHIVE_MAGIC = (b"PK", b"\x80\x02")
 CHUNK = 2**24  # bytes per copy where the system has no file-to-file copy
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 SCALE_SUFFIXES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight: ComfyUI's present and former spelling
 QUANTIZATION_SUFFIXES = (".comfy_quant", ".input_scale", ".scale_input", "scaled_fp8")  # other keys of 8-bit storage; dequantising needs none of them
@@ -224,19 +232,22 @@ def is_quantization_key(key: str) -> bool:
 
 
 def stream_tensors(
-    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], produce: Callable[[str], Tensor | FileBytes], metadata: dict[str, str]
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    produce: Callable[[str], Tensor | FileBytes],
+    metadata: dict[str, str],
+    show_progress: bool = True,
 ) -> None:
     """Writes a safetensors file, completely or not at all, with one tensor at a time in memory, as returned by produce(key).
 
     FileBytes are copied from file to file. `layout` holds the dtype and shape of each tensor. Raises UserError if the system
     refuses the write, or if the disk lacks space.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for key, (dtype, shape) in layout.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +257,7 @@ def stream_tensors(
         raise UserError("there is no room for the file", where=path, got=f"{free / 1e9:.1f} GB free", expected=f"{end / 1e9:.1f} GB")
     with atomic_write(path) as partial, open(partial, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for key, (dtype, shape) in tqdm(layout.items(), desc=path.name, unit="tensor"):
+        for key, (dtype, shape) in tqdm(layout.items(), desc=path.name, unit="tensor", disable=not show_progress):
             tensor = produce(key)
             if isinstance(tensor, FileBytes):
                 if tensor.end - tensor.start != math.prod(shape) * dtype.itemsize:
@@ -278,17 +289,19 @@ def copy_bytes(origin: FileBytes, file: BinaryIO) -> None:
 def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError if a tensor holds a NaN or an infinity, as one of float16 does where its numbers were above 65504."""
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.detach()).all():
+        values = tensor.detach()
+        values = values.float() if values.is_floating_point() and values.dtype.itemsize == 1 else values  # torch knows no isfinite of float8
+        if values.is_floating_point() and not torch.isfinite(values).all():
             raise UserError(
                 "a weight is not finite, so nothing is written", where=path, got=f"{key} in {tensor.dtype}", fix="take bf16 or fp32 instead of fp16"
             )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, completely or not at all. Raises UserError if the system refuses the write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        try:
-            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, partial, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    """Writes a safetensors file, completely or not at all, largest dtypes first. Raises UserError as stream_tensors does.
+
+    The file has the permissions that open() gives; safetensors' own save_file makes it readable by its owner only.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in ordered.items()}
+    stream_tensors(path, layout, lambda key: ordered[key].detach().cpu(), metadata, show_progress=False)

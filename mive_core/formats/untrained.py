@@ -24,7 +24,10 @@ def untrained_parts(path: Path) -> tuple[str, ...]:
     mark = next((header.metadata[UNTRAINED_KEY] for header in headers if UNTRAINED_KEY in header.metadata), None)
     if mark is not None:
         return tuple(mark.split(","))
-    patches = read_tensor(next(header for header in headers if PATCH_KEY in header.shapes), PATCH_KEY)
+    holder = next((header for header in headers if PATCH_KEY in header.shapes), None)
+    if holder is None:
+        return ()  # an incomplete file, which every loader refuses
+    patches = read_tensor(holder, PATCH_KEY)
     source_half = patches[:, patches.shape[1] // 2 :]
     return () if source_half.float().any() else NEW_PARTS
 

@@ -74,17 +74,12 @@ def numbered_name(number: int, name: str, digits: int) -> str:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder, which is renamed to `path` at the end.
 
-    The file's permissions are those that open() gives, whatever writes it. On any failure the temporary file is removed, and an existing
-    file at `path` stays unchanged.
+    On any failure the temporary file is removed, and an existing file at `path` stays unchanged.
     Raises UserError if the system refuses the write.
     """
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
         yield partial
-        if partial.stat().st_mode != mode:  # safetensors, for one, leaves a file that only its owner may read
-            partial.chmod(mode)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -4,10 +4,12 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from mive_core.data.tables import write_table
 from mive_core.errors import UserError
-from mive_core.formats.safetensors_file import stream_tensors, write_tensors
+from mive_core.formats.safetensors_file import DTYPE_NAMES, stream_tensors, write_tensors
 from mive_core.media.images import write_frames
 from mive_core.media.paths import atomic_folder, remove_partial_files
 from mive_core.media.video import write_video
@@ -64,7 +66,7 @@ def test_what_a_kill_left_is_removed(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no permissions of this kind")
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_what_is_written_for_others_can_be_read_by_them(tmp_path, umask, mode):
-    """Checkpoints and LoRAs were readable by their owner alone: safetensors makes its files so."""
+    """Checkpoints and LoRAs were readable by their owner alone: safetensors' save_file makes them so."""
     before = os.umask(umask)
     try:
         write_tensors(tmp_path / "lora.safetensors", {"x": torch.ones(2)}, {})
@@ -79,3 +81,14 @@ def test_what_is_written_for_others_can_be_read_by_them(tmp_path, umask, mode):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 6 and {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: mode for path in files}
     assert (tmp_path / "set" / "frames").stat().st_mode & 0o777 == 0o777 & ~umask == (tmp_path / "set").stat().st_mode & 0o777
+
+
+def test_every_dtype_comes_back(tmp_path):
+    tensors = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in DTYPE_NAMES}
+    tensors |= {"scalar": torch.tensor(3), "empty": torch.ones(0, 2), "turned": torch.arange(6.0).reshape(2, 3).T, "odd": torch.ones(3, dtype=torch.bool)}
+    write_tensors(tmp_path / "all.safetensors", tensors, {"a": "b"})
+    with safe_open(tmp_path / "all.safetensors", "pt") as file:
+        assert file.metadata() == {"a": "b"}
+    got = load_file(tmp_path / "all.safetensors")
+    assert got.keys() == tensors.keys()
+    assert all(got[key].dtype == value.dtype and torch.equal(got[key].float(), value.float()) for key, value in tensors.items())
