@@ -4,9 +4,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from PIL import Image
 
 from mive_core.config import PRESETS, MiVEConfig
 from mive_core.errors import UserError
+from mive_core.evaluation.before import Before
 from mive_core.evaluation.evaluate import LOOK_STRENGTHS, EvaluationSettings, apply_modes, evaluate
 from mive_core.evaluation.metrics import PSNR_CAP
 from mive_core.media.video import read_clip
@@ -188,3 +190,22 @@ def test_not_finite_edits_are_an_error_not_a_black_video(tmp_path):
 def test_no_pairs(tmp_path):
     with pytest.raises(UserError, match="nothing to evaluate"):
         evaluate(CopyingPipeline(), [], tmp_path / "out")
+
+
+def test_an_earlier_evaluation_stands_beside(tmp_path):
+    first = evaluate(CopyingPipeline(), [pair("a"), pair("b")], tmp_path / "first", command="mive eval first")
+    before = Before.read(tmp_path / "first", ["a", "b"])
+    report = evaluate(CopyingPipeline(), [pair("a"), pair("b")], tmp_path / "second", before=before)
+    assert report["before"] == {
+        "folder": str(tmp_path / "first"),
+        "command": "mive eval first",
+        **{k: first[k] for k in ("psnr_edited", "psnr_kept", "success_rate")},
+    }
+    alone, beside = (Image.open(tmp_path / name / "sheet.png") for name in ("first", "second"))
+    assert beside.width == alone.width and beside.height == alone.height + 2 * (96 + 4)  # one row more of each clip
+    with pytest.raises(UserError, match="one of other pairs; got a, b; expected a, c"):
+        Before.read(tmp_path / "first", ["a", "c"])
+    (tmp_path / "first" / "report.json").write_text("{}")
+    for folder in ("first", "none"):
+        with pytest.raises(UserError, match="this is no evaluation"):
+            Before.read(tmp_path / folder, ["a", "b"])
