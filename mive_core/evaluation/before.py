@@ -40,7 +40,8 @@ class Before:
     def note(self, index: int) -> str:
         """The figures of a clip, as a line beside the reference on a contact sheet."""
         row = self.report["per_clip"][index]
-        return f"before: edited {decibels(row['psnr_edited'])} dB, kept {decibels(row['psnr_kept'])} dB"
+        measured = [f"{name} {decibels(row[key])} dB" for name, key in (("edited", "psnr_edited"), ("kept", "psnr_kept")) if row[key] is not None]
+        return f"before: {', '.join(measured) or 'no figure'}"
 
     @property
     def summary(self) -> dict:

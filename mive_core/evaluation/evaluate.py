@@ -332,7 +332,7 @@ def write_json(path: Path, values: dict) -> None:
 def _write_sheets(folder: Path, bands: Sequence[Band], report: dict) -> None:
     heading = f"{report['clips']} clips · edited {decibels(report['psnr_edited'])} dB · kept {decibels(report['psnr_kept'])} dB"
     if "before" in report:
-        heading += f" · before {decibels(report['before']['psnr_edited'])} and {decibels(report['before']['psnr_kept'])} dB"
+        heading += f" · before: edited {decibels(report['before']['psnr_edited'])} dB, kept {decibels(report['before']['psnr_kept'])} dB"
     if "delivered" in report:
         heading += f" · delivered {decibels(report['delivered']['psnr_edited'])} and {decibels(report['delivered']['psnr_kept'])} dB"
     write_sheet(folder / "sheet.png", bands, heading, across=min(SHEET_ACROSS, math.ceil(len(bands) / 2)))

@@ -34,6 +34,6 @@ def test_the_road_at_tiny_size_ends_in_a_sheet_of_before_and_after(tmp_path, mon
     report, before = (json.loads((out / folder / "report.json").read_text()) for folder in (".", "before"))
     assert report["before"]["psnr_edited"] == before["psnr_edited"] != report["psnr_edited"] and report["clips"] == 2
     assert read_lora(out / "lora.safetensors").differences.keys() >= {"patch_embedding.weight", "context.fuse.weight"}
-    assert read_clip(out / "edited" / "left.mp4").frames.shape == (17, 96, 96, 3)
+    assert read_clip(next((out / "edited").glob("*.mp4"))).frames.shape == (17, 96, 96, 3)
     with Image.open(out / "sheet.png") as after, Image.open(out / "before" / "sheet.png") as alone:
         assert after.height > alone.height  # one row more
