@@ -7,6 +7,8 @@ import re
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from . import __version__
 from .commands.bench import (
@@ -40,9 +42,10 @@ from .errors import UserError
 
 DEFAULT_MODELS = "tiny"
 DTYPES, PRESET_NAMES = ("bf16", "fp16", "fp32"), ("tiny", "1.3b", "14b")
-# The next two repeat train/budget.py and formats/float8.py, whose import would load torch.
+# The next three repeat train/budget.py, formats/float8.py and media/encode.py, whose import would load torch.
 CARD_NAMES = ("H100", "A100", "RTX 4090", "RTX 3090", "RTX 4080")
 FLOAT8_MODES = ("scaled_back", "kept", "multiplied")
+CODECS = ("h264", "ffv1", "prores", "prores4444", "vp9", "av1", "gif")
 DESCRIPTION = """\
 MiVE edits a video from an instruction and one edited frame: you edit the video's first frame,
 and MiVE carries that edit through all frames, while the motion and everything else stay the same."""
@@ -66,9 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)
         try:
-            arguments = build_parser().parse_args(argv)
-            arguments.command_line = shlex.join(["mive", *argv])
-            arguments.run(arguments)
+            with closed_streams():
+                arguments = build_parser().parse_args(argv)
+                arguments.command_line = shlex.join(["mive", *argv])
+                arguments.run(arguments)
         except UserError as error:
             _print_message("error", error)
             return 2
@@ -76,6 +80,19 @@ def main(argv: list[str] | None = None) -> int:
             _print_message("error", "interrupted")
             return 130
     return 0
+
+
+@contextmanager
+def closed_streams() -> Iterator[None]:
+    """Lets a command end quietly where nobody reads its output: stdout or stderr closed from the start, or a pipe whose reader has gone."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
 
 
 def quiet_libraries() -> None:
@@ -151,8 +168,20 @@ def _add_edit(commands) -> None:
         help="edit many videos: each line of this file is a JSON object with source, reference and instruction; an interrupted run resumes",
     )
     edit.add_argument(
-        "--output", required=True, action=StoreOnce, type=text, metavar="OUT.mp4|DIR", help="the video to write: .mp4, .mov or .mkv; with --manifest a folder"
+        "--output",
+        required=True,
+        action=StoreOnce,
+        type=text,
+        metavar="OUT.mp4|DIR",
+        help="the video to write: .mp4, .mov, .mkv, .webm or .gif; without a suffix a folder of PNG; with --manifest a folder of videos",
     )
+    edit.add_argument(
+        "--codec",
+        default="",
+        choices=CODECS,
+        help="h264 (default of .mp4, .mov, .mkv), ffv1 (lossless, .mkv), prores, prores4444 (.mov), vp9 (default of .webm), av1 (.webm, .mkv, .mp4), gif",
+    )
+    edit.add_argument("--crf", type=integer, metavar="N", help="constant rate factor, smaller: better and larger; default 12 for h264, 18 for vp9, 20 for av1")
     edit.add_argument(
         "--mask", action=StoreOnce, type=text, metavar="IMAGE|VIDEO", help="white where the edit may act; elsewhere the source comes back exactly"
     )

@@ -1,6 +1,7 @@
 """The tests see mive_core as installed; the repository's root, a ComfyUI pack, stays off sys.path."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,17 @@ def body():
         "visual.pos_embed.weight": (36, 64),
     }
     return Qwen3VLModel(Qwen3VLConfig(**config_from_shapes(Path(), shapes))).eval()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """One line at the end: how many tests did not run, and why."""
+    result = yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    deselected = len(terminalreporter.stats.get("deselected", []))
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    parts = [f"{number} ({reason})" for reason, number in reasons.most_common()]
+    parts += [f"{deselected} (left out by the options)"] * bool(deselected)
+    total = len(skipped) + deselected
+    terminalreporter.write_line(f"{total} test{'s' * (total > 1)} did not run: {'; '.join(parts)}" if total else "every test ran")
+    return result

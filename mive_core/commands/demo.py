@@ -14,8 +14,9 @@ from ..evaluation.contact_sheet import make_band, write_sheet
 from ..evaluation.evaluate import BASELINES, EvaluationSettings, notes, region_psnr, score, summary, write_json
 from ..evaluation.full_size import FullSizePairs
 from ..media.fit import fit_mask, resize
+from ..media.images import write_image
 from ..media.paths import atomic_folder, check_output_folder
-from ..media.video import read_clip, write_image, write_video
+from ..media.video import read_clip, write_video
 from ..pipeline import Pipeline
 from ..types import Clip, PairedEdit
 

@@ -26,10 +26,12 @@ def run_edit(arguments: argparse.Namespace) -> None:
         raise UserError(f"the following arguments are required: {', '.join(missing)}", fix="`mive edit --help` lists what it takes")
     from ..data.edit_file import FileOptions, edit_file, prepare
     from ..data.manifest import ManifestEntry
-    from ..media.paths import check_input, check_output
-    from ..media.video import DEFAULT_FPS, VIDEO_SUFFIXES
+    from ..media.encode import Encoding
+    from ..media.paths import check_input
+    from ..media.video import DEFAULT_FPS, check_video_output
 
-    output = check_output(arguments.output, "output", VIDEO_SUFFIXES)
+    encoding = Encoding(arguments.codec, arguments.crf)
+    output = check_video_output(arguments.output, encoding)
     source, reference = check_input(arguments.source, "source"), check_input(arguments.reference, "reference")
     mask = check_input(arguments.mask, "mask") if arguments.mask is not None else None
     keyframes = tuple((number, check_input(path, f"keyframe {number}")) for number, path in arguments.keyframe)
@@ -37,7 +39,7 @@ def run_edit(arguments: argparse.Namespace) -> None:
         raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
     from ..pipeline import Pipeline, find_config
 
-    options = FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, mask, arguments.register)
+    options = FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, mask, arguments.register, encoding)
     entry = ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS, keyframes=keyframes)
     loras = loras_of(arguments)
     prepared = prepare(entry, find_config(arguments.models), options)
@@ -55,6 +57,7 @@ def _edit_many(arguments: argparse.Namespace) -> None:
 
     from ..data.edit_file import FileOptions
     from ..data.edits import JOURNAL, edit_all
+    from ..media.encode import Encoding
     from ..pipeline import Pipeline
 
     options, loras = machine_options(arguments), loras_of(arguments)
@@ -67,7 +70,14 @@ def _edit_many(arguments: argparse.Namespace) -> None:
         load,
         output,
         settings_of(arguments),
-        options=FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, registered=arguments.register),
+        options=FileOptions(
+            arguments.size,
+            arguments.frames,
+            arguments.detail,
+            arguments.anchor,
+            registered=arguments.register,
+            encoding=Encoding(arguments.codec, arguments.crf),
+        ),
         model_id=identity,
         executor=executor_of(arguments),
     )

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..media.encode import VIDEO_SUFFIXES
 from ..media.fit import fit_clip, resize_and_crop, valid_num_frames
+from ..media.images import write_frames
 from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name, remove_partial_files
 from ..media.remote import is_url, local_copy
-from ..media.video import VIDEO_SUFFIXES, read_clip, write_frames, write_video
+from ..media.video import read_clip, write_video
 from ..types import Clip
 from .executor import Executor
 from .journal import Outcome, Task, fingerprint, run_resumable

@@ -6,7 +6,7 @@ Source and output are streamed; only frames of the edit's size are held for the 
 import math
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from ..config import MiVEConfig, latent_grid
 from ..delivery import EditedFrame, deliver
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluationSettings, show_steps
+from ..media.encode import Encoding
 from ..media.fit import check_frames, check_request_frames, check_request_size, edit_size, fit_reference, resize, valid_num_frames
+from ..media.images import read_image
 from ..media.remote import local_copy
-from ..media.video import read_clip, read_fps, read_image, stream_clip, write_stream, write_video
+from ..media.video import read_clip, read_fps, stream_clip, write_stream, write_video
 from ..pipeline import Pipeline
 from ..reference import check_keyframes
 from ..reference_check import warn_of_references
@@ -42,6 +44,7 @@ class FileOptions:
     anchor: str = "auto"  # as in deliver
     mask: Path | None = None  # video or image, white where the edit may act
     registered: bool = False  # whether reference and keyframes are registered to their frames of the source
+    encoding: Encoding = field(default_factory=Encoding)  # of the output
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,12 @@ def edit_file(
     seconds = time.perf_counter() - start
     edited = result.edited.frames[: prepared.num_frames]
     if not keep_detail or result.round_trip is None:
-        return write_video(output, replace(result.edited, frames=edited), sound=prepared.source), seconds
+        return write_video(output, replace(result.edited, frames=edited), sound=prepared.source, encoding=options.encoding), seconds
     round_trip = result.round_trip[: prepared.num_frames]
     source = islice(stream_clip(prepared.source, what="source"), prepared.num_frames)
     frames = deliver(source, edited, round_trip, prepared.reference, prepared.mask, anchor=options.anchor, keyframes=prepared.keyframes)
-    return write_stream(output, frames, prepared.size, prepared.request.source.fps, sound=prepared.source), seconds
+    fps = prepared.request.source.fps
+    return write_stream(output, frames, prepared.size, fps, sound=prepared.source, encoding=options.encoding), seconds
 
 
 def _warn_of_many_tokens(request: EditRequest, config: MiVEConfig, where: str, options: FileOptions) -> None:

@@ -29,7 +29,7 @@ class EditWorker:
 
     def work(self, item: tuple[int, ManifestEntry], prepared: PreparedEdit) -> dict:
         number, entry = item
-        output = self.folder / f"{numbered_name(number, entry.name or Path(str(entry.source)).stem, 6)}.mp4"
+        output = self.folder / f"{numbered_name(number, entry.name or Path(str(entry.source)).stem, 6)}{self.options.encoding.suffix}"
         path, seconds = edit_file(self.pipeline, prepared, output, self.settings, self.options)
         return {"edited": path.name, "instruction": entry.instruction, "seconds": round(seconds, 3)}
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..media.fit import check_frames, fit_clip, fit_mask, fit_reference, resize_and_crop, trim_clip
+from ..media.images import read_image, write_frames
 from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name
 from ..media.remote import check_url, is_url, local_copy
-from ..media.video import DEFAULT_FPS, read_clip, read_image, write_frames
+from ..media.video import DEFAULT_FPS, read_clip
 from ..types import Clip, EditRequest, Keyframe, PairedEdit
 from .pace import Pace
 from .tables import Row, read_table, write_table

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..media.fit import resize_and_crop
-from ..media.video import read_clip, write_image, write_video
+from ..media.images import write_image
+from ..media.video import read_clip, write_video
 from ..types import Clip
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"

@@ -153,11 +153,15 @@ def read_header(path: Path) -> TensorFile:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """A file, or a sharded index -> the files that hold the tensors. Raises UserError that names a missing shard."""
+    """A file, or a sharded index -> the files that hold the tensors. Raises UserError for a damaged index, and one that names a missing shard."""
     if not path.name.endswith(INDEX_SUFFIX):
         return [path]
-    index = json.loads(path.read_text())
-    shards = [path.parent / name for name in sorted(set(index["weight_map"].values()))]
+    try:
+        shards = [path.parent / name for name in sorted(set(json.loads(path.read_bytes())["weight_map"].values()))]
+        if not shards or any("\0" in str(shard) for shard in shards):
+            raise ValueError("no shards, or a NUL in the name of one")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError("the index of the shards is damaged", where=path, got=str(error), fix="download it again") from None
     for shard in shards:
         if shard.parent.resolve() != path.parent.resolve():
             raise UserError("a shard lies outside the model's folder", where=path, got=shard.name)

@@ -167,3 +167,17 @@ def _hint(path: str | os.PathLike) -> str:
     if not os.path.isdir(parent):
         return f"the folder {str(parent)!r} does not exist either"
     return "check the spelling"
+
+
+def describe(path: Path) -> str:
+    """Describes an unreadable file by its first bytes and its length, for an error message."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    length = f"{path.stat().st_size} bytes"
+    if head.lstrip()[:1] == b"<":
+        return f"an HTML or XML page of {length}"
+    if head[:4] == b"PK\x03\x04":
+        return f"a zip archive of {length}"
+    if head[4:8] == b"ftyp":
+        return f"an MP4 file of {length}"
+    return length

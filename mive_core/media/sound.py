@@ -1,17 +1,34 @@
-"""The source's sound in an edited video: copied where the container takes it, else encoded as AAC. The picture is kept whatever happens to the sound."""
+"""The source's sound in an edited video: copied where the container takes it, else encoded as AAC, or Opus in WebM.
+
+The picture is kept whatever happens to the sound.
+"""
 
 import heapq
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 
-FALLBACK = "aac"  # which .mp4, .mov and .mkv hold
-FALLBACK_RATES = (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 64_000, 88_200, 96_000)  # of AAC, per second
+from .decode import video_stream
+
+AAC_RATES = (8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 64_000, 88_200, 96_000)  # per second
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}  # by number of channels
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The codec for sound that a container does not hold as it is."""
+
+    name: str
+    encoder: str
+    rates: tuple[int, ...]  # per second
+
+
+AAC, OPUS = Fallback("AAC", "aac", AAC_RATES), Fallback("Opus", "libopus", (48_000,))
 
 Timed = Iterator[tuple[Fraction, av.Packet]]  # by time, in seconds
 
@@ -31,7 +48,7 @@ def add_sound(video: Path, source: Path, name: Path) -> None:
                 encoded = _join(given, silent, output, name.suffix.lower())
         os.replace(joined, video)
         if encoded:
-            warnings.warn(f"{name}: the sound was encoded as {FALLBACK.upper()}, since {name.suffix} does not hold {encoded}", stacklevel=2)
+            warnings.warn(f"{name}: the sound was encoded as {fallback(name.suffix).name}, since {name.suffix} does not hold {encoded}", stacklevel=2)
     except (av.FFmpegError, ValueError, NotImplementedError) as error:
         warnings.warn(f"{name}: written without the source's sound: {getattr(error, 'strerror', None) or error}", stacklevel=2)
     finally:
@@ -43,7 +60,9 @@ def _join(given: av.container.InputContainer, silent: av.container.InputContaine
 
     Raises ValueError for sound that cannot be decoded.
     """
-    sound, picture = given.streams.audio[0], given.streams.video[0]
+    sound, picture = given.streams.audio[0], video_stream(given)
+    if picture is None:
+        raise ValueError("it has no pictures to go with")
     if sound.codec_context is None or not sound.codec_context.sample_rate:
         raise ValueError("its codec is unknown or its header is damaged")
     start, end = _seconds(picture.start_time, picture.time_base), _seconds(silent.duration, Fraction(1, av.time_base))
@@ -54,7 +73,7 @@ def _join(given: av.container.InputContainer, silent: av.container.InputContaine
     if is_held and not is_pcm:
         packets = _copied(given, sound, output.add_stream_from_template(sound), start, end)
     else:  # packets of PCM can be long, so it is cut by samples and encoded as what it was
-        packets = _encoded(given, sound, _add_encoder(output, codec if is_held else FALLBACK, sound), start, end)
+        packets = _encoded(given, sound, _add_encoder(output, codec if is_held else None, sound, fallback(suffix)), start, end)
     num_packets = 0
     for _, packet in heapq.merge(pictures, packets, key=lambda timed: timed[0]):
         num_packets += packet.stream.type == "audio"
@@ -96,12 +115,18 @@ def _copied(given: av.container.InputContainer, sound: av.AudioStream, stream: a
         yield time, packet
 
 
-def _add_encoder(output: av.container.OutputContainer, codec: str, sound: av.AudioStream) -> av.AudioStream:
+def fallback(suffix: str) -> Fallback:
+    """The codec that a container holds for sure."""
+    return OPUS if suffix.lower() == ".webm" else AAC
+
+
+def _add_encoder(output: av.container.OutputContainer, codec: str | None, sound: av.AudioStream, chosen: Fallback) -> av.AudioStream:
+    """A stream of the sound's own codec, or, where that is None, of `chosen`."""
     rate, layout = sound.codec_context.sample_rate, sound.codec_context.layout
-    if codec != FALLBACK:
+    if codec is not None:
         return output.add_stream(codec, rate=rate, layout=layout)  # type: ignore[return-value]  # a codec of sound
-    rate = min(FALLBACK_RATES, key=lambda known: abs(known - rate))
-    return output.add_stream(FALLBACK, rate=rate, layout=LAYOUTS.get(layout.nb_channels, "stereo"))  # type: ignore[return-value]
+    rate = min(chosen.rates, key=lambda known: abs(known - rate))
+    return output.add_stream(chosen.encoder, rate=rate, layout=LAYOUTS.get(layout.nb_channels, "stereo"))  # type: ignore[return-value]
 
 
 def _encoded(given: av.container.InputContainer, sound: av.AudioStream, stream: av.AudioStream, start: Fraction, end: Fraction) -> Timed:

@@ -14,7 +14,8 @@ from conversion import to_prompt
 from serving import Refused
 from torch import Tensor
 
-from mive_core.media.video import read_clip, read_image, write_image
+from mive_core.media.images import read_image, write_image
+from mive_core.media.video import read_clip
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "workflows" / "MiVE 1 Edit a Video.json"  # a test without ComfyUI compares it with the blueprints
 WIDTH, HEIGHT, NUM_FRAMES, FPS = 202, 118, 10, 24

@@ -13,7 +13,8 @@ from PIL import Image
 import mive_core
 from mive_core.cli import build_parser, main
 from mive_core.config import PRESETS
-from mive_core.media.video import read_clip, write_frames, write_video
+from mive_core.media.images import write_frames
+from mive_core.media.video import read_clip, write_video
 from mive_core.types import Clip
 
 
@@ -70,7 +71,9 @@ def refused(capsys, arguments: list[str], folder: Path) -> str:
         ({"source": "a\0b"}, "NUL"),
         ({"output": "gone/out.mp4"}, "its folder does not exist"),
         ({"output": "out.avi"}, "unsupported file type"),
-        ({"output": "frames"}, "unsupported file type"),
+        ({"output": "frames"}, "the folder is not empty"),
+        ({"codec": "ffv1"}, ".mp4 does not hold ffv1 here; expected .mkv"),
+        ({"crf": "99"}, "h264 takes no such crf; got 99; expected 0 to 51"),
         ({"output": "D:\\out.mp4"}, "backslash"),
         ({"output": "o\0.mp4"}, "NUL"),
         ({"output": "clip.mp4"}, "would replace an input"),
@@ -164,11 +167,14 @@ def test_edit(work, random_models, capsys):
         ({"frames": "5", "anchor": "on", "mask": "reference.png"}, (5, 32, 48, 3)),
         ({"layers": "2+last", "frames": "5", "cfg": "2"}, (5, 32, 48, 3)),
         ({"source": "reference.png"}, (1, 32, 48, 3)),
+        ({"output": "out.mkv", "codec": "ffv1", "frames": "5"}, (5, 32, 48, 3)),
+        ({"output": "out.webm", "crf": "40", "frames": "5"}, (5, 32, 48, 3)),
+        ({"output": "pictures", "frames": "5"}, (5, 32, 48, 3)),
     ],
 )
 def test_edit_with_options(work, random_models, capsys, changes, frames):
     assert main(edit(models=str(random_models), **changes)) == 0
-    assert read_clip("out.mp4").frames.shape == frames
+    assert read_clip(changes.get("output", "out.mp4")).frames.shape == frames
 
 
 @pytest.mark.parametrize(
@@ -246,7 +252,7 @@ def test_an_interrupt_leaves_nothing(work, random_models, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mive_core.media.video._to_uint8", interrupt)
+    monkeypatch.setattr("mive_core.media.encode.quantise", interrupt)
     before = listing(work)
     assert main(edit(models=str(random_models), frames="5")) == 130
     assert capsys.readouterr().err == "mive: error: interrupted\n"
@@ -357,8 +363,10 @@ def test_repeated_constants_are_equal():
     """The command line repeats these lists, so that --help does not import torch."""
     from mive_core import cli, config
     from mive_core.formats import float8
+    from mive_core.media import encode
     from mive_core.train import budget
 
+    assert set(cli.CODECS) == encode.FORMATS.keys()
     assert cli.FLOAT8_MODES == float8.MODES and set(cli.PRESET_NAMES) == config.PRESETS.keys() and set(cli.CARD_NAMES) == budget.CARDS.keys()
 
 

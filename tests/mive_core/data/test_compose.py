@@ -14,7 +14,8 @@ from mive_core.data.compose import over
 from mive_core.data.manifest import load_entry, read_manifest
 from mive_core.data.segment_person import Segmenter
 from mive_core.errors import UserError
-from mive_core.media.video import write_frames, write_video
+from mive_core.media.images import write_frames
+from mive_core.media.video import write_video
 from mive_core.types import Clip
 
 

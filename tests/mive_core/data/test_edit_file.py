@@ -15,7 +15,8 @@ from mive_core.data.edit_file import FileOptions, edit_file, prepare
 from mive_core.data.manifest import ManifestEntry
 from mive_core.errors import UserError
 from mive_core.evaluation.evaluate import EvaluationSettings
-from mive_core.media.video import read_clip, write_image, write_stream, write_video
+from mive_core.media.images import write_image
+from mive_core.media.video import read_clip, write_stream, write_video
 from mive_core.pipeline import Pipeline
 from mive_core.types import Clip
 

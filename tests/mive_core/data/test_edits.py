@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mive_core.cli import main
-from mive_core.media.video import read_clip, write_image, write_video
+from mive_core.media.images import write_image
+from mive_core.media.video import read_clip, write_video
 from mive_core.types import Clip
 
 

@@ -4,7 +4,8 @@ import torch
 from mive_core.data.folder import read_folder, read_pairs
 from mive_core.data.manifest import export_pairs, load_entry
 from mive_core.errors import UserError
-from mive_core.media.video import write_frames, write_image, write_video
+from mive_core.media.images import write_frames, write_image
+from mive_core.media.video import write_video
 from mive_core.types import Clip, EditRequest, PairedEdit
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from mive_core.data.manifest import ManifestPairs, export_pairs, load_entry, read_manifest, read_source, write_manifest
 from mive_core.errors import UserError
-from mive_core.media.video import write_frames, write_video
+from mive_core.media.images import write_frames
+from mive_core.media.video import write_video
 from mive_core.types import Clip, EditRequest, Keyframe, PairedEdit
 
 

@@ -5,7 +5,8 @@ import torch
 
 from mive_core.data.manifest import ManifestEntry, load_entry
 from mive_core.errors import UserError
-from mive_core.media.video import read_num_frames, write_frames, write_video
+from mive_core.media.images import write_frames
+from mive_core.media.video import read_num_frames, write_video
 from mive_core.types import Clip
 
 

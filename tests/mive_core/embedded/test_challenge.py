@@ -21,7 +21,8 @@ from mive_core.embedded.challenge.pairs import KIND_EDITS, OBJECT_EDITS, RGB
 from mive_core.embedded.synthetic.labels import RGB as TRAINED_RGB
 from mive_core.embedded.synthetic.shapes import DISTANCES
 from mive_core.errors import UserError
-from mive_core.media.video import read_clip, write_frames
+from mive_core.media.images import write_frames
+from mive_core.media.video import read_clip
 
 SIZE, NUM_FRAMES = (80, 64), 9
 

@@ -11,7 +11,8 @@ from mive_core.embedded.synthetic import PHRASINGS
 from mive_core.embedded.synthetic.looks import LOOKS_FN
 from mive_core.embedded.synthetic.natural_images import PICTURES, pyramid
 from mive_core.errors import UserError
-from mive_core.media.video import read_clip, write_frames
+from mive_core.media.images import write_frames
+from mive_core.media.video import read_clip
 from mive_core.types import Clip
 
 

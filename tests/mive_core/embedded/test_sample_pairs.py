@@ -6,7 +6,8 @@ from mive_core.data.folder import read_folder
 from mive_core.data.manifest import ManifestPairs
 from mive_core.embedded.sample_pairs import HELD_OUT_PARTS, NUM_FRAMES, PARTS, SAMPLES, SIDE, neon, television
 from mive_core.media.fit import fit_clip
-from mive_core.media.video import read_clip, read_image
+from mive_core.media.images import read_image
+from mive_core.media.video import read_clip
 
 
 def test_the_shipped_pairs_are_a_look_and_its_outcome():

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from mive_core.data.tables import write_table
 from mive_core.errors import UserError
 from mive_core.formats.safetensors_file import DTYPE_NAMES, stream_tensors, write_tensors
+from mive_core.media.images import write_frames
 from mive_core.media.paths import atomic_folder, remove_partial_files
-from mive_core.media.video import write_frames, write_video
+from mive_core.media.video import write_video
 from mive_core.types import Clip
 
 

@@ -7,8 +7,9 @@ import torch
 
 from mive_core.data.manifest import load_entry, read_manifest, write_manifest
 from mive_core.errors import UserError
+from mive_core.media.images import write_frames, write_image
 from mive_core.media.remote import local_copy
-from mive_core.media.video import write_frames, write_image, write_video
+from mive_core.media.video import write_video
 from mive_core.types import Clip
 
 fsspec = pytest.importorskip("fsspec")

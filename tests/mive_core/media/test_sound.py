@@ -2,13 +2,15 @@
 
 import math
 import os
+import warnings
 
 import av
 import numpy as np
 import pytest
 import torch
 
-from mive_core.media.video import read_clip, write_frames, write_stream, write_video
+from mive_core.media.images import write_frames
+from mive_core.media.video import read_clip, write_stream, write_video
 from mive_core.types import Clip
 
 RATE, FPS = 48_000, 8.0
@@ -98,6 +100,27 @@ def test_pcm_stays_pcm_to_the_sample_in_mov_and_becomes_aac_in_mp4(tmp_path, rec
         path = write_video(tmp_path / "out.mp4", Clip(FRAMES, FPS), sound=tmp_path / "a.mov")
     name, samples = sound_of(path)
     assert name == "aac" and samples.shape[1] / RATE == pytest.approx(1.5, abs=0.05) and pitch(samples) == pytest.approx(440, abs=2)
+
+
+@pytest.mark.parametrize("codec", ["aac", "libopus"])
+def test_webm_gets_opus(tmp_path, codec):
+    """Opus is copied; AAC, which WebM does not hold, is encoded as Opus, with a warning."""
+    source = make_source(tmp_path / "source.mkv", codec, rate=48_000)
+    clip = read_clip(source, num_frames=16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = write_video(tmp_path / "edited.webm", clip, sound=source)
+    assert [str(warning.message).endswith("the sound was encoded as Opus, since .webm does not hold aac") for warning in caught] == [True] * (codec == "aac")
+    name, samples = sound_of(path)
+    assert name in ("opus", "libopus") and abs(samples.shape[1] / RATE - 2) < 0.1
+    assert np.sqrt((samples[:, RATE // 2 :] ** 2).mean()) > 0.1
+
+
+def test_a_gif_has_no_sound_and_a_folder_of_frames_neither(tmp_path):
+    source = make_source(tmp_path / "source.mkv", "aac")
+    clip = read_clip(source, num_frames=4)
+    assert read_clip(write_video(tmp_path / "a.gif", clip, sound=source)).frames.shape[0] == 4
+    assert len(list(write_video(tmp_path / "frames", clip, sound=source).iterdir())) == 4
 
 
 def test_a_rate_that_aac_lacks_is_resampled(tmp_path):

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from mive_core.errors import UserError
-from mive_core.media.video import read_clip, read_image, write_frames, write_video
+from mive_core.media.images import read_image, write_frames
+from mive_core.media.video import read_clip, write_video
 from mive_core.types import Clip
 
 
@@ -27,7 +28,7 @@ def test_a_video_comes_back_as_it_was_written(tmp_path):
     back = read_clip(path)
     assert back.frames.shape == clip.frames.shape and back.frames.dtype == torch.float32
     assert back.fps == 12.5
-    assert (back.frames - clip.frames).square().mean() < 1e-4  # 40 dB
+    assert (back.frames - clip.frames).square().mean() < 4e-4  # 34 dB: 4:2:0 halves the colour of sharp edges
     assert os.listdir(tmp_path) == ["clip.mp4"]
 
 
@@ -219,8 +220,8 @@ def test_paths_that_lead_nowhere(tmp_path, monkeypatch, path, says):
     "name, says",
     [
         ("missing/clip.mp4", "its folder does not exist; create"),
-        ("clip.gif", r"unsupported file type; got '\.gif'; expected \.mkv or \.mov or \.mp4"),
-        ("clip", "unsupported file type; got ''"),
+        ("clip.avi", r"unsupported file type; got '\.avi'; expected \.gif or \.mkv or \.mov or \.mp4 or \.webm"),
+        ("", "the folder is not empty"),
         ("C:\\clip.mp4", "backslash"),
         ("a\0.mp4", "NUL"),
         ("folder.mp4", "is a folder"),

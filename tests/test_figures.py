@@ -1,0 +1,138 @@
+"""What README, the pages and the card state as measured is what the files in results/ hold."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CARD = ROOT / "mive_core" / "assets" / "tiny" / "README.md"
+
+
+def report(path: str) -> dict:
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def tables(page: Path) -> list[list[list[str]]]:
+    """The Markdown tables of a page: rows of cells, the header first, the line of dashes left out."""
+    found: list[list[list[str]]] = [[]]
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            if not all(re.fullmatch(r":?-+:?", cell) for cell in cells):
+                found[-1].append(cells)
+        elif found[-1]:
+            found.append([])
+    return [table for table in found if table]
+
+
+def table(page: Path, *header: str) -> list[list[str]]:
+    """The rows of the page's only table whose header begins with these cells."""
+    (rows,) = [rows for rows in tables(page) if tuple(rows[0][: len(header)]) == header]
+    return rows[1:]
+
+
+def decibels(*values: float | None) -> str:
+    """As the pages write them: 25.4 / 29.3; a value that is missing, or that was capped because nothing differs, is a dash."""
+    return " / ".join("-" if value is None or value >= 99.95 else f"{value:.1f}" for value in values)
+
+
+def edited_and_kept(figures: dict) -> str:
+    return decibels(figures["psnr_edited"], figures["psnr_kept"])
+
+
+def percent(value: float | None, ceiling: float | None) -> str:
+    return f"{rounded(100 * value)} ({rounded(100 * ceiling)})"
+
+
+def rounded(value: float) -> int:
+    """Halves go up, as people round."""
+    return math.floor(round(value, 6) + 0.5)  # 100 * 0.575 is 57.49999999999999
+
+
+def test_the_cards_main_table_is_its_reports():
+    path, rows = "", table(CARD, "set", "ours")
+    for name, ours, source, reference, ceiling, match, success, where in rows:
+        path = path if where == "the same" else where.strip("`")
+        figures = report(path if path.endswith(".json") else f"{path}/report.json")
+        if name.startswith("of these, "):
+            kind, number = re.fullmatch(r"of these, (.+) \((\d+)\)", name).groups()
+            figures = (figures["by_kind"] | figures["by_edit"])[kind]
+            assert figures["clips"] == int(number), name
+        else:
+            assert figures["clips"] == int(re.match(r"\d+", name)[0]) if name[0].isdigit() else True, name
+        expected = [edited_and_kept(part) for part in (figures, figures["copy_source"], figures["repeat_reference"], figures["vae_ceiling"])]
+        assert [ours, source, reference, ceiling] == expected, name
+        assert success == percent(figures["success_rate"], figures["success_rate_ceiling"]), name
+        assert match in ("-", percent(figures["object_match"], figures["object_match_ceiling"])), name
+    assert len(rows) > 15
+
+
+def test_the_cards_studies_of_steps_and_guidance():
+    (row,) = table(CARD, "2 steps", "4 steps")
+    files = ["steps_2", None, "steps_8", "cfg_2", "cfg_3"]
+    for cell, name in zip(row, files):
+        if name is not None:
+            assert cell == edited_and_kept(report(f"results/embedded/studies/{name}.json"))
+    assert row[1] == edited_and_kept(mean_of_first(report("results/embedded/synthetic/report.json"), 24))
+
+
+def mean_of_first(figures: dict, number: int) -> dict:
+    """Means over the first clips of a report."""
+    rows = figures["per_clip"][:number]
+    values = {key: [row[key] for row in rows if row.get(key) is not None] for key in ("psnr_edited", "psnr_kept")}
+    return {key: sum(listed) / len(listed) for key, listed in values.items()}
+
+
+def test_the_second_generators_clips():
+    rows = {row[0]: row[1:] for row in table(CARD, "set", "before", "after")}
+    for name, stem in (("32 over noise", "noise"), ("32 over footage", "footage")):
+        before, after = (report(f"results/embedded/challenge/{stem}{suffix}.json") for suffix in ("_2026-11-26c", ""))
+        gaps = [f"{100 * figures['first_frame_gap']['within_1_db']:.0f}" for figures in (before, after)]
+        rates = [f"{100 * figures['success_rate']:.0f}" for figures in (before, after)]
+        expected = [edited_and_kept(before), edited_and_kept(after), edited_and_kept(after["vae_ceiling"]), " -> ".join(rates), " -> ".join(gaps)]
+        assert rows[name] == expected
+
+
+CLIPS = {
+    "grass recoloured, footage, 97 frames": "recolour",
+    "object recoloured over footage, 97 frames": "objects",
+    "drawn, 97 frames": "drawn",
+    "drawn, 161 frames": "drawn161",
+}
+
+
+def test_long_clips():
+    rows = table(ROOT / "docs" / "models.md", "clip", "stretches", "stretches of latents", "context windows")
+    assert [row[0] for row in rows] == list(CLIPS)
+    for name, *cells in rows:
+        ways = {row["way"]: row["delivered"]["psnr"] for row in report(f"results/embedded/long_clips/{CLIPS[name]}.json")["means"]}
+        for cell, way in zip(cells, ("stretches", "latents", "windows")):
+            parts = ", ".join(f"{ways[way][part]['psnr_edited']:.1f}" for part in ("first", "middle", "last"))
+            assert cell == f"{parts} / {ways[way]['whole']['psnr_kept']:.1f}", (name, way)
+
+
+def test_training_on_paper():
+    rows = {int(row[0]): row[1:] for row in table(ROOT / "docs" / "training.md", "cards")}
+    found = {(row["cards"], row["size"][0], row["offload"]): row for row in report("results/training/scale_14b.json")["rows"]}
+    for cards, cells in rows.items():
+        for first, width in ((0, 832), (2, 1280)):
+            plain, moved = (found[cards, width, offload]["memory_bytes"] / 1e9 for offload in (False, True))
+            numbers = [int(number) for number in re.findall(r"\d+", cells[first])]
+            assert numbers == [round(plain), round(moved)], (cards, width)
+            assert int(cells[first + 1]) == round(found[cards, width, False]["seconds_a_step"]), (cards, width)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", CARD, *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"], ids=lambda page: page.stem)
+def test_every_file_of_results_that_a_page_names_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"results/[\w./-]+", text):
+        assert (ROOT / name.rstrip("./")).exists(), f"{page.name} names {name}"
+
+
+def test_every_report_holds_its_command():
+    """Logs of losses and pages of pictures hold none; the table in results/README.md does."""
+    for path in sorted((ROOT / "results").rglob("*.json")):
+        assert report(str(path.relative_to(ROOT))).get("command"), path
