@@ -32,9 +32,9 @@ class SmallWanRecipe(Recipe):
     num_clips: int = 4096
     clips_seed: int = 1_000_000  # seed of the first clip
     num_heads: int = 2  # of width 128
-    num_blocks: int = 6
+    num_blocks: int = 4
     ffn_width: int = 1024
-    batch_size: int = 24
+    batch_size: int = 16
     learning_rate: float = 1.6e-3  # peak learning rate of AdamW, for all but the blocks' matrices
     muon_learning_rate: float = 0.013  # peak learning rate of Muon on the blocks' matrices, a fraction of their norm
     muon_min_norm: float = 5.0  # lower bound on the norm in that fraction

@@ -19,4 +19,11 @@ def build_small_wan(values: dict, where: object = None) -> Task:
     return build(values, where)
 
 
-TASKS: Mapping[str, TaskBuilder] = {"small_wan": build_small_wan, **EMBEDDED_TASKS}
+def build_variant(values: dict, where: object = None) -> Task:
+    """Builds the task `edit_variant`: the task edit with another choice of what the conversion from Wan decides."""
+    from .variants import build
+
+    return build(values, where)
+
+
+TASKS: Mapping[str, TaskBuilder] = {"small_wan": build_small_wan, "edit_variant": build_variant, **EMBEDDED_TASKS}
