@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ Mive = Callable[[list[str]], int]  # runs a command of the command line, given i
 KIND = "seen in reference"
 COPY_SCALE = 0.5  # of the noisy half, in the source half of the start "copied"
 TRACE = 1e-12  # one weight of the source half of the start "unmarked", which the product would otherwise refuse to train a LoRA alone on
-LORA = {"lora_rank": 32, "new_parts": "trained"}
+LORA: dict[str, Any] = {"lora_rank": 32, "new_parts": "trained"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ ARMS = {
     "condition_positions": Arm("condition with positions", recipe={"variant": "condition_positions"}, is_variant=True),
     "cross_attention": Arm("cross-attention faded out", recipe={"variant": "cross_attention"}, is_variant=True),
 }
-COMMON = {
+COMMON: dict[str, Any] = {
     "batch_size": 8,
     "learning_rate": 1.0e-3,
     "num_warmup_steps": 20,
@@ -124,7 +125,7 @@ class Study:
         plan = self.plan
         if self.trains_wan:
             folder = self.work / "small_wan"
-            values = {"task": "small_wan", "output_dir": str(folder), "export": str(self.wan), "clips_file": str(folder / "clips.safetensors")}
+            values: dict[str, Any] = {"task": "small_wan", "output_dir": str(folder), "export": str(self.wan), "clips_file": str(folder / "clips.safetensors")}
             values |= {"vae": str(EMBEDDED["tiny"] / "vae.safetensors"), "vlm": str(EMBEDDED["tiny"] / "vlm"), **SMALL_WAN, **plan.small_wan}
             self.command(["train", self.recipe("small_wan", values)], self.wan)
         self.command(["init-from-wan", self.wan, self.dit("wan"), "--vlm", "tiny", "--dtype", "fp32"], self.dit("wan"))
@@ -159,7 +160,7 @@ class Study:
         made, folder = run + ("_longer" if longer else ""), self.work / "runs" / run
         is_lora = "lora_rank" in arm.recipe
         export = folder / f"{made}_lora.safetensors" if is_lora else self.dit(made)
-        values = {
+        values: dict[str, Any] = {
             "task": "edit_variant" if arm.is_variant else "edit",
             "start_from": str(self.dit(arm.start)),
             "caches": [str(self.work / "pairs_cache")],
@@ -187,7 +188,7 @@ class Study:
             self.command(["eval", *options, "--output", evaluation], evaluation / "report.json")
 
 
-SMALL_WAN = {"num_steps": 1200, "batch_size": 16, "seed": 27, "ema_decay": 0.99, "bf16": True, "num_workers": 0, "log_every": 10}  # as configs/small_wan.yaml
+SMALL_WAN: dict[str, Any] = {"num_steps": 1200, "batch_size": 16, "seed": 27, "ema_decay": 0.99, "bf16": True, "num_workers": 0, "log_every": 10}  # as configs/small_wan.yaml
 
 
 def run_name(arm: str, seed: int) -> str:

@@ -183,6 +183,7 @@ def write_strips(study: Study, path: Path) -> None:
         return
     bands = []
     for index, entry in enumerate(read_manifest(study.work / "heldout" / "pairs.jsonl")[:STRIP_CLIPS]):
+        assert entry.target is not None and entry.reference is not None  # drawn pairs have both
         source, target = read_clip(entry.source, fps=entry.fps), read_clip(entry.target, fps=entry.fps)
         columns = np.linspace(0, len(source.frames) - 1, NUM_COLUMNS).round().astype(int)
         clips = {"source": source.frames} | {ARMS[name].title: read_clip(folder / f"{index:03d}.mp4").frames for name, folder in edited.items()}

@@ -38,7 +38,7 @@ def reference_at_zero(model: MiVEDiT) -> None:
         times = torch.zeros(1, 1) if reference_times is None else reference_times
         return rotary_table(num_condition, grid, model.config.head_dim, model.config.rope_theta, device, times + 1)
 
-    model.rotary = rotary
+    model.rotary = rotary  # type: ignore[method-assign]  # as hosts replace it
 
 
 def condition_positions(model: MiVEDiT) -> None:
@@ -51,7 +51,7 @@ def condition_positions(model: MiVEDiT) -> None:
         own = torch.polar(torch.ones_like(angles), angles)
         return torch.cat([own.expand(len(table), *own.shape), table[:, num_condition:]], dim=1)
 
-    model.rotary = rotary
+    model.rotary = rotary  # type: ignore[method-assign]  # as hosts replace it
 
 
 class FadingCrossAttention:
@@ -68,7 +68,7 @@ class FadingCrossAttention:
             self.text = self.wan.condition_embedder.text_embedder(states[:, -1])
             return project(states)
 
-        model.embed_condition = embed_condition
+        model.embed_condition = embed_condition  # type: ignore[method-assign]
         for block, wan_block in zip(model.blocks, wan.blocks):
             block.forward = partial(self.run_block, block, wan_block)
 
