@@ -31,6 +31,7 @@ class SmallWanRecipe(Recipe):
     clips_file: str  # file of the drawn clips' latents and captions' states, written where it is missing
     num_clips: int = 4096
     clips_seed: int = 1_000_000  # seed of the first clip
+    start_from: str = ""  # diffusers folder of a Wan to train on; "": a new one of the following sizes
     num_heads: int = 2  # of width 128
     num_blocks: int = 4
     ffn_width: int = 1024
@@ -52,7 +53,8 @@ class SmallWanTask(Task):
 
     def __init__(self, recipe: SmallWanRecipe):
         torch.manual_seed(recipe.seed)
-        self.recipe, self.model = recipe, new_wan(recipe.num_heads, recipe.num_blocks, recipe.ffn_width)
+        self.recipe = recipe
+        self.model = load_wan(recipe.start_from).train() if recipe.start_from else new_wan(recipe.num_heads, recipe.num_blocks, recipe.ffn_width)
         self.dataset = CaptionedClips(
             Path(recipe.clips_file),
             vae=recipe.vae,

@@ -72,6 +72,8 @@ def test_two_steps_train_it_and_its_file_is_converted(tmp_path):
     model = load_dit(tmp_path / "dit.safetensors", attention=torch_attention)
     assert (config.width, config.num_blocks, config.ffn_width, config.patch_size) == (128, 1, 64, (1, 2, 2))
     assert torch.equal(model.blocks[0].ffn[0].weight, after.blocks[0].ffn.net[0].proj.weight)
+    further = TASKS["small_wan"](small_recipe(tmp_path, start_from=str(tmp_path / "wan"), output_dir=str(tmp_path / "further")), None)
+    assert torch.equal(further.model.proj_out.weight, after.proj_out.weight)
 
 
 def test_guidance_away_from_no_caption_needs_a_caption():
