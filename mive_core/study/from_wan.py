@@ -24,6 +24,7 @@ Mive = Callable[[list[str]], int]  # runs a command of the command line, given i
 KIND = "seen in reference"
 COPY_SCALE = 0.5  # of the noisy half, in the source half of the start "copied"
 TRACE = 1e-12  # one weight of the source half of the start "unmarked", which the product would otherwise refuse to train a LoRA alone on
+FULL: dict[str, Any] = {"time_learning_rate": 5.0e-4, "muon_learning_rate": 5.0e-3, "muon_min_norm": 5.0}
 LORA: dict[str, Any] = {"lora_rank": 32, "new_parts": "trained"}
 
 
@@ -50,7 +51,7 @@ class Arm:
 
     title: str
     start: str = "wan"  # one of STARTS
-    recipe: Mapping = field(default_factory=dict)
+    recipe: Mapping = field(default_factory=lambda: FULL)
     seeds: tuple[int, ...] = (0,)
     is_variant: bool = False  # whether the product cannot compute the trained model's forward
 
@@ -62,13 +63,13 @@ ARMS = {
     "lora_alone": Arm("LoRA alone", "unmarked", {**LORA, "new_parts": "frozen"}, (0, 1)),
     "scratch": Arm("from scratch", "random", seeds=(0, 1)),
     "source_copied": Arm("source half copied", "copied"),
-    "reference_at_zero": Arm("reference at t = 0", recipe={"variant": "reference_at_zero"}, is_variant=True),
-    "condition_positions": Arm("condition with positions", recipe={"variant": "condition_positions"}, is_variant=True),
-    "cross_attention": Arm("cross-attention faded out", recipe={"variant": "cross_attention"}, is_variant=True),
+    "reference_at_zero": Arm("reference at t = 0", recipe={**FULL, "variant": "reference_at_zero"}, is_variant=True),
+    "condition_positions": Arm("condition with positions", recipe={**FULL, "variant": "condition_positions"}, is_variant=True),
+    "cross_attention": Arm("cross-attention faded out", recipe={**FULL, "variant": "cross_attention"}, is_variant=True),
 }
 COMMON: dict[str, Any] = {
     "batch_size": 8,
-    "learning_rate": 1.0e-3,
+    "learning_rate": 2.0e-3,
     "num_warmup_steps": 20,
     "time_shift": 3.0,
     "ema_decay": 0.98,
