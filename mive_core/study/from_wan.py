@@ -67,6 +67,7 @@ ARMS = {
     "condition_positions": Arm("condition with positions", recipe={**FULL, "variant": "condition_positions"}, is_variant=True),
     "cross_attention": Arm("cross-attention faded out", recipe={**FULL, "variant": "cross_attention"}, is_variant=True),
 }
+VALIDATED = ("all_0", "scratch_0")  # runs whose figures by step are wanted; the others' finished files are evaluated
 COMMON: dict[str, Any] = {
     "batch_size": 8,
     "learning_rate": 2.0e-3,
@@ -169,7 +170,7 @@ class Study:
             "export": str(export),
             "num_steps": plan.num_steps * (plan.longer if longer else 1),
             "seed": seed,
-            "validate_every": plan.num_steps // plan.num_validations,
+            "validate_every": plan.num_steps // plan.num_validations if arm.is_variant or run in VALIDATED else 0,
             "validation_manifest": str(self.work / "heldout" / "pairs.jsonl"),
             "validation_cache": str(self.work / "heldout_cache"),
             "validation_vae": "tiny",

@@ -60,20 +60,19 @@ def read_run(study: Study, arm: str, seed: int, longer: bool) -> dict | None:
 
     The longer training goes on in the same folder, so both list all steps that there are.
     """
-    folder = study.work / "runs" / run_name(arm, seed)
-    validated = folder / FILES["validation"]
-    if not validated.is_file():
-        return None
-    steps = [json.loads(line) for line in validated.read_text(encoding="utf-8").splitlines()]
+    folder, made = study.work / "runs" / run_name(arm, seed), run_name(arm, seed) + ("_longer" if longer else "")
     limit = study.plan.num_steps * (study.plan.longer if longer else 1)
-    steps = [{"steps": values.pop("step") + 1, **values} for values in steps if values["step"] < limit]
-    if not steps or (longer and steps[-1]["steps"] <= study.plan.num_steps):
+    log = folder / FILES["train"]
+    losses = {step + 1: loss for step, loss in read_losses(log).items() if step < limit} if log.is_file() else {}
+    if not losses or (longer and max(losses) <= study.plan.num_steps):
         return None
-    last = folder / "validation" / f"step_{steps[-1]['steps'] - 1:08d}" / "report.json"
-    figures: dict = {"arm": arm, "seed": seed, "validation": pick(last), "validations": steps}
-    losses = {step + 1: loss for step, loss in read_losses(folder / FILES["train"]).items() if step < limit}
-    figures |= {"seconds_per_step": seconds_per_step(folder / FILES["train"]), "losses": losses}
-    evaluated = study.work / "eval" / (run_name(arm, seed) + ("_longer" if longer else "")) / "report.json"
+    figures: dict = {"arm": arm, "seed": seed, "steps": limit, "seconds_per_step": seconds_per_step(log), "losses": losses, "validations": []}
+    if (validated := folder / FILES["validation"]).is_file():
+        steps = [json.loads(line) for line in validated.read_text(encoding="utf-8").splitlines()]
+        figures["validations"] = [{"steps": values.pop("step") + 1, **values} for values in steps if values["step"] < limit]
+    if figures["validations"]:
+        figures["validation"] = pick(folder / "validation" / f"step_{figures['validations'][-1]['steps'] - 1:08d}" / "report.json")
+    evaluated = study.work / "eval" / made / "report.json"
     return figures | ({"eval": pick(evaluated)} if evaluated.is_file() else {})
 
 
@@ -103,24 +102,25 @@ def read_losses_of(folder: Path) -> dict[int, float]:
 def steps_from_scratch(runs: dict[str, dict]) -> dict[str, dict]:
     """For each validation of the training of all weights from Wan (seed 0): at which step the training from scratch is as good; None: nowhere."""
     wan, scratch = runs.get("all_0"), runs.get("scratch_0_longer") or runs.get("scratch_0")
-    if not wan or not scratch:
+    if not wan or not scratch or not wan["validations"]:
         return {}
     found = {}
     for name in ("psnr_edited", "psnr_kept"):
         found[name] = {
             values["steps"]: next((other["steps"] for other in scratch["validations"] if other[name] >= values[name]), None) for values in wan["validations"]
         }
-    last = min((values["loss"] for values in wan["validations"]), default=None)
+    last = min(values["loss"] for values in wan["validations"])
     return found | {"loss": {"wan": last, "scratch": next((other["steps"] for other in scratch["validations"] if other["loss"] <= last), None)}}
 
 
 def draw_curves(path: Path, runs: dict[str, dict]) -> None:
     """Draws training loss and the validations' PSNR inside and outside the edit by step, one colour an arm."""
     panels = []
-    for title, name in (("training loss", None), ("validation: PSNR inside the edit, dB", "psnr_edited"), ("validation: PSNR outside, dB", "psnr_kept")):
+    for title, name in (("training loss", None), ("PSNR inside the edit, dB", "psnr_edited"), ("PSNR outside the edit, dB", "psnr_kept")):
         lines = [(run["arm"], points_of(run, name)) for made, run in runs.items() if made != "scratch_0" or "scratch_0_longer" not in runs]
-        level = None if name is None else next(iter(runs.values()))["validation"][f"{name}_ceiling"]
-        panels.append(draw_panel(title, lines, level))
+        ceilings = [run[kind][f"{name}_ceiling"] for run in runs.values() for kind in ("eval", "validation") if name and kind in run]
+        if any(points for _, points in lines):
+            panels.append(draw_panel(title, lines, ceilings[0] if ceilings else None))
     picture = Image.new("RGB", (PANEL[0] * len(panels), PANEL[1] + 20 * -(-len(ARMS) // 4) + 8), PAPER)
     for number, panel in enumerate(panels):
         picture.paste(panel, (number * PANEL[0], 0))
@@ -134,9 +134,10 @@ def draw_curves(path: Path, runs: dict[str, dict]) -> None:
 
 
 def points_of(run: dict, name: str | None) -> list[tuple[int, float]]:
-    """A run's curve: the validations' figure of that name, or the running mean of the training loss."""
+    """A run's curve: the figure of that name by validations and `mive eval`, or the running mean of the training loss."""
     if name is not None:
-        return [(values["steps"], values[name]) for values in run["validations"]]
+        finished = {run["steps"]: run["eval"][name]} if "eval" in run else {}
+        return sorted(({values["steps"]: values[name] for values in run["validations"]} | finished).items())
     return list(zip(run["losses"], running_mean(np.array(list(run["losses"].values())), WINDOW)))
 
 
