@@ -37,6 +37,7 @@ from .commands.data import (
     run_data_synth,
 )
 from .commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_merge, run_quantize, run_train
+from .commands.study import run_study_from_wan
 from .config import VLM_SIZES
 from .errors import UserError
 
@@ -135,6 +136,7 @@ def build_parser() -> Parser:
     _add_merge(commands)
     _add_data(commands)
     _add_bench(commands)
+    _add_study(commands)
     return parser
 
 
@@ -738,6 +740,27 @@ def _add_executor(parser: Parser) -> None:
         metavar="N",
         help="number of Ray workers; each loads the models and, with --device cuda, takes a GPU; default 2",
     )
+
+
+def _add_study(commands) -> None:
+    summary = "run a whole experiment"
+    study = commands.add_parser("study", help=summary, description=_sentence(summary)).add_subparsers(
+        required=True, title="studies", metavar="WHAT", parser_class=Parser
+    )
+    from_wan = _command(
+        study,
+        "from-wan",
+        run_study_from_wan,
+        "compare ways from a text-to-video Wan to an editor, at a small size",
+        "Trains a small Wan, converts it and trains it in several ways, by the other commands. Takes hours on a CPU; an interrupted study resumes.",
+    )
+    from_wan.set_defaults(main=main)
+    from_wan.add_argument("--output", required=True, type=text, metavar="DIR", help="folder for the report: JSON, curves and strips")
+    from_wan.add_argument("--work", required=True, type=text, metavar="DIR", help="folder for everything else; what is there is not made again")
+    from_wan.add_argument("--wan", type=text, metavar="DIR", help="diffusers folder of a small Wan; default: it is trained first")
+    from_wan.add_argument("--arm", action="append", default=[], type=text, metavar="NAME", help="only this arm, such as lora; can be repeated")
+    from_wan.add_argument("--seed", action="append", type=int, metavar="N", help="only this seed; can be repeated")
+    from_wan.add_argument("--steps", type=positive_int, metavar="N", help="number of training steps of every arm; default 400")
 
 
 def _command(commands, name: str, run, summary: str, details: str = "") -> Parser:

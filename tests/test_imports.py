@@ -38,13 +38,14 @@ LADDER = (  # each may import only what stands before it
     "train",
     "embedded",
     "bench",
+    "study",
     "commands",
     "cli",
     "__main__",
 )
 ALONE = {  # a foreign package -> the files that may import it
     "transformers": {"vlm.py", "embedded/vlm_folder.py", "data/segment_person.py"},
-    "diffusers": {"vae.py", "bench/against_diffusers.py", "bench/models.py"},
+    "diffusers": {"vae.py", "bench/against_diffusers.py", "bench/models.py", "study/small_wan.py"},
     "av": {"media/sound.py", "media/video.py"},
     "gguf": {"formats/gguf_file.py"},
     "yaml": {"train/recipe.py"},

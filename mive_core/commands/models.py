@@ -118,8 +118,8 @@ def run_train(arguments: argparse.Namespace) -> None:
         return
     if given:
         raise UserError("only a plan takes that", got=given[0], fix="add --plan")
-    from ..embedded.tasks import TASKS
     from ..media.paths import check_input
+    from ..study.tasks import TASKS
     from ..train.launcher import num_processes
     from ..train.tasks import train
 

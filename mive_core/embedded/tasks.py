@@ -1,4 +1,4 @@
-"""All tasks of the recipes in configs/: the trainer's own and those that train the embedded models."""
+"""The tasks of the recipes in configs/ of the trainer itself and of the embedded models."""
 
 from __future__ import annotations
 

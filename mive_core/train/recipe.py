@@ -16,7 +16,7 @@ from ..errors import UserError
 class Recipe:
     """Fields that all tasks share; each task adds its own in a subclass."""
 
-    task: str  # name of the task: edit; for the embedded models dit, vae or vlm
+    task: str  # name of the task: edit; for the embedded models dit, vae or vlm; for studies small_wan
     output_dir: str  # folder of checkpoints, logs and validations
     export: str  # path of the finished model, written after the last step
     version: str = ""  # version of the finished model, stored in its metadata and shown by `mive inspect`; "": none

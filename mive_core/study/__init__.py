@@ -1,0 +1,1 @@
+"""Studies: experiments that back the project's choices, each run by one command."""
