@@ -40,6 +40,7 @@ LADDER = (  # each may import only what stands before it
     "bench",
     "study",
     "commands",
+    "parsers",
     "cli",
     "__main__",
 )

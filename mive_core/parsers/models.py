@@ -1,0 +1,201 @@
+"""The commands that edit, evaluate, train, inspect and convert."""
+
+from ..commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_merge, run_quantize, run_train
+from ..config import VLM_SIZES
+from .options import CARD_NAMES, CODECS, DTYPES, LAYERS_HELP, PRESET_NAMES, add_executor, add_fit, add_float8, add_loras, add_machine, add_sampling
+from .parser import StoreOnce, add_command, bucket, integer, keyframe, lora, positive_float, positive_int, text
+
+
+def add_inspect(commands) -> None:
+    inspect = add_command(commands, "inspect", run_inspect, "show what a checkpoint file, or each one in a folder, contains", "Prints JSON.")
+    inspect.add_argument("path", metavar="FILE|DIR", type=text, help=".safetensors or .gguf file, or a folder of them")
+
+
+def add_edit(commands) -> None:
+    edit = add_command(
+        commands,
+        "edit",
+        run_edit,
+        "edit a video, given an instruction and the edited first frame",
+        "Takes either --source, --reference and --instruction for one video, or --manifest for many.",
+    )
+    edit.add_argument("--source", action=StoreOnce, type=text, metavar="VIDEO|DIR", help="the video to edit: a video file or a folder of frames")
+    edit.add_argument("--reference", action=StoreOnce, type=text, metavar="IMAGE", help="the video's first frame, already edited")
+    edit.add_argument(
+        "--register", action="store_true", help="move reference and keyframes over their frames of the source, where an image editor has shifted or zoomed them"
+    )
+    edit.add_argument(
+        "--keyframe",
+        action="append",
+        type=keyframe,
+        default=[],
+        metavar="N:IMAGE",
+        help="a further frame, already edited: its number, counted from 0, and the image; can be repeated",
+    )
+    edit.add_argument("--instruction", action=StoreOnce, type=text, metavar="TEXT", help='the edit in words, such as "make it night"')
+    edit.add_argument(
+        "--manifest",
+        action=StoreOnce,
+        type=text,
+        metavar="PAIRS.jsonl",
+        help="edit many videos: each line of this file is a JSON object with source, reference and instruction; an interrupted run resumes",
+    )
+    edit.add_argument(
+        "--output",
+        required=True,
+        action=StoreOnce,
+        type=text,
+        metavar="OUT.mp4|DIR",
+        help="the video to write: .mp4, .mov, .mkv, .webm or .gif; without a suffix a folder of PNG; with --manifest a folder of videos",
+    )
+    edit.add_argument(
+        "--codec",
+        default="",
+        choices=CODECS,
+        help="h264 (default of .mp4, .mov, .mkv), ffv1 (lossless, .mkv), prores, prores4444 (.mov), vp9 (default of .webm), av1 (.webm, .mkv, .mp4), gif",
+    )
+    edit.add_argument("--crf", type=integer, metavar="N", help="constant rate factor, smaller: better and larger; default 12 for h264, 18 for vp9, 20 for av1")
+    edit.add_argument(
+        "--mask", action=StoreOnce, type=text, metavar="IMAGE|VIDEO", help="white where the edit may act; elsewhere the source comes back exactly"
+    )
+    edit.add_argument(
+        "--detail",
+        default="auto",
+        choices=("auto", "off"),
+        help="auto: deliver at the source's size, with its own detail (default); off: the model's own pixels at the size of the edit",
+    )
+    edit.add_argument(
+        "--anchor",
+        default="auto",
+        choices=("auto", "on", "off"),
+        help="correct the colours of every frame by what the reference shows of the first; auto: if it shows an edit (default)",
+    )
+    edit.add_argument("--fps", type=positive_float, metavar="R", help="frame rate if --source is a folder of frames; default 24")
+    edit.add_argument("--layers", type=text, metavar="SPEC", help=f"{LAYERS_HELP}; default: the layers the model was trained with")
+    add_fit(edit)
+    add_sampling(edit)
+    add_machine(edit)
+    add_float8(edit)
+    add_loras(edit)
+    add_executor(edit)
+
+
+def add_demo(commands) -> None:
+    demo = add_command(
+        commands, "demo", run_demo, "edit two sample clips with the embedded models", "Writes the edited videos, a contact sheet and a report. Needs no GPU."
+    )
+    demo.add_argument("--output", default="out/demo", type=text, metavar="DIR", help="folder to write to; default out/demo")
+    add_sampling(demo)
+
+
+def add_eval(commands) -> None:
+    evaluate = add_command(
+        commands,
+        "eval",
+        run_eval,
+        "measure the quality of edits whose correct result is known",
+        "Edits every clip of a manifest and writes report.json (PSNR inside and outside the edit, success rates, baselines) and sheet.png.",
+    )
+    evaluate.add_argument(
+        "--manifest",
+        required=True,
+        type=text,
+        metavar="PAIRS.jsonl|DIR",
+        help="each line is a JSON object with source, reference, instruction, target (the correct result) and, optionally, mask; or a folder of pairs",
+    )
+    evaluate.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to")
+    evaluate.add_argument("--layers", type=text, metavar="SPEC", help=f"{LAYERS_HELP}; default: the layers the model was trained with")
+    evaluate.add_argument(
+        "--reference-mode",
+        default="given",
+        choices=("given", "source_frame"),
+        help="ablation: given uses the edited reference (default), source_frame the unedited first frame instead",
+    )
+    evaluate.add_argument(
+        "--instruction-mode",
+        default="given",
+        choices=("given", "wrong", "empty"),
+        help="ablation: given uses the clip's instruction (default), wrong another clip's, empty none",
+    )
+    evaluate.add_argument(
+        "--raw-only",
+        action="store_true",
+        help="measure the model's own pixels alone, without delivery at the source's size and the baselines that belong to it",
+    )
+    evaluate.add_argument("--before", type=text, metavar="DIR", help="compare with an earlier evaluation of the same manifest: its --output folder")
+    add_fit(evaluate)
+    add_sampling(evaluate)
+    add_machine(evaluate)
+    add_float8(evaluate)
+    add_loras(evaluate)
+
+
+def add_train(commands) -> None:
+    train = add_command(
+        commands, "train", run_train, "train a model with the settings of a recipe file", "An interrupted training resumes from its last checkpoint."
+    )
+    train.add_argument("config", metavar="CONFIG.yaml", type=text, help="recipe file; the repository's folder configs/ has examples")
+    plan = train.add_argument_group("plan", "What the recipe will take, computed from shapes. The options below need --plan.")
+    plan.add_argument("--plan", action="store_true", help="print trained weights, memory, hours and disk, and train nothing")
+    plan.add_argument("--preset", choices=PRESET_NAMES, help="plan for a Wan of this size, in place of the checkpoint start_from, which need not exist")
+    plan.add_argument("--vlm", choices=tuple(VLM_SIZES), help="size of the Qwen3-VL with --preset; default 8b")
+    plan.add_argument(
+        "--bucket",
+        action="append",
+        type=bucket,
+        metavar="WxHxF",
+        help="width, height and frames of the clips; can be repeated; default: those of the caches, or the checkpoint's edit size",
+    )
+    plan.add_argument("--states", choices=("bf16", "fp8"), help="data type of cached VLM states; default: the caches', or bf16")
+    plan.add_argument("--pairs", type=positive_int, metavar="N", help="number of cached pairs; default: the caches', or 1000")
+    plan.add_argument("--card", choices=CARD_NAMES, help="graphics card; default: the smallest of these that the recipe fits")
+    plan.add_argument("--cards", type=positive_int, metavar="N", help="number of cards; default: 1, or 8 for a sharded recipe")
+    plan.add_argument("--share", type=positive_float, metavar="X", help="assumed fraction of the card's peak speed that is reached; default 0.45")
+    plan.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the figures to this file")
+
+
+def add_conversions(commands) -> None:
+    init = add_command(
+        commands,
+        "init-from-wan",
+        run_init_from_wan,
+        "convert a Wan T2V or Fun-Control checkpoint into a MiVE checkpoint to train from",
+        "Shared layers are copied, new ones are initialised. The result cannot edit before it is trained.",
+    )
+    init.add_argument(
+        "source",
+        metavar="SRC",
+        type=text,
+        help="Wan2.1-T2V, Wan2.2-T2V-A14B or Wan-Fun-Control checkpoint: a file, the index of a sharded one, or a diffusers folder",
+    )
+    init.add_argument("destination", metavar="DST.safetensors", type=text, help="MiVE checkpoint to write")
+    init.add_argument("--layers", type=text, default="first+last", metavar="SPEC", help=f"{LAYERS_HELP}; default first+last")
+    vlm_help = f"the Qwen3-VL that the model will read: {', '.join(VLM_SIZES)}, tiny (the embedded one) or a folder with its config.json; default 8b"
+    init.add_argument("--vlm", type=text, default="8b", metavar="SIZE|DIR", help=vlm_help)
+    init.add_argument("--dtype", choices=DTYPES, help="data type of the new file; default: the source's, and bf16 if the source is fp8")
+    quantize = add_command(
+        commands, "quantize", run_quantize, "store a MiVE checkpoint's large matrices in 8 bits", "Halves the size of a 16-bit file. Prints a report as JSON."
+    )
+    quantize.add_argument("source", metavar="SRC", type=text, help="MiVE checkpoint: a file, a folder, or the index of a sharded one")
+    quantize.add_argument("destination", metavar="DST.safetensors", type=text, help="8-bit checkpoint to write")
+    quantize.add_argument(
+        "--format", default="fp8_scaled", choices=("fp8_scaled",), help="fp8_scaled: float8 with one scale per matrix, which ComfyUI reads natively; default"
+    )
+
+
+def add_merge(commands) -> None:
+    merge = add_command(
+        commands,
+        "merge",
+        run_merge,
+        "add LoRAs to a MiVE checkpoint's weights, and write the sum as one file",
+        "Reads LoRAs of MiVE and of Wan in the usual key formats. Prints a report as JSON.",
+    )
+    merge.add_argument("base", metavar="BASE", type=text, help="MiVE checkpoint: a file, a folder, or the index of a sharded one")
+    merge.add_argument("loras", metavar="LORA[:STRENGTH]", nargs="+", type=lora, help="LoRA file and its strength, such as edit.safetensors:0.8; default 1")
+    merge.add_argument("destination", metavar="OUT.safetensors", type=text, help="checkpoint to write")
+    merge.add_argument(
+        "--dtype",
+        choices=(*DTYPES, "fp8"),
+        help="data type of the new file; fp8: the blocks' matrices in scaled float8, as `mive quantize` stores them; default: the base's own",
+    )
