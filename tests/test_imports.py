@@ -47,7 +47,7 @@ LADDER = (  # each may import only what stands before it
 ALONE = {  # a foreign package -> the files that may import it
     "transformers": {"vlm.py", "embedded/vlm_folder.py", "data/segment_person.py"},
     "diffusers": {"vae.py", "bench/against_diffusers.py", "bench/models.py", "study/small_wan.py"},
-    "av": {"media/sound.py", "media/video.py"},
+    "av": {"media/decode.py", "media/encode.py", "media/images.py", "media/sound.py"},
     "gguf": {"formats/gguf_file.py"},
     "yaml": {"train/recipe.py"},
     "fsspec": {"media/remote.py"},
