@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 MOUNT := .venv/mount
 
-.PHONY: setup demo train-demo test test-quick check format
+.PHONY: setup demo train-demo test test-quick check format fuzz
 
 setup: $(STAMP)
 
@@ -37,6 +37,9 @@ test: $(STAMP)
 
 test-quick: $(STAMP)
 	$(BIN)/pytest -m "not slow" --ignore=tests/comfyui
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/run.py --json results/reliability/fuzz.json
 
 # The type checker sees the pack as ComfyUI mounts it, under a name of its own: inside nodes/, imports lead above it.
 check: $(STAMP)

@@ -152,7 +152,17 @@ def test_contains_what_comfyui_needs_and_no_more():
     }
     translated = {path.relative_to(ROOT).as_posix() for folder in ("locales", "web/docs") for path in (ROOT / folder).rglob("*.*")}
     assert {"locales/zh/nodeDefs.json", "locales/zh/main.json", "web/docs/MiVESampler/zh.md"} <= translated <= names
-    left_out = ("tests/", ".", "Makefile", "mive_core/embedded/", "mive_core/bench/", "mive_core/commands/", "mive_core/parsers/", "mive_core/cli.py", "mive_core/__main__.py")
+    left_out = (
+        "tests/",
+        ".",
+        "Makefile",
+        "mive_core/embedded/",
+        "mive_core/bench/",
+        "mive_core/commands/",
+        "mive_core/parsers/",
+        "mive_core/cli.py",
+        "mive_core/__main__.py",
+    )
     assert not [name for name in names if name.startswith(left_out)]
     assert "mive_core/train/loop.py" in names  # the trainer, which MiVE Train LoRA runs
     assert sum(path.stat().st_size for path in FILES) < MAX_BYTES

@@ -52,7 +52,7 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream | Non
 
 def read_timing(path: Path) -> Timing:
     """Reads the times of a file's frames, without decoding any. Raises av.FFmpegError."""
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="replace") as container:
         stream = video_stream(container)
         if stream is None:
             return Timing(None, None)
@@ -82,7 +82,7 @@ def decode_video(path: Path, what: str, num_frames: int | None) -> Iterator[np.n
     num_packets = count = 0
     try:
         timing = read_timing(path)
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = video_stream(container)
             if stream is None:
                 raise UserError("the file has no video stream", where=where)

@@ -142,7 +142,7 @@ def _image_pixels(image: Image.Image) -> np.ndarray:
 def _read_deep(path: Path, where: str) -> np.ndarray:
     """EXR, DPX or TIFF by FFmpeg -> (H, W, 3 or 4) float32 in 0..1; floats are linear light and get the sRGB curve."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             frame = next(container.decode(video=0))
         check_size(frame.width, frame.height, where)
         has_alpha = any(component.is_alpha for component in frame.format.components)

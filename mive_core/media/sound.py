@@ -41,7 +41,7 @@ def add_sound(video: Path, source: Path, name: Path) -> None:
     """
     joined = video.with_stem(f"{video.stem}.sound")
     try:
-        with av.open(str(source)) as given, av.open(str(video)) as silent:
+        with av.open(str(source), metadata_errors="replace") as given, av.open(str(video)) as silent:
             if not given.streams.audio:
                 return
             with av.open(str(joined), "w") as output:
