@@ -132,6 +132,20 @@ def test_a_varying_rate_is_read_at_a_constant_one(tmp_path):
         assert shown(read_clip(path, num_frames=4)) == [0, 1, 2, 2]
 
 
+def test_three_frames_at_uneven_times(tmp_path):
+    path = write(tmp_path / "a.mp4", counting(3), "yuv420p", times=[0, 1000, 3000], time_base=Fraction(1, 30_000), options={"bf": "0"})
+    with pytest.warns(UserWarning, match="its frame rate varies"):
+        assert len(read_clip(path).frames) >= 3
+
+
+def test_tags_that_are_no_text_do_not_matter(tmp_path):
+    path = write(tmp_path / "a.mkv", counting(3), "yuv420p")
+    data = path.read_bytes()
+    assert b"Lavf" in data
+    path.write_bytes(data.replace(b"Lavf", b"\x80avf"))
+    assert shown(read_clip(path)) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("rate", [24, 25, 30, 60])
 def test_rounded_times_are_no_varying_rate(tmp_path, rate):
     """Matroska rounds to milliseconds: 41, 42, 42, ..."""
