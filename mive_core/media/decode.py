@@ -62,7 +62,7 @@ def read_timing(path: Path) -> Timing:
     if len(times) < 3 or any(time is None for time in times):
         return timing
     intervals = np.diff(np.sort(np.array(times, dtype=np.int64)))
-    usual = np.sort(intervals)[len(intervals) // 2]  # one of them, where the median of an even number may be none
+    usual = np.sort(intervals)[(len(intervals) - 1) // 2]  # one of them, where the median of an even number may be none
     is_usual = np.abs(intervals - usual) <= np.maximum(JITTER * usual, 1)
     if is_usual.all() or not stream.time_base or usual <= 0:
         return timing
