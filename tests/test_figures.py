@@ -94,6 +94,12 @@ def test_the_second_generators_clips():
         rates = [f"{100 * figures['success_rate']:.0f}" for figures in (before, after)]
         expected = [edited_and_kept(before), edited_and_kept(after), edited_and_kept(after["vae_ceiling"]), " -> ".join(rates), " -> ".join(gaps)]
         assert rows[name] == expected
+        if stem == "noise":
+            parts = [{**figures["by_kind"], **figures["by_edit"]} for figures in (before, after)]
+            for part, cells in ((part, cells) for part, cells in rows.items() if part.startswith("of these")):
+                kind, number = re.fullmatch(r"of these, (.+) \((\d+)\)", part).groups()
+                assert parts[1][kind]["clips"] == int(number), part
+                assert cells[:3] == [edited_and_kept(figures) for figures in (parts[0][kind], parts[1][kind], parts[1][kind]["vae_ceiling"])], part
 
 
 CLIPS = {
