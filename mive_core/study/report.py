@@ -61,7 +61,7 @@ def read_run(study: Study, arm: str, seed: int, longer: bool) -> dict | None:
     The longer training goes on in the same folder, so both list all steps that there are.
     """
     folder, made = study.work / "runs" / run_name(arm, seed), run_name(arm, seed) + ("_longer" if longer else "")
-    limit = study.plan.num_steps * (study.plan.longer if longer else 1)
+    limit = ARMS[arm].num_steps(study.plan, longer)
     log = folder / FILES["train"]
     losses = {step + 1: loss for step, loss in read_losses(log).items() if step < limit} if log.is_file() else {}
     if not losses or (longer and max(losses) <= study.plan.num_steps):
@@ -178,7 +178,7 @@ def draw_panel(title: str, lines: Sequence[tuple[str, list[tuple[int, float]]]],
 
 def write_strips(study: Study, path: Path) -> None:
     """Draws a few held-out clips: source, reference, each finished arm of seed 0, and the truth. Nothing if no arm is evaluated."""
-    edited = {name: study.work / "eval" / run_name(name, 0) / "edited" for name, arm in ARMS.items() if not arm.is_variant}
+    edited = {name: study.work / "eval" / run_name(name, 0) / "edited" for name, arm in ARMS.items() if not arm.is_choice}
     edited = {name: folder for name, folder in edited.items() if folder.is_dir()}
     if not edited:
         return
