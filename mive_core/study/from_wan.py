@@ -197,7 +197,7 @@ class Study:
 
 
 # as configs/small_wan.yaml
-SMALL_WAN: dict[str, Any] = {"num_steps": 1200, "batch_size": 16, "seed": 27, "ema_decay": 0.99, "bf16": True, "num_workers": 0, "log_every": 10}
+SMALL_WAN: dict[str, Any] = {"num_steps": 2000, "batch_size": 16, "seed": 27, "ema_decay": 0.99, "bf16": True, "num_workers": 0, "log_every": 10}
 
 
 def run_name(arm: str, seed: int) -> str:
