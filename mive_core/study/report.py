@@ -21,6 +21,7 @@ CEILINGS = ("psnr_edited", "psnr_kept")
 COLOURS = ((200, 60, 40), (40, 90, 180), (150, 150, 156), (40, 140, 80), (180, 110, 20), (130, 60, 160), (20, 140, 150), (110, 80, 60))
 PANEL, LEFT, TOP, BOTTOM, RIGHT = (620, 430), 70, 46, 56, 24
 STRIP_CLIPS = 4  # clips on strips.png
+STRIP_LABELS = {"all": "all weights", "lora": "LoRA + new", "lora_alone": "LoRA alone", "scratch": "from scratch"}  # as short as the sheet's margin
 WINDOW = 10  # logged values of a running mean
 
 
@@ -120,7 +121,7 @@ def draw_curves(path: Path, runs: dict[str, dict]) -> None:
         lines = [(run["arm"], points_of(run, name)) for made, run in runs.items() if made != "scratch_0" or "scratch_0_longer" not in runs]
         ceilings = [run[kind][f"{name}_ceiling"] for run in runs.values() for kind in ("eval", "validation") if name and kind in run]
         if any(points for _, points in lines):
-            panels.append(draw_panel(title, lines, ceilings[0] if ceilings else None))
+            panels.append(draw_panel(title, lines, ceilings[0] if ceilings else None, max(run["steps"] for run in runs.values())))
     picture = Image.new("RGB", (PANEL[0] * len(panels), PANEL[1] + 20 * -(-len(ARMS) // 4) + 8), PAPER)
     for number, panel in enumerate(panels):
         picture.paste(panel, (number * PANEL[0], 0))
@@ -141,12 +142,11 @@ def points_of(run: dict, name: str | None) -> list[tuple[int, float]]:
     return list(zip(run["losses"], running_mean(np.array(list(run["losses"].values())), WINDOW)))
 
 
-def draw_panel(title: str, lines: Sequence[tuple[str, list[tuple[int, float]]]], level: float | None) -> Image.Image:
-    """Draws the lines of arms over steps, and a level, the VAE's ceiling."""
+def draw_panel(title: str, lines: Sequence[tuple[str, list[tuple[int, float]]]], level: float | None, longest: int) -> Image.Image:
+    """Draws the lines of arms over steps, 0 to `longest`, and a level, the VAE's ceiling."""
     picture = Image.new("RGB", PANEL, PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     values = [value for _, points in lines for _, value in points] + ([] if level is None else [level])
-    longest = max(step for _, points in lines for step, _ in points)
     ticks = axis_ticks(values)
     right, bottom = PANEL[0] - RIGHT, PANEL[1] - BOTTOM
 
@@ -187,7 +187,7 @@ def write_strips(study: Study, path: Path) -> None:
         assert entry.target is not None and entry.reference is not None  # drawn pairs have both
         source, target = read_clip(entry.source, fps=entry.fps), read_clip(entry.target, fps=entry.fps)
         columns = np.linspace(0, len(source.frames) - 1, NUM_COLUMNS).round().astype(int)
-        clips = {"source": source.frames} | {ARMS[name].title: read_clip(folder / f"{index:03d}.mp4").frames for name, folder in edited.items()}
+        clips = {"source": source.frames} | {STRIP_LABELS[name]: read_clip(folder / f"{index:03d}.mp4").frames for name, folder in edited.items()}
         rows = tuple((label, to_bytes(frames[columns])) for label, frames in (clips | {"truth": target.frames}).items())
         times = tuple(float(column) / entry.fps for column in columns)
         bands.append(Band(entry.instruction, (), times, to_bytes(read_image(entry.reference)), rows))
