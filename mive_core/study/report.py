@@ -83,8 +83,8 @@ def pick(path: Path) -> dict:
     ceilings = {f"{name}_ceiling": report["vae_ceiling"][name] for name in CEILINGS} | {
         f"{name}_ceiling": report[f"{name}_ceiling"] for name in ("success_rate", "object_match")
     }
-    copies = {f"{name}_copy": report["copy_source"][name] for name in CEILINGS}
-    return {"clips": report["clips"], **{name: report[name] for name in FIGURES}, **ceilings, **copies}
+    baselines = {f"{name}_{short}": report[long][name] for short, long in (("copy", "copy_source"), ("repeat", "repeat_reference")) for name in CEILINGS}
+    return {"clips": report["clips"], **{name: report[name] for name in FIGURES}, **ceilings, **baselines}
 
 
 def seconds_per_step(log: Path) -> float | None:
