@@ -1,6 +1,7 @@
 """The report of the study from-wan: figures of every run as JSON, curves, and strips of what the trained models draw."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,11 @@ def commands_of(study: Study) -> list[str]:
     """The commands that made the study's files, relative to its work folder."""
     path = study.work / "commands.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [f"mive {' '.join(json.loads(line))}".replace(f"{study.work}/", "") for line in lines]
+    names = {str(study.wan): "small_wan/transformer", f"{study.work}/": ""}
+    commands = [shlex.join(["mive", *json.loads(line)]) for line in lines]
+    for path, name in names.items():
+        commands = [command.replace(path, name) for command in commands]
+    return commands
 
 
 def read_run(study: Study, arm: str, seed: int, longer: bool) -> dict | None:
@@ -74,7 +79,8 @@ def read_run(study: Study, arm: str, seed: int, longer: bool) -> dict | None:
     if figures["validations"]:
         figures["validation"] = pick(folder / "validation" / f"step_{figures['validations'][-1]['steps'] - 1:08d}" / "report.json")
     evaluated = study.work / "eval" / made / "report.json"
-    return figures | ({"eval": pick(evaluated)} if evaluated.is_file() else {})
+    figures |= {"eval": pick(evaluated)} if evaluated.is_file() else {}
+    return figures | {"finished": "eval" in figures or (ARMS[arm].is_choice and bool(figures["validations"]))}
 
 
 def pick(path: Path) -> dict:
