@@ -56,8 +56,8 @@ def commands_of(study: Study) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = {str(study.wan): "small_wan/transformer", f"{study.work}/": ""}
     commands = [shlex.join(["mive", *json.loads(line)]) for line in lines]
-    for path, name in names.items():
-        commands = [command.replace(path, name) for command in commands]
+    for long, short in names.items():
+        commands = [command.replace(long, short) for command in commands]
     return commands
 
 
