@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "README.md"
 CARD = ROOT / "mive_core" / "assets" / "tiny" / "README.md"
 
 
@@ -129,6 +130,22 @@ def test_training_on_paper():
             numbers = [int(number) for number in re.findall(r"\d+", cells[first])]
             assert numbers == [round(plain), round(moved)], (cards, width)
             assert int(cells[first + 1]) == round(found[cards, width, False]["seconds_a_step"]), (cards, width)
+
+
+def test_from_wan():
+    figures = report("results/from_wan/from_wan.json")
+    runs, arms = figures["runs"].values(), {title: arm for arm, title in figures["arms"].items()}
+    *rows, repeated, ceiling = table(RESULTS, "arm", "steps")
+    assert len(rows) == sum("eval" in run for run in runs)
+    for title, steps, seed, psnr, right, match in rows:
+        (found,) = (run["eval"] for run in runs if (run["arm"], run["steps"], run["seed"]) == (arms[title], int(steps), int(seed)))
+        assert [psnr, right, match] == [edited_and_kept(found), *(str(rounded(100 * found[name])) for name in ("success_rate", "object_match"))], title
+        for row, suffix in ((repeated, "_repeat"), (ceiling, "_ceiling")):
+            assert row[3] == decibels(found[f"psnr_edited{suffix}"], found[f"psnr_kept{suffix}"])
+    plain, *choices = table(RESULTS, "choice", "edited / kept, dB")
+    at_choices = [values for values in figures["runs"]["all_0"]["validations"] if values["steps"] == 200]
+    for (title, *cells), values in [(plain, at_choices[0])] + [(row, figures["runs"][f"{arms[row[0]]}_0"]["validations"][-1]) for row in choices]:
+        assert values["steps"] == 200 and cells == [edited_and_kept(values), f"{values['loss']:.3f}"], title
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", CARD, *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"], ids=lambda page: page.stem)

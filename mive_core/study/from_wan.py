@@ -22,6 +22,7 @@ from .small_wan import new_wan
 Mive = Callable[[list[str]], int]  # runs a command of the command line, given its arguments, and returns the exit code
 
 KIND = "seen in reference"
+CHOICE_SHARE = 0.5  # of the steps, for arms that test a choice; all_0 is validated there too
 COPY_SCALE = 0.5  # of the noisy half, in the source half of the start "copied"
 TRACE = 1e-12  # one weight of the source half of the start "unmarked", which the product would otherwise refuse to train a LoRA alone on
 FULL: dict[str, Any] = {"time_learning_rate": 5.0e-4, "muon_learning_rate": 5.0e-3, "muon_min_norm": 5.0}
@@ -40,7 +41,7 @@ class Plan:
     longer: int = 3  # factor on the steps of the longer training from scratch
     num_validations: int = 2  # in num_steps
     sampling_steps: int = 12
-    num_fade_steps: int = 130  # of the cross-attention
+    num_fade_steps: int = 100  # of the cross-attention
     small_wan: dict = field(default_factory=dict)  # changes to configs/small_wan.yaml's values
     recipe: dict = field(default_factory=dict)  # changes to every arm's recipe
 
@@ -53,7 +54,11 @@ class Arm:
     start: str = "wan"  # one of STARTS
     recipe: Mapping = field(default_factory=lambda: FULL)
     seeds: tuple[int, ...] = (0,)
-    is_variant: bool = False  # whether the product cannot compute the trained model's forward
+    is_choice: bool = False  # whether it tests a choice of the conversion: trained for CHOICE_SHARE of the steps, and judged by its validation
+
+    def num_steps(self, plan: Plan, longer: bool = False) -> int:
+        """The steps of a run."""
+        return round(plan.num_steps * (CHOICE_SHARE if self.is_choice else plan.longer if longer else 1))
 
 
 STARTS = ("wan", "random", "copied", "unmarked")
@@ -62,10 +67,10 @@ ARMS = {
     "lora": Arm("LoRA and new parts", recipe=LORA, seeds=(0, 1)),
     "lora_alone": Arm("LoRA alone", "unmarked", {**LORA, "new_parts": "frozen"}, (0, 1)),
     "scratch": Arm("from scratch", "random", seeds=(0, 1)),
-    "source_copied": Arm("source half copied", "copied"),
-    "reference_at_zero": Arm("reference at t = 0", recipe={**FULL, "variant": "reference_at_zero"}, is_variant=True),
-    "condition_positions": Arm("condition with positions", recipe={**FULL, "variant": "condition_positions"}, is_variant=True),
-    "cross_attention": Arm("cross-attention faded out", recipe={**FULL, "variant": "cross_attention"}, is_variant=True),
+    "source_copied": Arm("source half copied", "copied", is_choice=True),
+    "reference_at_zero": Arm("reference at t = 0", recipe={**FULL, "variant": "reference_at_zero"}, is_choice=True),
+    "condition_positions": Arm("condition with positions", recipe={**FULL, "variant": "condition_positions"}, is_choice=True),
+    "cross_attention": Arm("cross-attention faded out", recipe={**FULL, "variant": "cross_attention"}, is_choice=True),
 }
 VALIDATED = ("all_0", "scratch_0")  # runs whose figures by step are wanted; the others' finished files are evaluated
 COMMON: dict[str, Any] = {
@@ -162,15 +167,16 @@ class Study:
         made, folder = run + ("_longer" if longer else ""), self.work / "runs" / run
         is_lora = "lora_rank" in arm.recipe
         export = folder / f"{made}_lora.safetensors" if is_lora else self.dit(made)
+        every = arm.num_steps(plan) if arm.is_choice else plan.num_steps // plan.num_validations if run in VALIDATED else 0
         values: dict[str, Any] = {
-            "task": "edit_variant" if arm.is_variant else "edit",
+            "task": "edit_variant" if "variant" in arm.recipe else "edit",
             "start_from": str(self.dit(arm.start)),
             "caches": [str(self.work / "pairs_cache")],
             "output_dir": str(folder),
             "export": str(export),
-            "num_steps": plan.num_steps * (plan.longer if longer else 1),
+            "num_steps": arm.num_steps(plan, longer),
             "seed": seed,
-            "validate_every": plan.num_steps // plan.num_validations if arm.is_variant or run in VALIDATED else 0,
+            "validate_every": every,
             "validation_manifest": str(self.work / "heldout" / "pairs.jsonl"),
             "validation_cache": str(self.work / "heldout_cache"),
             "validation_vae": "tiny",
@@ -184,14 +190,14 @@ class Study:
         self.command(["train", self.recipe(made, values)], export)
         if is_lora:
             self.command(["merge", self.dit(arm.start), export, self.dit(made)], self.dit(made))
-        if not arm.is_variant:
+        if not arm.is_choice:
             evaluation = self.work / "eval" / made
             options = ["--manifest", self.work / "heldout" / "pairs.jsonl", "--models", self.models(made), "--steps", plan.sampling_steps, "--raw-only"]
             self.command(["eval", *options, "--output", evaluation], evaluation / "report.json")
 
 
 # as configs/small_wan.yaml
-SMALL_WAN: dict[str, Any] = {"num_steps": 1200, "batch_size": 16, "seed": 27, "ema_decay": 0.99, "bf16": True, "num_workers": 0, "log_every": 10}
+SMALL_WAN: dict[str, Any] = {"num_steps": 2000, "batch_size": 16, "seed": 27, "ema_decay": 0.99, "bf16": True, "num_workers": 0, "log_every": 10}
 
 
 def run_name(arm: str, seed: int) -> str:

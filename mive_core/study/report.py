@@ -1,6 +1,7 @@
 """The report of the study from-wan: figures of every run as JSON, curves, and strips of what the trained models draw."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ CEILINGS = ("psnr_edited", "psnr_kept")
 COLOURS = ((200, 60, 40), (40, 90, 180), (150, 150, 156), (40, 140, 80), (180, 110, 20), (130, 60, 160), (20, 140, 150), (110, 80, 60))
 PANEL, LEFT, TOP, BOTTOM, RIGHT = (620, 430), 70, 46, 56, 24
 STRIP_CLIPS = 4  # clips on strips.png
+STRIP_LABELS = {"all": "all weights", "lora": "LoRA + new", "lora_alone": "LoRA alone", "scratch": "from scratch"}  # as short as the sheet's margin
 WINDOW = 10  # logged values of a running mean
 
 
@@ -52,7 +54,11 @@ def commands_of(study: Study) -> list[str]:
     """The commands that made the study's files, relative to its work folder."""
     path = study.work / "commands.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [f"mive {' '.join(json.loads(line))}".replace(f"{study.work}/", "") for line in lines]
+    names = {str(study.wan): "small_wan/transformer", f"{study.work}/": ""}
+    commands = [shlex.join(["mive", *json.loads(line)]) for line in lines]
+    for long, short in names.items():
+        commands = [command.replace(long, short) for command in commands]
+    return commands
 
 
 def read_run(study: Study, arm: str, seed: int, longer: bool) -> dict | None:
@@ -61,7 +67,7 @@ def read_run(study: Study, arm: str, seed: int, longer: bool) -> dict | None:
     The longer training goes on in the same folder, so both list all steps that there are.
     """
     folder, made = study.work / "runs" / run_name(arm, seed), run_name(arm, seed) + ("_longer" if longer else "")
-    limit = study.plan.num_steps * (study.plan.longer if longer else 1)
+    limit = ARMS[arm].num_steps(study.plan, longer)
     log = folder / FILES["train"]
     losses = {step + 1: loss for step, loss in read_losses(log).items() if step < limit} if log.is_file() else {}
     if not losses or (longer and max(losses) <= study.plan.num_steps):
@@ -73,7 +79,8 @@ def read_run(study: Study, arm: str, seed: int, longer: bool) -> dict | None:
     if figures["validations"]:
         figures["validation"] = pick(folder / "validation" / f"step_{figures['validations'][-1]['steps'] - 1:08d}" / "report.json")
     evaluated = study.work / "eval" / made / "report.json"
-    return figures | ({"eval": pick(evaluated)} if evaluated.is_file() else {})
+    figures |= {"eval": pick(evaluated)} if evaluated.is_file() else {}
+    return figures | {"finished": "eval" in figures or (ARMS[arm].is_choice and bool(figures["validations"]))}
 
 
 def pick(path: Path) -> dict:
@@ -82,8 +89,8 @@ def pick(path: Path) -> dict:
     ceilings = {f"{name}_ceiling": report["vae_ceiling"][name] for name in CEILINGS} | {
         f"{name}_ceiling": report[f"{name}_ceiling"] for name in ("success_rate", "object_match")
     }
-    copies = {f"{name}_copy": report["copy_source"][name] for name in CEILINGS}
-    return {"clips": report["clips"], **{name: report[name] for name in FIGURES}, **ceilings, **copies}
+    baselines = {f"{name}_{short}": report[long][name] for short, long in (("copy", "copy_source"), ("repeat", "repeat_reference")) for name in CEILINGS}
+    return {"clips": report["clips"], **{name: report[name] for name in FIGURES}, **ceilings, **baselines}
 
 
 def seconds_per_step(log: Path) -> float | None:
@@ -120,7 +127,7 @@ def draw_curves(path: Path, runs: dict[str, dict]) -> None:
         lines = [(run["arm"], points_of(run, name)) for made, run in runs.items() if made != "scratch_0" or "scratch_0_longer" not in runs]
         ceilings = [run[kind][f"{name}_ceiling"] for run in runs.values() for kind in ("eval", "validation") if name and kind in run]
         if any(points for _, points in lines):
-            panels.append(draw_panel(title, lines, ceilings[0] if ceilings else None))
+            panels.append(draw_panel(title, lines, ceilings[0] if ceilings else None, max(run["steps"] for run in runs.values())))
     picture = Image.new("RGB", (PANEL[0] * len(panels), PANEL[1] + 20 * -(-len(ARMS) // 4) + 8), PAPER)
     for number, panel in enumerate(panels):
         picture.paste(panel, (number * PANEL[0], 0))
@@ -141,12 +148,11 @@ def points_of(run: dict, name: str | None) -> list[tuple[int, float]]:
     return list(zip(run["losses"], running_mean(np.array(list(run["losses"].values())), WINDOW)))
 
 
-def draw_panel(title: str, lines: Sequence[tuple[str, list[tuple[int, float]]]], level: float | None) -> Image.Image:
-    """Draws the lines of arms over steps, and a level, the VAE's ceiling."""
+def draw_panel(title: str, lines: Sequence[tuple[str, list[tuple[int, float]]]], level: float | None, longest: int) -> Image.Image:
+    """Draws the lines of arms over steps, 0 to `longest`, and a level, the VAE's ceiling."""
     picture = Image.new("RGB", PANEL, PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     values = [value for _, points in lines for _, value in points] + ([] if level is None else [level])
-    longest = max(step for _, points in lines for step, _ in points)
     ticks = axis_ticks(values)
     right, bottom = PANEL[0] - RIGHT, PANEL[1] - BOTTOM
 
@@ -178,7 +184,7 @@ def draw_panel(title: str, lines: Sequence[tuple[str, list[tuple[int, float]]]],
 
 def write_strips(study: Study, path: Path) -> None:
     """Draws a few held-out clips: source, reference, each finished arm of seed 0, and the truth. Nothing if no arm is evaluated."""
-    edited = {name: study.work / "eval" / run_name(name, 0) / "edited" for name, arm in ARMS.items() if not arm.is_variant}
+    edited = {name: study.work / "eval" / run_name(name, 0) / "edited" for name, arm in ARMS.items() if not arm.is_choice}
     edited = {name: folder for name, folder in edited.items() if folder.is_dir()}
     if not edited:
         return
@@ -187,7 +193,7 @@ def write_strips(study: Study, path: Path) -> None:
         assert entry.target is not None and entry.reference is not None  # drawn pairs have both
         source, target = read_clip(entry.source, fps=entry.fps), read_clip(entry.target, fps=entry.fps)
         columns = np.linspace(0, len(source.frames) - 1, NUM_COLUMNS).round().astype(int)
-        clips = {"source": source.frames} | {ARMS[name].title: read_clip(folder / f"{index:03d}.mp4").frames for name, folder in edited.items()}
+        clips = {"source": source.frames} | {STRIP_LABELS[name]: read_clip(folder / f"{index:03d}.mp4").frames for name, folder in edited.items()}
         rows = tuple((label, to_bytes(frames[columns])) for label, frames in (clips | {"truth": target.frames}).items())
         times = tuple(float(column) / entry.fps for column in columns)
         bands.append(Band(entry.instruction, (), times, to_bytes(read_image(entry.reference)), rows))

@@ -1,6 +1,7 @@
 """The study from-wan at its smallest: variants differ from the product's forward, and two arms end in a report."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from mive_core.errors import UserError
 from mive_core.formats.checkpoint import read_config
 from mive_core.formats.safetensors_file import read_tensors
 from mive_core.formats.untrained import PATCH_KEY, untrained_parts
-from mive_core.study.from_wan import ARMS, COPY_SCALE, Plan, Study, runs_of
+from mive_core.study.from_wan import ARMS, COPY_SCALE, SMALL_WAN, Plan, Study, runs_of
 from mive_core.study.report import all_runs, steps_from_scratch, write_report
 from mive_core.study.small_wan import new_wan
 from mive_core.study.variants import VARIANTS, FadingCrossAttention
+from mive_core.train.recipe import read_recipe
 
+CONFIGS = Path(__file__).parents[3] / "configs"
 CONFIG = MiVEConfig(width=128, num_heads=1, ffn_width=64, num_blocks=2, vlm_width=128, vlm_num_layers=4)
 
 
@@ -69,6 +72,11 @@ def test_cross_attention_acts_until_it_is_faded_out(model):
     assert not torch.allclose(full, before) and not torch.allclose(half, full)
     assert torch.allclose(none, before, atol=1e-6)
     assert not any("attn2" in key for key in model.state_dict())  # what is exported is a MiVE
+
+
+def test_the_small_wan_is_the_recipes():
+    recipe = read_recipe(CONFIGS / "small_wan.yaml")
+    assert {name: recipe[name] for name in SMALL_WAN} == SMALL_WAN
 
 
 def test_all_arms_have_runs_and_an_unknown_one_is_refused():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mive_core.attention import torch_attention
 from mive_core.embedded.synthetic.random_scenes import clip_times
@@ -11,6 +12,7 @@ from mive_core.formats.checkpoint import load_dit
 from mive_core.formats.from_wan import init_from_wan
 from mive_core.pipeline import EMBEDDED
 from mive_core.study.captioned_clips import FPS, NUM_FRAMES, SIZE, CaptionedClips, TextEncoder, draw_captioned_scene
+from mive_core.study.samples import write_samples
 from mive_core.study.small_wan import load_wan, new_wan, sample, wan_velocity
 from mive_core.study.tasks import TASKS
 from mive_core.train.loop import run
@@ -72,6 +74,8 @@ def test_two_steps_train_it_and_its_file_is_converted(tmp_path):
     model = load_dit(tmp_path / "dit.safetensors", attention=torch_attention)
     assert (config.width, config.num_blocks, config.ffn_width, config.patch_size) == (128, 1, 64, (1, 2, 2))
     assert torch.equal(model.blocks[0].ffn[0].weight, after.blocks[0].ffn.net[0].proj.weight)
+    write_samples(tmp_path / "wan", tmp_path / "samples.png", ("a red star on the left rests, over green grass",))
+    assert Image.open(tmp_path / "samples.png").getextrema() != ((250, 250),) * 3
     further = TASKS["small_wan"](small_recipe(tmp_path, start_from=str(tmp_path / "wan"), output_dir=str(tmp_path / "further")), None)
     assert torch.equal(further.model.proj_out.weight, after.proj_out.weight)
 
