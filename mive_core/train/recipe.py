@@ -141,10 +141,10 @@ def _parse_value(name: str, value: Any, wanted: Any, where: object) -> Any:
     """Converts a YAML value to the field type `wanted`. Raises UserError if the type does not match. One name stands for a list of one."""
     if wanted == tuple[str, ...]:
         items = [value] if isinstance(value, str) else value  # one name needs no list
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
             raise UserError(f"the recipe's {name} is no list of names", where=where, got=repr(value), expected="such as [first, second]")
         return tuple(items)
-    if wanted is tuple and not isinstance(value, list):
+    if wanted is tuple and not isinstance(value, (list, tuple)):
         raise UserError(f"the recipe's {name} is no list", where=where, got=repr(value), expected="a list, in brackets")
     if isinstance(value, list):
         return tuple(tuple(item) if isinstance(item, list) else item for item in value)
