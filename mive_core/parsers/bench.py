@@ -44,9 +44,7 @@ def add_bench(commands) -> None:
     convert.add_argument("--preset", default="1.3b", choices=("1.3b", "14b"), help="size of the model in the random test file; default 1.3b")
     convert.add_argument("--folder", type=text, metavar="DIR", help=FOLDER_HELP)
     convert.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="number of measurements; default 3")
-    load = add_command(
-        bench, "load", run_bench_load, "measure time and peak memory of loading a model", "Loads random weights in a separate process."
-    )
+    load = add_command(bench, "load", run_bench_load, "measure time and peak memory of loading a model", "Loads random weights in a separate process.")
     load.add_argument("--model", default="1.3b", choices=(*PRESET_NAMES, *VLM_SIZES), help="size of a DiT (tiny, 1.3b, 14b) or of a Qwen3-VL; default 1.3b")
     load.add_argument("--blocks", type=positive_int, metavar="N", help="use fewer blocks or layers than the model has")
     load.add_argument("--shards", type=positive_int, default=1, metavar="N", help="number of files that the weights are split into; default 1")
