@@ -25,19 +25,10 @@ from ...mive_core.train.lora import check_peft
 from .messages import log_warnings, logger
 from .progress import Progress
 from .training import HostedEncoders, OutOfMemory, exclusive_training, free_device_memory
+from .training_errors import in_words_of_the_node
 
 LOG = "log.jsonl"
 RESUMES = "; run again to continue"
-INPUT_NAMES = {  # recipe keys that are named differently on the node
-    "lora_rank": "rank",
-    "lora_alpha": "alpha",
-    "start_from": "model",
-    "caches": "pairs, vlm, vae, width, height or length",
-    "bf16": "dtype",
-    "weight_dtype": "dtype",
-    "float8": "dtype",
-    "num_steps": "steps",
-}
 
 
 @dataclass(frozen=True)
@@ -140,25 +131,3 @@ class Job:
     def num_skipped(self) -> int:
         """Returns the number of steps that were skipped, since they were not finite."""
         return sum(json.loads(line).get("skipped_steps", 0) for line in (self.folder / LOG).read_text(encoding="utf-8").splitlines())
-
-
-def in_words_of_the_node(error: NotFinite | FurtherThanAsked | RecipeMismatch) -> UserError:
-    """The trainer's error, which speaks of a recipe's keys -> one that speaks of the node's inputs."""
-    if isinstance(error, NotFinite):
-        fix = "lower learning_rate, set dtype to fp32, or look for a broken pair; if the last checkpoint has gone wrong already, set resume to 'start anew'"
-        return UserError(error.what, where=error.where, got=error.got, fix=fix)
-    if isinstance(error, FurtherThanAsked):
-        return UserError(
-            "this LoRA has been trained for more steps already",
-            where="steps",
-            got=error.num_steps,
-            expected=f"at least {error.num_done}",
-            fix="raise steps, or set resume to 'start anew'",
-        )
-    differ = ", ".join(dict.fromkeys(INPUT_NAMES.get(field, field) for field in error.differ))
-    return UserError(
-        "the training of that name was begun with other settings",
-        where="lora_name",
-        got=f"another {differ}",
-        fix="set resume to 'start anew', or choose another name",
-    )
