@@ -33,7 +33,7 @@ from .safetensors_file import (
     resolve,
     stream_tensors,
 )
-from .untrained import untrained_metadata
+from .untrained import PATCH_KEY, untrained_metadata
 from .vlm_file import read_folder_shape, vlm_name
 
 REASONS = {  # why other models of the family do not convert
@@ -51,7 +51,6 @@ FUN_CONTROL_CHANNELS = (48, 52)  # 16 noisy, 16 of the control video, 4 of a mas
 START_IMAGE_CHANNELS = 36  # 16 noisy, 4 of a mask, 16 of a start image
 HEAD_DIM = 128  # of every published Wan
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
-PATCH_KEY = "patch_embedding.weight"
 EXPECTED = "Wan2.1-T2V (1.3B, 14B), an expert of Wan2.2-T2V-A14B, or a Fun-Control of these sizes"
 EXPERT_FOLDERS = (("low_noise_model", "high_noise_model"), ("transformer_2", "transformer"))  # of Wan2.2, in the original and in diffusers' layout
 SEED = 0  # for initialising the context projection

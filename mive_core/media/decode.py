@@ -4,10 +4,11 @@ H x W pixels.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 
 import av
@@ -51,7 +52,13 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream | Non
 
 
 def read_timing(path: Path) -> Timing:
-    """Reads the times of a file's frames, without decoding any. Raises av.FFmpegError."""
+    """Reads the times of a file's frames, without decoding any; once for each state of a file. Raises av.FFmpegError and OSError."""
+    state = path.stat()
+    return _read_timing(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _read_timing(path: Path, modified: int, size: int) -> Timing:
     with av.open(str(path), metadata_errors="replace") as container:
         stream = video_stream(container)
         if stream is None:
@@ -89,22 +96,19 @@ def decode_video(path: Path, what: str, num_frames: int | None) -> Iterator[np.n
             stream.thread_type = "AUTO"
             declared = stream.frames
             converter: Converter | None = None
-            for packet in container.demux(stream):
-                num_packets += packet.size > 0
-                for frame in packet.decode():
-                    check_size(frame.width, frame.height, where)
-                    converter = Converter(stream, frame, timing, where) if converter is None else converter
-                    for pixels in converter.convert(frame):
+            for packet in chain(container.demux(stream), [None]):  # None: the end, which flushes the filters
+                num_packets += packet is not None and packet.size > 0
+                frames: Iterable[av.VideoFrame | None] = [None] if packet is None else packet.decode()
+                for frame in frames:
+                    if frame is not None:
+                        check_size(frame.width, frame.height, where)
+                        converter = Converter(stream, frame, timing, where) if converter is None else converter
+                    for pixels in converter.convert(frame) if converter is not None else ():
                         if num_frames is None or count < num_frames:
                             yield pixels
                         count += 1
                 if num_frames is not None and count >= num_frames:
                     break
-            else:
-                for pixels in converter.convert(None) if converter is not None else ():
-                    if num_frames is None or count < num_frames:
-                        yield pixels
-                    count += 1
     except (av.FFmpegError, OSError) as error:
         raise UserError(
             f"is not a video that can be read ({reason(error)})", where=where, got=f"{describe(path)}, {count} frames decoded", expected="a whole video file"
