@@ -1,8 +1,9 @@
 """The model folder of the tiny Qwen3-VL without weights: the layout of Qwen's published folders, at a size for one CPU thread."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -18,7 +19,7 @@ WORDS = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "architectures": ["Qwen3VLForConditionalGeneration"],
     "model_type": "qwen3_vl",
     "image_token_id": TOKEN_IDS["<|image_pad|>"],
@@ -87,11 +88,11 @@ PROCESSORS = {
 }
 
 
-def write_tiny_folder(folder: Path, corpus: Iterable[str]) -> None:
-    """Writes all files of the tiny model except its weights; the tokenizer is trained on `corpus`."""
+def write_tiny_folder(folder: Path, corpus: Iterable[str], model: Mapping[str, Any] = MODEL) -> None:
+    """Writes all files of a tiny model except its weights; the tokenizer is trained on `corpus`, `model` is config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(corpus).save(str(folder / "tokenizer.json"))
-    for name, content in {"config.json": MODEL, **PROCESSORS}.items():
+    for name, content in {"config.json": model, **PROCESSORS}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 

@@ -26,4 +26,11 @@ def build_variant(values: dict, where: object = None) -> Task:
     return build(values, where)
 
 
-TASKS: Mapping[str, TaskBuilder] = {"small_wan": build_small_wan, "edit_variant": build_variant, **EMBEDDED_TASKS}
+def build_study_vlm(values: dict, where: object = None) -> Task:
+    """Builds the task `study_vlm`: the layer study's own VLM, trained by next-token prediction alone."""
+    from .layers.vlm_task import build
+
+    return build(values, where)
+
+
+TASKS: Mapping[str, TaskBuilder] = {"small_wan": build_small_wan, "edit_variant": build_variant, "study_vlm": build_study_vlm, **EMBEDDED_TASKS}

@@ -47,6 +47,7 @@ class SyntheticEdit:
     kind: str = NONE  # a key of KIND_ODDS["train"]; labels.kind knows fewer
     words: str = "exact"  # what the instruction tells of the edit, see Plan
     keyframes: tuple[int, ...] = ()  # frames of the target that are given beside the reference, in order, never 0; training split only
+    shots: tuple[Shot, ...] = ()  # the scenes that were rendered
 
 
 class PairedEdits:
@@ -103,7 +104,7 @@ class PairedEdits:
         if bodies:
             track = np.concatenate([body.motion.track(shot.times, self.size) for body, shot in zip(bodies, shots)])
             edited = EditedObject(torch.from_numpy(track[:, :3].astype(np.float32)), labels.new_shape, torch.from_numpy(rendered.cover))
-        return SyntheticEdit(pair, labels, edited, plan.kind, plan.words, keyframes)
+        return SyntheticEdit(pair, labels, edited, plan.kind, plan.words, keyframes, tuple(shots))
 
     def sample_instruction(self, index: int) -> tuple[str, EditLabels]:
         """Returns an instruction and its labels without rendering the clips; `place` is given only if the instruction names it."""
