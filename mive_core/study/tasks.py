@@ -33,4 +33,17 @@ def build_study_vlm(values: dict, where: object = None) -> Task:
     return build(values, where)
 
 
-TASKS: Mapping[str, TaskBuilder] = {"small_wan": build_small_wan, "edit_variant": build_variant, "study_vlm": build_study_vlm, **EMBEDDED_TASKS}
+def build_study_layers(values: dict, where: object = None) -> Task:
+    """Builds the task `study_layers`: a small DiT on the VLM states of one arm of the layer study."""
+    from .layers.dit_task import build
+
+    return build(values, where)
+
+
+TASKS: Mapping[str, TaskBuilder] = {
+    "small_wan": build_small_wan,
+    "edit_variant": build_variant,
+    "study_vlm": build_study_vlm,
+    "study_layers": build_study_layers,
+    **EMBEDDED_TASKS,
+}
