@@ -26,3 +26,21 @@ def run_study_from_wan(arguments: argparse.Namespace) -> None:
             write_report(study, output, arguments.command_line)
     write_report(study, output, arguments.command_line)
     sys.stdout.write(f"{Path(output) / 'from_wan.json'}\n{Path(output) / 'from_wan.png'}\n")
+
+
+def run_study_layers(arguments: argparse.Namespace) -> None:
+    from ..media.paths import check_input, check_output_folder
+    from ..study.layers.report import write_report
+    from ..study.layers.study import LayerStudy, Plan, keep_vlm, runs_of, train_recipe
+
+    output, work = check_output_folder(arguments.output, "output"), check_output_folder(arguments.work, "work folder")
+    vlm = check_input(arguments.vlm, "VLM") if arguments.vlm else None
+    changes = {"num_steps": arguments.steps, "num_train": arguments.clips, "num_heldout": arguments.heldout, "hours": arguments.hours}
+    runs = runs_of(arguments.arm)
+    study = LayerStudy(work, Plan(**{name: value for name, value in changes.items() if value is not None}), vlm)
+    study.prepare(train_recipe)
+    keep_vlm(study, output)
+    report = lambda: write_report(study, output, arguments.command_line)
+    study.run_all([run for run in runs if arguments.seed is None or run[1] in arguments.seed], arguments.processes, train_recipe, report)
+    report()
+    sys.stdout.write(f"{output / 'study.json'}\n{output / 'layers.png'}\n")

@@ -14,7 +14,7 @@ from ..commands.bench import (
     run_bench_stage,
     run_bench_train,
 )
-from ..commands.study import run_study_from_wan
+from ..commands.study import run_study_from_wan, run_study_layers
 from ..config import VLM_SIZES
 from .options import BLOCKS_HELP, CARD_NAMES, DTYPES, FOLDER_HELP, PRESET_NAMES, add_fit, add_float8, add_machine, add_sampling
 from .parser import Parser, add_command, positive_float, positive_int, sentence, size, text
@@ -174,3 +174,20 @@ def add_study(commands, main: Callable[[list[str]], int]) -> None:
     from_wan.add_argument("--arm", action="append", default=[], type=text, metavar="NAME", help="only this arm, such as lora; can be repeated")
     from_wan.add_argument("--seed", action="append", type=int, metavar="N", help="only this seed; can be repeated")
     from_wan.add_argument("--steps", type=positive_int, metavar="N", help="number of training steps of every arm; default 400")
+    layers = add_command(
+        study,
+        "layers",
+        run_study_layers,
+        "measure what each layer of a VLM gives a DiT that edits, at a small size",
+        "Trains a VLM by next-token prediction alone, then a small DiT on the states of each arm's layers. Takes hours on a CPU; an interrupted study resumes.",
+    )
+    layers.add_argument("--output", required=True, type=text, metavar="DIR", help="folder for the report: JSON, table, figure, strips and the VLM")
+    layers.add_argument("--work", required=True, type=text, metavar="DIR", help="folder for everything else; what is there is not made again")
+    layers.add_argument("--vlm", type=text, metavar="DIR", help="folder of the study's VLM; default: it is trained first")
+    layers.add_argument("--arm", action="append", default=[], type=text, metavar="NAME", help="only this arm, such as first_last; can be repeated")
+    layers.add_argument("--seed", action="append", type=int, metavar="N", help="only this seed; can be repeated")
+    layers.add_argument("--hours", type=positive_float, metavar="H", help="after so many hours, each process's counted, no further run begins; default 8")
+    layers.add_argument("--processes", type=positive_int, default=1, metavar="N", help="number of runs at once, each on one CPU thread; default 1")
+    layers.add_argument("--steps", type=positive_int, metavar="N", help="number of training steps of every run; default 1500")
+    layers.add_argument("--clips", type=positive_int, metavar="N", help="number of training clips; default 4096")
+    layers.add_argument("--heldout", type=positive_int, metavar="N", help="number of held-out clips; default 192")
