@@ -229,7 +229,7 @@ def write_strips(results: Results, path: Path) -> None:
     made = {name: read_tensors(results.study.samples(name, 0))[AS_GIVEN] for name in names}
     edits = list(results.study.heldout_clips.edits())
     bands = []
-    for index in range(STRIP_CLIPS):
+    for index in range(min(STRIP_CLIPS, len(edits))):
         truth, request = results.truths[index], edits[index].pair.request
         columns = np.linspace(0, len(truth.target) - 1, NUM_COLUMNS).round().astype(int)
         clips = {"source": request.source.frames}

@@ -64,7 +64,7 @@ def standardised_loss(damaged: Sequence[np.ndarray], whole: Sequence[np.ndarray]
     """Several outcomes (seeds, N) of two arms -> their means in units of the damaged arm's spread over clips, lower is better.
 
     The difference of the two results is the standardised loss by the damage. The mean over seeds comes before the spread. An outcome that
-    does not vary over clips is left out.
+    does not vary over clips is left out; zeros where none does.
     """
     losses, bases = [], []
     for one, other, better in zip(damaged, whole, higher_is_better, strict=True):
@@ -73,6 +73,8 @@ def standardised_loss(damaged: Sequence[np.ndarray], whole: Sequence[np.ndarray]
             sign = -1.0 if better else 1.0
             losses.append(sign * one / spread)
             bases.append(sign * other / spread)
+    if not losses:
+        return np.zeros_like(damaged[0]), np.zeros_like(whole[0])
     return np.mean(losses, axis=0), np.mean(bases, axis=0)
 
 

@@ -197,7 +197,7 @@ def train_recipe(values: dict[str, Any]) -> None:
     from ...train.loop import run
     from ..tasks import TASKS
 
-    run(TASKS[values["task"]](values))
+    run(TASKS[values["task"]](values, None))
 
 
 def run_name(arm: str, seed: int) -> str:
