@@ -1,7 +1,7 @@
 """One HTML file that shows pairs of edits of the same clip and collects votes, and the key that says which system made which video.
 
 The page works from file:// and asks no server for anything. It holds random tokens in place of the systems' names; all videos are encoded
-anew in one way, without sound and metadata, in random order.
+anew in one way, at the source's size where they have its shape, without sound and metadata, in random order.
 """
 
 import base64
@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from random import SystemRandom
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..data.manifest import ManifestEntry
 from ..errors import UserError
 from ..media.encode import Encoding, quantise
-from ..media.fit import resize
+from ..media.fit import SAME_SHAPE, resize, stretch_of
 from ..media.images import read_image
 from ..media.paths import atomic_write, check_output
 from ..media.remote import local_copy
@@ -95,12 +95,14 @@ def make_page(
             clip, where = new_token(random), Path(folder) / "video.mp4"
             source = local_copy(entry.source, "source")
             fps = read_fps(source, entry.fps)
-            shown = {"instruction": entry.instruction, "source": media.add("video/mp4", encode_video(source, "source", fps, where, options))}
-            clips[clip] = shown | {"reference": media.add("image/png", encode_reference(entry, options.height))}
+            content, size = encode_video(source, "source", fps, where, options)
+            shown = {"source": media.add("video/mp4", content), "reference": media.add("image/png", encode_reference(entry, options.height))}
+            clips[clip] = {"instruction": entry.instruction, **shown}
             own = {}
             for system in systems:
                 video = system.videos[index]
-                token = media.add("video/mp4", encode_video(video, f"{system.name}'s edit", read_fps(video, fps), where, options))
+                content, _ = encode_video(video, f"{system.name}'s edit", read_fps(video, fps), where, options, like=size)
+                token = media.add("video/mp4", content)
                 own[system.name], videos[token] = token, {"system": system.name, "clip": clip}
             for pair in combinations(own.values(), 2):
                 first, second = random.sample(pair, 2)
@@ -138,21 +140,20 @@ def fill_template(page: dict, media: Media, random: SystemRandom) -> str:
     return before + "\n".join(scripts) + after
 
 
-def encode_video(source: Path, what: str, fps: float, path: Path, options: PageOptions) -> bytes:
-    """A video as read_clip takes it -> an MP4 that browsers play: H.264 in 4:2:0 of even sides, no sound. `path` is used meanwhile. Raises UserError."""
+def encode_video(source: Path, what: str, fps: float, path: Path, options: PageOptions, like: tuple[int, int] | None = None) -> tuple[bytes, tuple[int, int]]:
+    """A video as read_clip takes it -> an MP4 that browsers play, H.264 in 4:2:0 of even sides without sound, and its (width, height).
+
+    It is scaled to the size `like` if that has its shape. `path` is used meanwhile. Raises UserError.
+    """
     frames = stream_clip(source, what=what)
     first = next(frames)
     size = shown_size((first.shape[1], first.shape[0]), options.height)
-
-    def scaled():
-        yield resize(first, size)
-        for frame in frames:
-            yield resize(frame, size)
-
-    write_stream(path, scaled(), size, fps, encoding=Encoding("h264", options.crf))
+    if like is not None and stretch_of((1, *first.shape), like) <= SAME_SHAPE:
+        size = like
+    write_stream(path, (resize(frame, size) for frame in chain([first], frames)), size, fps, encoding=Encoding("h264", options.crf))
     content = path.read_bytes()
     path.unlink()
-    return content
+    return content, size
 
 
 def encode_reference(entry: ManifestEntry, height: int) -> bytes:

@@ -90,7 +90,7 @@ def read_votes(paths: Sequence[str | Path], key: Key) -> tuple[list[Vote], list[
         for found, known in ((file_votes, votes), (file_scores, scores)):
             for item in found:
                 name = item.rater.casefold(), item.comparison if isinstance(item, Vote) else item.video
-                num_replaced += name in known and isinstance(item, Vote)
+                num_replaced += isinstance(item, Vote) and known.get(name, item) != item
                 if name not in known or item.time >= known[name].time:  # type: ignore[attr-defined]
                     known[name] = item  # type: ignore[index]
         for vote in file_votes[:1]:
