@@ -31,6 +31,7 @@ from .votes import KEY_FORMAT, VOTES_FORMAT, checksum
 TEMPLATE = Path(__file__).parents[1] / "assets" / "preference" / "page.html"
 KEY_SUFFIX = ".key.json"
 MEGABYTE = 10**6
+CERTAINLY = 2  # times the largest size: an estimate by the first clips, from which the others are not encoded
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,26 @@ class PageOptions:
 class Media:
     """The page's videos and images by token, in base64."""
 
-    max_bytes: int
-    num_expected: int
+    random: SystemRandom
     items: dict[str, tuple[str, str]] = field(default_factory=dict)  # token -> (media type, base64)
-    num_bytes: int = 0
-    random: SystemRandom = field(default_factory=SystemRandom)
 
     def add(self, media_type: str, content: bytes) -> str:
-        """Returns the token. Raises UserError if the page is becoming too large."""
+        """Returns the token."""
         token = new_token(self.random)
         self.items[token] = (media_type, base64.b64encode(content).decode())
-        self.num_bytes += len(self.items[token][1])
-        if self.num_bytes > self.max_bytes:
-            estimate = self.num_bytes * self.num_expected / len(self.items) / MEGABYTE
+        return token
+
+    def check_size(self, max_bytes: int, num_clips: int, num_done: int) -> None:
+        """Raises UserError if the page is too large, or will be by far."""
+        num_bytes = sum(len(content) for _, content in self.items.values())
+        estimate = num_bytes * num_clips / num_done
+        if num_bytes > max_bytes or estimate > CERTAINLY * max_bytes:
             raise UserError(
                 "the page would be too large for a browser",
-                got=f"about {estimate:.0f} MB",
-                expected=f"{self.max_bytes / MEGABYTE:g} MB at most",
+                got=f"about {estimate / MEGABYTE:.3g} MB by {num_done} of {num_clips} clips",
+                expected=f"{max_bytes / MEGABYTE:g} MB at most",
                 fix="make the videos smaller (--height, --crf), split the manifest into several pages, or raise --max-size",
             )
-        return token
 
 
 def make_page(
@@ -88,7 +89,7 @@ def make_page(
         if existing.exists():
             raise UserError("votes on an earlier page need its key", where=f"output {str(existing)!r}", got="a file that exists", fix="choose another name")
     random = SystemRandom()
-    media = Media(options.max_bytes, len(entries) * (len(systems) + 2))
+    media = Media(random)
     clips, comparisons, videos, key_comparisons = {}, [], {}, {}
     with TemporaryDirectory() as folder:
         for index, entry in enumerate(entries):
@@ -109,6 +110,7 @@ def make_page(
                 comparison = new_token(random)
                 comparisons.append({"id": comparison, "clip": clip, "first": first, "second": second})
                 key_comparisons[comparison] = {"clip": clip, "first": first, "second": second}
+            media.check_size(options.max_bytes, len(entries), index + 1)
     random.shuffle(comparisons)
     page = {"page": new_token(random), "scores": options.ask_scores, "votes_format": VOTES_FORMAT, "clips": clips, "comparisons": comparisons}
     text = fill_template(page, media, random)

@@ -46,8 +46,16 @@ def wait(condition, seconds: float = 20):
     return value
 
 
-def is_ready(browser) -> bool:
-    return browser.find_element(By.CSS_SELECTOR, "#choices button").is_enabled() and browser.find_element(By.ID, "pair").is_displayed()
+def wait_for_pair(browser, position: int, left: str | None = None):
+    """Waits until the pair of that number can be voted on, with this video on the left."""
+    wait(
+        lambda: (
+            browser.find_element(By.ID, "pair").is_displayed()
+            and browser.find_element(By.CSS_SELECTOR, "#choices button").is_enabled()
+            and shown(browser)[2] == position
+            and left in (None, shown(browser)[0])
+        )
+    )
 
 
 def press(browser, *keys: str):
@@ -64,7 +72,7 @@ def test_from_the_first_pair_to_the_report(browser, page, key, tmp_path):
     system_of = {token: video["system"] for token, video in key["videos"].items()}
     browser.find_element(By.ID, "rater").send_keys('Zoë "宇"', Keys.ENTER)
     for number in range(3):
-        wait(lambda: is_ready(browser) and shown(browser)[2] == number)
+        wait_for_pair(browser, number)
         left, right, _ = shown(browser)
         wait(lambda: browser.execute_script("return players.every((player) => player.currentTime > 0.1)"))
         times = browser.execute_script("return players.map((player) => player.currentTime)")
@@ -73,15 +81,15 @@ def test_from_the_first_pair_to_the_report(browser, page, key, tmp_path):
             press(browser, "4" if system_of[token] == FIRST else "2")
         if number == 1:
             browser.refresh()
-            wait(lambda: is_ready(browser) and shown(browser) == (left, right, 1))
+            wait_for_pair(browser, 1, left)
         if number == 2:
             press(browser, Keys.ARROW_LEFT if system_of[left] == FIRST else Keys.ARROW_RIGHT)
         else:
             browser.find_element(By.CSS_SELECTOR, "[data-choice=tie]").click()
         if number == 0:
-            wait(lambda: is_ready(browser) and shown(browser)[2] == 1)
+            wait_for_pair(browser, 1)
             press(browser, "b")
-            wait(lambda: is_ready(browser) and shown(browser) == (left, right, 0))
+            wait_for_pair(browser, 0, left)
             press(browser, Keys.ARROW_LEFT if system_of[left] == FIRST else Keys.ARROW_RIGHT)
     wait(lambda: browser.find_element(By.ID, "done").is_displayed())
     assert "3 of 3 pairs" in browser.find_element(By.ID, "summary").text
@@ -109,10 +117,10 @@ def test_sides_and_order_are_drawn_for_each_rater(browser):
 
 def test_a_vote_needs_its_scores(browser):
     browser.find_element(By.ID, "rater").send_keys("Ann", Keys.ENTER)
-    wait(lambda: is_ready(browser))
+    wait_for_pair(browser, 0)
     press(browser, Keys.ARROW_LEFT)
     assert "score" in browser.find_element(By.ID, "message").text and shown(browser)[2] == 0
     press(browser, "3")
     assert shown(browser)[2] == 0
     press(browser, "1")
-    wait(lambda: is_ready(browser) and shown(browser)[2] == 1)
+    wait_for_pair(browser, 1)
