@@ -125,9 +125,9 @@ def make_page(
         "comparisons": key_comparisons,
     }
     report(f"{len(entries)} clips, {len(systems)} systems, {len(comparisons)} pairs to compare: a page of {len(text) / MEGABYTE:.3g} MB")
-    for destination, content in ((key_path, json.dumps(key | {"checksum": checksum(key)}, indent=1, ensure_ascii=False) + "\n"), (path, text)):
-        with atomic_write(destination) as partial:
-            partial.write_text(content, encoding="utf-8")
+    with atomic_write(key_path) as partial_key, atomic_write(path) as partial:  # both whole, or neither
+        partial_key.write_text(json.dumps(key | {"checksum": checksum(key)}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
     return path, key_path
 
 
