@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def _mean_score(system: str, key: Key, scores: Sequence[Score], clips: Sequence[
 
 
 def _pairs(key: Key, wins: np.ndarray, ties: np.ndarray) -> list[dict]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for first, second in combinations(range(len(key.systems)), 2):
         won, lost = wins[:, first, second], wins[:, second, first]
         clips_won, clips_lost, decided = int((won > lost).sum()), int((lost > won).sum()), int(won.sum() + lost.sum())

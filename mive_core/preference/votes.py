@@ -7,10 +7,10 @@ forger, who could compute it anew.
 import json
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import UserError
 from ..media.paths import check_input, describe
@@ -63,6 +63,9 @@ class Score:
     time: str
 
 
+Item = TypeVar("Item", Vote, Score)
+
+
 def read_key(path: str | Path) -> Key:
     """Raises UserError for anything but a whole, unedited key."""
     values, where = _read(path, "key", KEY_FORMAT)
@@ -81,20 +84,18 @@ def read_votes(paths: Sequence[str | Path], key: Key) -> tuple[list[Vote], list[
     A rater is who gave the same name, capitals aside; of two votes of one rater on one pair the later one counts, with a warning. Raises
     UserError for files that are cut short, edited or of another page, and if there is no vote at all.
     """
-    votes: dict[tuple[str, str], Vote] = {}
-    scores: dict[tuple[str, str], Score] = {}
+    votes: list[Vote] = []
+    scores: list[Score] = []
+    spellings: dict[str, str] = {}
     sessions: dict[str, set[str]] = {}
-    num_replaced = 0
     for path in paths:
-        file_votes, file_scores, session = _read_rater(path, key)
-        for found, known in ((file_votes, votes), (file_scores, scores)):
-            for item in found:
-                name = item.rater.casefold(), item.comparison if isinstance(item, Vote) else item.video
-                num_replaced += isinstance(item, Vote) and known.get(name, item) != item
-                if name not in known or item.time >= known[name].time:  # type: ignore[attr-defined]
-                    known[name] = item  # type: ignore[index]
-        for vote in file_votes[:1]:
-            sessions.setdefault(vote.rater.casefold(), set()).add(session)
+        file_votes, file_scores, session = _read_rater(path, key, spellings)
+        votes += file_votes
+        scores += file_scores
+        for rater in {vote.rater for vote in file_votes}:
+            sessions.setdefault(rater, set()).add(session)
+    latest = _latest(votes, lambda vote: (vote.rater, vote.comparison))
+    num_replaced = len(set(votes)) - len(latest)
     if num_replaced:
         warnings.warn(f"{num_replaced} votes of the same rater on the same pair: the later one counts", stacklevel=2)
     several = sorted(rater for rater, own in sessions.items() if len(own) > 1)
@@ -102,18 +103,25 @@ def read_votes(paths: Sequence[str | Path], key: Key) -> tuple[list[Vote], list[
         warnings.warn(f"these raters began more than once and count as one person each: {', '.join(several)}", stacklevel=2)
     if not votes:
         raise UserError("there are no votes", got=f"{len(paths)} files without one")
-    return list(votes.values()), list(scores.values())
+    return latest, _latest(scores, lambda score: (score.rater, score.video))
 
 
-def _read_rater(path: str | Path, key: Key) -> tuple[list[Vote], list[Score], str]:
+def _latest(items: Sequence[Item], name_of: Callable[[Item], tuple]) -> list[Item]:
+    """The last of the items of each name, by their times."""
+    return list({name_of(item): item for item in sorted(items, key=lambda item: item.time)}.values())
+
+
+def _read_rater(path: str | Path, key: Key, spellings: dict[str, str]) -> tuple[list[Vote], list[Score], str]:
+    """Returns the file's votes, scores and session. `spellings` keeps each rater's name as it was first read."""
     values, where = _read(path, "votes", VOTES_FORMAT)
     if values.get("page") != key.page:
         fix = "give the key that was written beside that page"
         raise UserError("these votes are of another page", where=where, got=repr(values.get("page"))[:80], expected=repr(key.page), fix=fix)
     try:
-        rater = " ".join(values["rater"].split())
+        name = " ".join(values["rater"].split())
+        rater = spellings.setdefault(name.casefold(), name)
         votes = [_vote(row, rater, key) for row in values["votes"]]
-        scores = [Score(rater, row["video"], row["score"], row["time"]) for row in values["scores"]]
+        scores = [Score(rater, row["video"], row["score"], str(row["time"])) for row in values["scores"]]
         if any(score.score not in SCORES or score.video not in key.videos for score in scores) or not rater:
             raise ValueError("a score outside 1 to 5, or of a video that the page does not have")
         return votes, scores, values["session"]

@@ -5,6 +5,7 @@ from preference_study import SYSTEMS, votes_file
 
 from mive_core.cli import main
 from mive_core.errors import UserError
+from mive_core.preference.report import make_report
 from mive_core.preference.votes import checksum, read_key, read_votes
 
 FIRST, SECOND = SYSTEMS
@@ -41,11 +42,20 @@ def test_a_rater_counts_once(key, key_path, write):
     assert len(votes) == 3
     with pytest.warns(UserWarning) as warned:
         votes, _ = read_votes([write(late, "late.json"), write(early)], read_key(key_path))
-    assert [vote.choice for vote in votes] == [SECOND] * 3
+    assert [(vote.rater, vote.choice) for vote in votes] == [("ann", SECOND)] * 3
     assert [str(warning.message).split(":")[0] for warning in warned] == [
         "3 votes of the same rater on the same pair",
         "these raters began more than once and count as one person each",
     ]
+
+
+def test_a_rater_whose_votes_lie_in_two_files(key, key_path, write):
+    """Half of the votes under each spelling: one person."""
+    whole = votes_file(key, "Ann", FIRST)["votes"]
+    paths = [write(votes_file(key, name, FIRST, votes=part), f"{name}.json") for name, part in (("Ann", whole[:1]), ("ANN", whole[1:]))]
+    with pytest.warns(UserWarning, match="count as one person each: Ann"):
+        votes, scores = read_votes(paths, read_key(key_path))
+    assert len(votes) == 3 and make_report(read_key(key_path), votes, scores)["num_raters"] == 1
 
 
 def test_an_edited_file(key, key_path, write):
