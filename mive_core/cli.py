@@ -14,6 +14,7 @@ from .parsers.bench import add_bench, add_study
 from .parsers.data import add_data
 from .parsers.models import add_conversions, add_demo, add_edit, add_eval, add_inspect, add_merge, add_train
 from .parsers.parser import Parser
+from .parsers.preference import add_preference
 
 DESCRIPTION = """\
 MiVE edits a video from an instruction and one edited frame: you edit the video's first frame,
@@ -80,6 +81,7 @@ def build_parser() -> Parser:
     add_conversions(commands)
     add_merge(commands)
     add_data(commands)
+    add_preference(commands)
     add_bench(commands)
     add_study(commands, main)
     return parser

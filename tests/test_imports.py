@@ -35,6 +35,7 @@ LADDER = (  # each may import only what stands before it
     "pipeline",
     "evaluation",
     "data",
+    "preference",
     "train",
     "embedded",
     "bench",
