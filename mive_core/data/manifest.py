@@ -21,7 +21,7 @@ from ..media.fit import check_frames, fit_clip, fit_mask, fit_reference, resize_
 from ..media.images import read_image, write_frames
 from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name
 from ..media.remote import check_url, is_url, local_copy
-from ..media.video import DEFAULT_FPS, read_clip
+from ..media.video import DEFAULT_FPS, read_clip, stream_clip
 from ..types import Clip, EditRequest, Keyframe, PairedEdit
 from .pace import Pace
 from .tables import Row, read_table, write_table
@@ -30,6 +30,7 @@ PATH_KEYS = ("source", "reference", "target", "mask")
 TEXT_KEYS = ("instruction", "name", "kind", "edit", "colour")
 KEYS = (*PATH_KEYS, *TEXT_KEYS, "fps", "keyframes")
 REQUIRED_KEYS = ("source", "instruction")
+REFERENCE_VIDEOS = (".mp4", ".mov", ".mkv", ".webm")  # whose first frame can be a reference
 ALIASES = {  # columns of other tables that can mean nothing else -> ours
     "source_video": "source",
     "source_path": "source",
@@ -142,8 +143,7 @@ def load_entry(
         frames = pace.read(local_copy(entry.target, "target"), "target", str(entry.target))
         target = resize_and_crop(check_frames(frames, f"target {str(entry.target)!r}"), size)
     if entry.reference is not None:
-        image = read_image(local_copy(entry.reference, "reference"), what="reference")
-        reference = fit_reference(image, size, f"reference {str(entry.reference)!r}", source_size)
+        reference = fit_reference(read_reference(entry), size, f"reference {str(entry.reference)!r}", source_size)
     elif target is not None:
         reference = target[0].clone()
     else:
@@ -156,6 +156,15 @@ def load_entry(
         red, green, blue = bytes.fromhex(entry.colour[1:])
         colour = (red / 255, green / 255, blue / 255)
     return PairedEdit(EditRequest(source, reference, entry.instruction, keyframes), target, mask, entry.name, colour)
+
+
+def read_reference(entry: ManifestEntry) -> Tensor:
+    """The entry's reference, (H, W, 3): an image, or the first frame of a video or of the source itself."""
+    assert entry.reference is not None
+    path = local_copy(entry.reference, "reference")
+    if entry.reference == entry.source or path.suffix.lower() in REFERENCE_VIDEOS:
+        return next(iter(stream_clip(path, what="reference", num_frames=1)))
+    return read_image(path, what="reference")
 
 
 def read_keyframes(entry: ManifestEntry, size: tuple[int, int], source_size: tuple[int, int] | None = None) -> tuple[Keyframe, ...]:
