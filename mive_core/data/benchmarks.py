@@ -127,7 +127,7 @@ def read_editverse(folder: Path) -> list[ManifestEntry]:
         named = [_inside(folder, value) for value in item.values() if isinstance(value, str) and Path(value).parts[:1] == (FIRST_FRAMES,)]
         stems = (Path(video).stem, number)
         found = [path for stem in stems for suffix in FIRST_FRAME_SUFFIXES if (path := folder / FIRST_FRAMES / f"{stem}{suffix}").exists()]
-        entries.append(ManifestEntry(_inside(folder, video), (named or found or [None])[0], instruction, name=number, kind=kind))
+        entries.append(ManifestEntry(_inside(folder, video), next(iter(named or found), None), instruction, name=number, kind=kind))
     return entries
 
 

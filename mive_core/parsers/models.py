@@ -1,5 +1,6 @@
 """The commands that edit, evaluate, train, inspect and convert."""
 
+from ..commands.judge import run_judge
 from ..commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_merge, run_quantize, run_train
 from ..config import VLM_SIZES
 from .options import (
@@ -8,7 +9,9 @@ from .options import (
     DTYPES,
     LAYERS_HELP,
     PRESET_NAMES,
+    RUBRICS,
     add_benchmark,
+    add_device,
     add_executor,
     add_fit,
     add_float8,
@@ -142,6 +145,32 @@ def add_eval(commands) -> None:
     add_machine(evaluate)
     add_float8(evaluate)
     add_loras(evaluate)
+
+
+def add_judge(commands) -> None:
+    judge = add_command(
+        commands,
+        "judge",
+        run_judge,
+        "let a local Qwen3-VL give scores to edits",
+        "Reads every edit twice, the second time with its frames in another order, and reports mean scores and the agreement of the two readings. "
+        "An interrupted run resumes.",
+    )
+    judge.add_argument("--manifest", type=text, metavar="PAIRS.jsonl|DIR", help="manifest or folder of the pairs; without --edited their targets are judged")
+    add_benchmark(judge, references=False)
+    judge.add_argument("--edited", type=text, metavar="DIR", help="the edits: the --output folder of `mive eval` or `mive edit`, or videos NAME.mp4")
+    judge.add_argument(
+        "--rubric",
+        default="mive",
+        choices=RUBRICS,
+        help="mive: six scores from 0 to 10 (default); openve: three from 1 to 5; refvie: three from 1 to 5, with the reference image",
+    )
+    judge.add_argument(
+        "--model", required=True, type=text, metavar="DIR|tiny", help="Hugging Face folder of a Qwen3-VL; tiny: the embedded one, which only shows the flow"
+    )
+    judge.add_argument("--output", required=True, type=text, metavar="SCORES.json", help="report to write; each reading is kept in NAME.readings.jsonl")
+    add_device(judge)
+    add_executor(judge)
 
 
 def add_train(commands) -> None:

@@ -11,6 +11,7 @@ CODECS = ("h264", "ffv1", "prores", "prores4444", "vp9", "av1", "gif")
 LAYERS_HELP = "VLM layers to read: first+last, 1,-1, last or 0:36:6"
 BLOCKS_HELP = "use fewer blocks than the preset has"
 BENCHMARKS = ("openve", "refvie", "editverse", "five")  # repeats data/benchmarks.py
+RUBRICS = ("mive", "openve", "refvie")  # repeats data/rubrics.py
 FOLDER_HELP = "folder for the test files, which are deleted afterwards; default: the system's temporary folder"
 
 
@@ -30,10 +31,12 @@ def add_fit(parser: Parser) -> None:
     )
 
 
-def add_benchmark(parser: Parser) -> None:
+def add_benchmark(parser: Parser, references: bool = True) -> None:
     """Adds the options that name a published benchmark in place of a manifest."""
     parser.add_argument("--benchmark", choices=BENCHMARKS, help="OpenVE-Bench, RefVIE-Bench, EditVerseBench or FiVE-Bench, in place of a manifest")
     parser.add_argument("--folder", type=text, metavar="DIR", help="the unpacked benchmark")
+    if not references:
+        return
     parser.add_argument(
         "--references", type=text, metavar="DIR", help="edited first frames of the benchmark's clips, NAME.png each; without one the unedited frame is taken"
     )
