@@ -82,7 +82,8 @@ def edit_requests(name: str, entries: Sequence[ManifestEntry], references: str |
             "--references DIR takes a NAME.png for each",
             stacklevel=2,
         )
-    return [replace(entry, reference=edited.get(entry.name, entry.source)) for entry in entries]
+    requests = [replace(entry, reference=edited.get(entry.name, entry.source)) for entry in entries]
+    return [replace(entry, first_frame=Path(str(entry.reference)).suffix.lower() not in IMAGE_SUFFIXES) for entry in requests]
 
 
 def reference_kinds(entries: Sequence[ManifestEntry]) -> list[str]:

@@ -56,7 +56,7 @@ class JudgeWorker:
 def _load(entry: ManifestEntry) -> PairedEdit:
     """The source with the edit as target, at the source's size. An edit of the source's first frames alone is compared with these, one by one."""
     assert entry.target is not None
-    alone, edit = replace(entry, reference=entry.source, target=None, mask=None, keyframes=()), local_copy(entry.target, "edit")
+    alone, edit = replace(entry, reference=entry.source, first_frame=True, target=None, mask=None, keyframes=()), local_copy(entry.target, "edit")
     source_length, length = read_num_frames(local_copy(entry.source, "source")), read_num_frames(edit)
     if source_length is None or length is None or source_length - length < MAX_TRIMMED:
         return load_entry(replace(alone, target=entry.target))

@@ -30,7 +30,6 @@ PATH_KEYS = ("source", "reference", "target", "mask")
 TEXT_KEYS = ("instruction", "name", "kind", "edit", "colour")
 KEYS = (*PATH_KEYS, *TEXT_KEYS, "fps", "keyframes")
 REQUIRED_KEYS = ("source", "instruction")
-REFERENCE_VIDEOS = (".mp4", ".mov", ".mkv", ".webm")  # whose first frame can be a reference
 ALIASES = {  # columns of other tables that can mean nothing else -> ours
     "source_video": "source",
     "source_path": "source",
@@ -61,6 +60,7 @@ class ManifestEntry:
     colour: str = ""  # #rrggbb of the one edited object after the edit (before it, if removed); lets reports measure its position and shape
     fps: float = DEFAULT_FPS  # frame rate, for folders of frames
     keyframes: tuple[tuple[int, Path | str], ...] = ()  # number and image of further edited frames; a JSON object {"40": "image.png"}
+    first_frame: bool = field(default=False, repr=False)  # the reference is a video, whose first frame is meant; no key of a manifest
     problem: str = field(default="", repr=False)  # of a row that is left out, why; nothing else of it is known than its location, the name
 
     @property
@@ -108,7 +108,7 @@ def write_manifest(path: str | os.PathLike, entries: Iterable[ManifestEntry]) ->
     """Writes a .jsonl or .parquet atomically, without moving media; those outside the manifest's folder get absolute paths. Raises UserError."""
     folder, rows = Path(path).absolute().parent, []
     for entry in entries:
-        values = {key: value for key, value in asdict(entry).items() if value not in ("", None, ())}
+        values = {key: value for key, value in asdict(entry).items() if key in KEYS and value not in ("", None, ())}
         row = {key: _relative(value, folder) if key in PATH_KEYS else value for key, value in values.items()}
         if entry.keyframes:
             row["keyframes"] = {str(number): _relative(image, folder) for number, image in entry.keyframes}
@@ -159,10 +159,10 @@ def load_entry(
 
 
 def read_reference(entry: ManifestEntry) -> Tensor:
-    """The entry's reference, (H, W, 3): an image, or the first frame of a video or of the source itself."""
+    """The entry's reference, (H, W, 3)."""
     assert entry.reference is not None
     path = local_copy(entry.reference, "reference")
-    if entry.reference == entry.source or path.suffix.lower() in REFERENCE_VIDEOS:
+    if entry.first_frame:
         return next(iter(stream_clip(path, what="reference", num_frames=1)))
     return read_image(path, what="reference")
 

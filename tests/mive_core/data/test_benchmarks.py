@@ -213,3 +213,28 @@ def test_eval_and_edit_need_nothing_else(folders, capsys):
     arguments = ["edit", "--benchmark", "openve", "--folder", str(folders / "openve"), "--steps", "1", "--output", str(folders / "edits")]
     assert main(arguments) == 0 and "2 done, 0 left out" in capsys.readouterr().out
     assert sorted(path.name for path in (folders / "edits").glob("*.mp4")) == ["000000-0000-global-style-Make.mp4", "000001-0001-local-add-Add.mp4"]
+
+
+def test_the_judge_sees_the_benchmarks_own_references(folders, clip, vlm_folder, capsys):
+    edits, output = folders / "edits", folders / "scores.json"
+    edits.mkdir()
+    for entry in read_benchmark("refvie", folders / "refvie"):
+        write_video(edits / f"{entry.name}.mp4", Clip(1 - clip.frames, 8.0))
+    arguments = [
+        "judge",
+        "--folder",
+        str(folders / "refvie"),
+        "--edited",
+        str(edits),
+        "--rubric",
+        "refvie",
+        "--model",
+        str(vlm_folder),
+        "--output",
+        str(output),
+    ]
+    assert main([*arguments, "--benchmark", "refvie"]) == 0
+    report = json.loads(output.read_text())
+    assert report["clips"] == 2 and set(report["by_kind"]) == {"subject", "background"} and "no edited first frame" not in capsys.readouterr().err
+    assert main([*arguments, "--benchmark", "openve"]) == 2  # another benchmark's folder
+    assert "holds no benchmark_videos.csv" in capsys.readouterr().err
