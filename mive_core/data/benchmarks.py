@@ -58,7 +58,7 @@ def read_benchmark(name: str, folder: str | Path) -> list[ManifestEntry]:
         raise UserError(
             "files of the benchmark are missing", where=folder, got=f"{len(missing)} of {len(wanted)}: {abbreviate(missing)}", fix="download and unpack them"
         )
-    return entries
+    return list(map(_marked, entries))
 
 
 def edit_requests(name: str, entries: Sequence[ManifestEntry], references: str | Path | None = None) -> list[ManifestEntry]:
@@ -82,8 +82,7 @@ def edit_requests(name: str, entries: Sequence[ManifestEntry], references: str |
             "--references DIR takes a NAME.png for each",
             stacklevel=2,
         )
-    requests = [replace(entry, reference=edited.get(entry.name, entry.source)) for entry in entries]
-    return [replace(entry, first_frame=Path(str(entry.reference)).suffix.lower() not in IMAGE_SUFFIXES) for entry in requests]
+    return [_marked(replace(entry, reference=edited.get(entry.name, entry.source))) for entry in entries]
 
 
 def reference_kinds(entries: Sequence[ManifestEntry]) -> list[str]:
@@ -148,6 +147,11 @@ def read_five(folder: Path) -> list[ManifestEntry]:
 
 
 READERS: dict[str, Callable[[Path], list[ManifestEntry]]] = {"openve": read_openve, "refvie": read_refvie, "editverse": read_editverse, "five": read_five}
+
+
+def _marked(entry: ManifestEntry) -> ManifestEntry:
+    """The entry, with `first_frame` set if its reference is no image."""
+    return replace(entry, first_frame=entry.reference is not None and Path(str(entry.reference)).suffix.lower() not in IMAGE_SUFFIXES)
 
 
 def _files(entry: ManifestEntry) -> list[Path]:
