@@ -50,7 +50,7 @@ ALONE = {  # a foreign package -> the files that may import it
     "diffusers": {"vae.py", "bench/against_diffusers.py", "bench/models.py", "study/small_wan.py"},
     "av": {"media/decode.py", "media/encode.py", "media/images.py", "media/sound.py"},
     "gguf": {"formats/gguf_file.py"},
-    "yaml": {"train/recipe.py"},
+    "yaml": {"train/recipe.py", "data/benchmarks.py"},
     "fsspec": {"media/remote.py"},
     "pyarrow": {"data/tables.py"},
     "ray": {"data/ray_executor.py"},

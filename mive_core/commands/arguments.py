@@ -6,8 +6,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
+
 if TYPE_CHECKING:
     from ..data.executor import Executor
+    from ..data.manifest import ManifestEntry
     from ..evaluation.evaluate import EvaluationSettings
 
 
@@ -29,6 +32,25 @@ def report_done(where: Path, outcomes: list, kept: int | None = None) -> None:
     for row, outcome in left_out.items():
         warnings.warn(f"row {row}: {outcome.title} is left out: {outcome.why}", stacklevel=2)
     sys.stdout.write(f"{where}: {len(outcomes) - len(left_out)} done, {len(left_out)} left out{'' if kept is None else f', {kept} kept'}\n")
+
+
+def entries_of(arguments: argparse.Namespace, published: bool = False) -> "list[ManifestEntry]":
+    """The clips of --manifest or of --benchmark; `published`: with the benchmark's own references. Raises UserError for neither or both."""
+    if (arguments.manifest is None) == (arguments.benchmark is None):
+        raise UserError("either --manifest or --benchmark is needed", got="neither" if arguments.manifest is None else "both")
+    others = [f"--{name}" for name in ("folder", "references") if getattr(arguments, name, None) is not None]
+    if arguments.benchmark is None:
+        if others:
+            raise UserError("only a benchmark takes that", got=others[0], fix="add --benchmark NAME")
+        from ..data.folder import read_pairs
+
+        return read_pairs(arguments.manifest, allow_empty_instruction=True)
+    if arguments.folder is None:
+        raise UserError("the benchmark's folder is not named", got=f"--benchmark {arguments.benchmark}", fix="add --folder DIR")
+    from ..data.benchmarks import edit_requests, read_benchmark
+
+    entries = read_benchmark(arguments.benchmark, arguments.folder)
+    return entries if published else edit_requests(arguments.benchmark, entries, arguments.references)
 
 
 def machine_options(arguments: argparse.Namespace) -> dict[str, Any]:

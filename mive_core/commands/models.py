@@ -8,20 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
-from .arguments import dtype_of, executor_of, loras_of, machine_options, report_done, settings_of
+from .arguments import dtype_of, entries_of, executor_of, loras_of, machine_options, report_done, settings_of
 
 PLAN_OPTIONS = ("preset", "vlm", "bucket", "states", "pairs", "card", "cards", "share", "output")  # of `mive train --plan`
 
 
 def run_edit(arguments: argparse.Namespace) -> None:
     given = [f"--{name}" for name in ("source", "reference", "instruction") if getattr(arguments, name) is not None]
-    if arguments.manifest is not None:
+    if arguments.manifest is not None or arguments.benchmark is not None:
+        many = "--manifest" if arguments.manifest is not None else "--benchmark"
         given += [f"--{name}" for name in ("fps", "mask") if getattr(arguments, name) is not None] + ["--keyframe"] * bool(arguments.keyframe)
         if given:
-            raise UserError("a manifest says all of that", got=f"--manifest and {given[0]}", fix="`mive edit --help` lists what it takes")
+            raise UserError(f"a {many[2:]} says all of that", got=f"{many} and {given[0]}", fix="`mive edit --help` lists what it takes")
         _edit_many(arguments)
         return
     missing = [name for name in ("--source", "--reference", "--instruction") if name not in given]
+    if arguments.folder is not None or arguments.references is not None:
+        raise UserError("only a benchmark takes that", got="--folder" if arguments.folder is not None else "--references", fix="add --benchmark NAME")
     if missing:
         raise UserError(f"the following arguments are required: {', '.join(missing)}", fix="`mive edit --help` lists what it takes")
     from ..data.edit_file import FileOptions, edit_file, prepare
@@ -49,10 +52,9 @@ def run_edit(arguments: argparse.Namespace) -> None:
 
 
 def _edit_many(arguments: argparse.Namespace) -> None:
-    from ..data.folder import read_pairs
     from ..media.paths import check_output_folder
 
-    output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest, allow_empty_instruction=True)
+    output, entries = check_output_folder(arguments.output, "output"), entries_of(arguments)
     from functools import partial
 
     from ..data.edit_file import FileOptions
@@ -85,26 +87,29 @@ def _edit_many(arguments: argparse.Namespace) -> None:
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
-    from ..data.folder import read_pairs
     from ..data.manifest import ManifestPairs
     from ..media.paths import check_output_folder
 
-    output = check_output_folder(arguments.output, "output")
-    entries = read_pairs(arguments.manifest, allow_empty_instruction=True)
+    output, entries = check_output_folder(arguments.output, "output"), entries_of(arguments)
     pairs, loras = ManifestPairs(entries, arguments.size, arguments.frames), loras_of(arguments)
     from ..evaluation.before import Before
     from ..evaluation.evaluate import evaluate
     from ..evaluation.full_size import FullSizePairs
     from ..pipeline import Pipeline
 
+    groups = {"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]}
+    if arguments.benchmark:
+        from ..data.benchmarks import reference_kinds
+
+        groups = {"kind": groups["kind"], "reference": reference_kinds(entries)}
     before = Before.read(Path(arguments.before), [entry.name for entry in entries]) if arguments.before else None
     evaluate(
         Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments), loras=loras),
         pairs,
         output,
         settings_of(arguments, reference_mode=arguments.reference_mode, instruction_mode=arguments.instruction_mode),
-        groups={"kind": [entry.kind for entry in entries], "edit": [entry.edit for entry in entries]},
-        full_size=None if arguments.raw_only else FullSizePairs(replace(pairs, size=None, full_size=True), arguments.size),
+        groups=groups,
+        full_size=None if arguments.raw_only or arguments.benchmark else FullSizePairs(replace(pairs, size=None, full_size=True), arguments.size),
         before=before,
         command=arguments.command_line,
     )

@@ -19,7 +19,6 @@ from ..errors import UserError
 from ..evaluation.evaluate import EvaluationSettings, show_steps
 from ..media.encode import Encoding
 from ..media.fit import check_frames, check_request_frames, check_request_size, edit_size, fit_reference, resize, valid_num_frames
-from ..media.images import read_image
 from ..media.remote import local_copy
 from ..media.video import read_clip, read_fps, stream_clip, write_stream, write_video
 from ..pipeline import Pipeline
@@ -27,7 +26,7 @@ from ..reference import check_keyframes
 from ..reference_check import warn_of_references
 from ..registration import register
 from ..types import Clip, EditRequest
-from .manifest import ManifestEntry, read_keyframes
+from .manifest import ManifestEntry, read_keyframes, read_reference
 
 DETAIL = ("auto", "off")
 MANY_TOKENS = 20_000  # above this number an edit warns that it may take long
@@ -91,7 +90,7 @@ def prepare(entry: ManifestEntry, config: MiVEConfig, options: FileOptions = Fil
     num_frames = len(frames)
     padded = frames + frames[-1:] * (-(num_frames - 1) % 4)
     if entry.reference is not None:
-        image = read_image(local_copy(entry.reference, "reference"), what="reference")
+        image = read_reference(entry)
     elif entry.target is not None:
         image = next(stream_clip(local_copy(entry.target, "target"), what="target", num_frames=1))
     else:

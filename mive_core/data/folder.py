@@ -46,12 +46,12 @@ def read_folder(folder: Path) -> list[ManifestEntry]:
     ):
         unmatched = [path.name for name, path in clips.items() if name not in others]
         if unmatched:
-            raise UserError(f"a {kind} has no {other} of its name", where=where, got=_abbreviate(unmatched), expected=LAYOUT)
+            raise UserError(f"a {kind} has no {other} of its name", where=where, got=abbreviate(unmatched), expected=LAYOUT)
     instructions = {name: _instruction(folder, name) for name in sources}
     empty = [f"{name}.txt" for name, text in instructions.items() if not text]
     if empty:
         raise UserError(
-            "a pair has no instruction", where=where, got=f"no words in {_abbreviate(empty)}", expected=f"a text for each pair, or {COMMON_INSTRUCTION} for all"
+            "a pair has no instruction", where=where, got=f"no words in {abbreviate(empty)}", expected=f"a text for each pair, or {COMMON_INSTRUCTION} for all"
         )
     return [ManifestEntry(source, references.get(name), instructions[name], targets[name], masks.get(name), name) for name, source in sources.items()]
 
@@ -85,6 +85,7 @@ def _instruction(folder: Path, name: str) -> str:
     return ""
 
 
-def _abbreviate(names: list[str]) -> str:
+def abbreviate(names: list[str]) -> str:
+    """The first of the names, and how many more there are."""
     more = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

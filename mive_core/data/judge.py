@@ -1,4 +1,4 @@
-"""Qwen3-VL as a judge: rates an edited clip with two numbers, by greedy decoding constrained to a grammar of ratings.
+"""Qwen3-VL as a judge: rates an edited clip with the numbers of a rubric, by greedy decoding constrained to a grammar of ratings.
 
 F frames of H x W pixels; S tokens of the prompt.
 """
@@ -16,13 +16,14 @@ from ..errors import UserError
 from ..prompt import apply_chat_template, sample_frames, sanitize_instruction, size_limits, to_uint8
 from ..types import Clip, PairedEdit
 from ..vlm import load_for_generation
+from .rating_grammar import RatingGrammar
+from .rubrics import SCORE, Rubric
 
-PROMPT = Path(__file__).parents[1] / "assets" / "prompts" / "score.txt"
 FPS = 2.0  # frame rate of the judge's input, the same as the editing model's
 MAX_VIDEO_TOKENS = 4096  # per clip, of two
+MAX_REFERENCE_TOKENS = 1024
 MAX_INSTRUCTION_TOKENS = 512
-SEPARATOR = ", "
-CHARACTERS = "0123456789."
+MEDIA = {"{source}": "video", "{target}": "video", "{reference}": "image"}
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,20 @@ class Judge:
 
     model: nn.Module
     processor: Any
-    prompt: str  # with {source}, {target} and {instruction}
+    rubric: Rubric = SCORE
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", prompt: Path = PROMPT) -> "Judge":
+    def load(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", rubric: Rubric = SCORE) -> "Judge":
         """Loads a Hugging Face folder of Qwen3-VL. Raises UserError."""
-        return cls(*load_for_generation(folder, dtype=dtype, device=device), prompt.read_text(encoding="utf-8"))
+        return cls(*load_for_generation(folder, dtype=dtype, device=device), rubric)
 
     @torch.inference_mode()
-    def rate(self, pair: PairedEdit) -> tuple[float, float]:
-        """Returns the ratings of instruction following and of faithfulness outside the edit, 0.0 to 10.0. Raises UserError."""
+    def rate(self, pair: PairedEdit, shuffle_seed: int | None = None) -> tuple[float, ...]:
+        """Returns the rubric's numbers; with a seed, after reading the frames in another order. Raises UserError for an answer that is no number."""
         if pair.target is None:
             raise UserError("the pair has no target, so there is nothing to rate")
-        inputs, grammar = self.inputs(pair), RatingGrammar.from_tokenizer(self.processor.tokenizer)
+        inputs, rubric = self.inputs(pair, shuffle_seed), self.rubric
+        grammar = RatingGrammar.from_tokenizer(self.processor.tokenizer, rubric.numbers, len(rubric.axes), rubric.capped)
         length = inputs["input_ids"].shape[1]
         answer = self.model.generate(
             **inputs,
@@ -55,18 +57,25 @@ class Judge:
         )
         return grammar.parse(answer[0, length:].tolist())
 
-    def inputs(self, pair: PairedEdit) -> dict[str, Tensor]:
+    def inputs(self, pair: PairedEdit, shuffle_seed: int | None = None) -> dict[str, Tensor]:
         """Builds the model's inputs by their names in transformers; input_ids (1, S)."""
         video, source = self.processor.video_processor, pair.request.source
         instruction = sanitize_instruction(pair.request.instruction, self.processor.tokenizer, MAX_INSTRUCTION_TOKENS)
         parts = [
-            {"type": "video"} if part in ("{source}", "{target}") else {"type": "text", "text": part.replace("{instruction}", instruction)}
-            for part in re.split(r"(\{source\}|\{target\})", self.prompt)
+            {"type": MEDIA[part]} if part in MEDIA else {"type": "text", "text": part.replace("{instruction}", instruction)}
+            for part in re.split(r"(\{source\}|\{target\}|\{reference\})", self.rubric.prompt)
         ]
         clips = [source, Clip(pair.target, source.fps)]
         indices = sample_frames(len(source.frames), source.fps, FPS, video)
+        if shuffle_seed is not None:
+            indices = shuffle_patches(indices, video.temporal_patch_size, shuffle_seed)
         side = video.patch_size * video.merge_size
+        images: dict[str, Any] = {}
+        if self.rubric.shows_reference:
+            limits = size_limits(self.processor.image_processor, MAX_REFERENCE_TOKENS * side**2)
+            images = {"images": [to_uint8(pair.request.reference)], "images_kwargs": {"size": limits}}
         encoded = self.processor(
+            **images,
             text=[apply_chat_template(parts, self.processor)],
             videos=[to_uint8(clip.frames[indices]) for clip in clips],
             return_tensors="pt",
@@ -84,65 +93,18 @@ class Judge:
             "pixel_values_videos": encoded["pixel_values_videos"].to(self.model.dtype),
             "video_grid_thw": encoded["video_grid_thw"],
         }
+        if images:
+            inputs |= {"pixel_values": encoded["pixel_values"].to(self.model.dtype), "image_grid_thw": encoded["image_grid_thw"]}
         if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:  # transformers 4.57 derives the token types itself
-            inputs["mm_token_type_ids"] = 2 * (ids == self.processor.video_token_id).long()
+            inputs["mm_token_type_ids"] = (ids == self.processor.image_token_id).long() + 2 * (ids == self.processor.video_token_id).long()
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
 
-@dataclass(frozen=True)
-class RatingGrammar:
-    """The grammar of an answer: two numbers with one decimal each, such as `7.5, 10.0`, in single-character tokens."""
-
-    characters: dict[int, str]  # token -> character
-    separator: tuple[int, ...]  # tokens
-    eos_token_id: int
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> "RatingGrammar":
-        """Looks up the token ids. Raises UserError for a tokenizer without single-digit tokens."""
-        ids = {tokenizer.convert_tokens_to_ids(character): character for character in CHARACTERS}
-        if None in ids or tokenizer.unk_token_id in ids or len(ids) < len(CHARACTERS):
-            raise UserError("the tokenizer has no tokens of single digits", expected="Qwen3-VL's own")
-        return cls(ids, tuple(tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"]), tokenizer.eos_token_id)
-
-    @property
-    def max_tokens(self) -> int:
-        """Length of the longest answer, including the end-of-sequence token."""
-        return 2 * len("10.0") + len(self.separator) + 1
-
-    def allowed_tokens(self, answer: list[int]) -> list[int]:
-        """The tokens that may follow the answer so far, at least one."""
-        first, rest = self._split_number(answer)
-        if following := _next_characters(first):
-            return self._ids(following)
-        if len(rest) < len(self.separator):
-            return [self.separator[len(rest)]]
-        second, _ = self._split_number(rest[len(self.separator) :])
-        return self._ids(following) if (following := _next_characters(second)) else [self.eos_token_id]
-
-    def parse(self, answer: list[int]) -> tuple[float, float]:
-        """The two numbers of a complete answer."""
-        first, rest = self._split_number(answer)
-        return float(first), float(self._split_number(rest[len(self.separator) :])[0])
-
-    def _split_number(self, answer: list[int]) -> tuple[str, list[int]]:
-        """Splits off the (possibly incomplete) number at the start -> the number, and the remaining tokens."""
-        text = ""
-        for index, token in enumerate(answer):
-            if not _next_characters(text):
-                return text, answer[index:]
-            text += self.characters[token]
-        return text, []
-
-    def _ids(self, characters: str) -> list[int]:
-        return [token for token, character in self.characters.items() if character in characters]
-
-
-def _next_characters(number: str) -> str:
-    """The characters that may follow a prefix of a number from 0.0 to 10.0 with one decimal; none if it is complete."""
-    whole, point, decimals = number.partition(".")
-    if decimals:
-        return ""
-    if point:
-        return "0" if whole == "10" else "0123456789"
-    return {"": "0123456789", "1": "0."}.get(whole, ".")
+def shuffle_patches(indices: list[int], patch_size: int, seed: int) -> list[int]:
+    """The frames in another order, temporal patch by temporal patch, each of which keeps its time stamp; one patch alone stays."""
+    patches = [indices[start : start + patch_size] for start in range(0, len(indices), patch_size)]
+    generator = torch.Generator().manual_seed(seed)
+    order = list(range(len(patches)))
+    while len(patches) > 1 and order == sorted(order):
+        order = torch.randperm(len(patches), generator=generator).tolist()
+    return [index for number in order for index in patches[number]]

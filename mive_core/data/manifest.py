@@ -21,7 +21,7 @@ from ..media.fit import check_frames, fit_clip, fit_mask, fit_reference, resize_
 from ..media.images import read_image, write_frames
 from ..media.paths import atomic_folder, check_input, check_output_folder, numbered_name
 from ..media.remote import check_url, is_url, local_copy
-from ..media.video import DEFAULT_FPS, read_clip
+from ..media.video import DEFAULT_FPS, read_clip, stream_clip
 from ..types import Clip, EditRequest, Keyframe, PairedEdit
 from .pace import Pace
 from .tables import Row, read_table, write_table
@@ -60,6 +60,7 @@ class ManifestEntry:
     colour: str = ""  # #rrggbb of the one edited object after the edit (before it, if removed); lets reports measure its position and shape
     fps: float = DEFAULT_FPS  # frame rate, for folders of frames
     keyframes: tuple[tuple[int, Path | str], ...] = ()  # number and image of further edited frames; a JSON object {"40": "image.png"}
+    first_frame: bool = field(default=False, repr=False)  # the reference is a video, whose first frame is meant; no key of a manifest
     problem: str = field(default="", repr=False)  # of a row that is left out, why; nothing else of it is known than its location, the name
 
     @property
@@ -107,7 +108,7 @@ def write_manifest(path: str | os.PathLike, entries: Iterable[ManifestEntry]) ->
     """Writes a .jsonl or .parquet atomically, without moving media; those outside the manifest's folder get absolute paths. Raises UserError."""
     folder, rows = Path(path).absolute().parent, []
     for entry in entries:
-        values = {key: value for key, value in asdict(entry).items() if value not in ("", None, ())}
+        values = {key: value for key, value in asdict(entry).items() if key in KEYS and value not in ("", None, ())}
         row = {key: _relative(value, folder) if key in PATH_KEYS else value for key, value in values.items()}
         if entry.keyframes:
             row["keyframes"] = {str(number): _relative(image, folder) for number, image in entry.keyframes}
@@ -142,8 +143,7 @@ def load_entry(
         frames = pace.read(local_copy(entry.target, "target"), "target", str(entry.target))
         target = resize_and_crop(check_frames(frames, f"target {str(entry.target)!r}"), size)
     if entry.reference is not None:
-        image = read_image(local_copy(entry.reference, "reference"), what="reference")
-        reference = fit_reference(image, size, f"reference {str(entry.reference)!r}", source_size)
+        reference = fit_reference(read_reference(entry), size, f"reference {str(entry.reference)!r}", source_size)
     elif target is not None:
         reference = target[0].clone()
     else:
@@ -156,6 +156,15 @@ def load_entry(
         red, green, blue = bytes.fromhex(entry.colour[1:])
         colour = (red / 255, green / 255, blue / 255)
     return PairedEdit(EditRequest(source, reference, entry.instruction, keyframes), target, mask, entry.name, colour)
+
+
+def read_reference(entry: ManifestEntry) -> Tensor:
+    """The entry's reference, (H, W, 3)."""
+    assert entry.reference is not None
+    path = local_copy(entry.reference, "reference")
+    if entry.first_frame:
+        return next(iter(stream_clip(path, what="reference", num_frames=1)))
+    return read_image(path, what="reference")
 
 
 def read_keyframes(entry: ManifestEntry, size: tuple[int, int], source_size: tuple[int, int] | None = None) -> tuple[Keyframe, ...]:

@@ -13,8 +13,9 @@ from ..media.paths import check_output
 from ..types import PairedEdit
 from .executor import Executor
 from .journal import Outcome, Task, fingerprint, run_resumable
-from .judge import FPS, MAX_VIDEO_TOKENS, PROMPT, Judge
+from .judge import FPS, MAX_VIDEO_TOKENS, Judge
 from .manifest import ManifestEntry, load_entry, write_manifest
+from .rubrics import SCORE
 from .tables import SUFFIXES
 
 MIN_SCORE, MAX_PER_KIND = 9.3, 4000
@@ -53,7 +54,7 @@ def score(
     judge, `model_id` identifies it: if that changes, everything is rated again. Raises UserError if no pair is good enough.
     """
     output = check_output(output, "output", SUFFIXES)
-    dependencies = (PROMPT.read_text(encoding="utf-8"), FPS, MAX_VIDEO_TOKENS, model_id)
+    dependencies = (SCORE.prompt, FPS, MAX_VIDEO_TOKENS, model_id)
     tasks = [Task(fingerprint(dependencies, entry), entry.title, entry) for entry in entries]
     outcomes = run_resumable(tasks, lambda: ScoreWorker(load()), output.with_suffix(".scores.jsonl"), executor, "pairs")
     results = [outcome.result for outcome in outcomes]

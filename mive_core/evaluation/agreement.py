@@ -7,17 +7,17 @@ import numpy as np
 Level = Literal["nominal", "ordinal", "interval"]
 
 
-def krippendorff_alpha(ratings: np.ndarray, level: Level = "nominal") -> float:
+def krippendorff_alpha(ratings: np.ndarray, level: Level = "nominal") -> float | None:
     """ratings (raters, items), NaN where a rater has not rated an item -> alpha, 1: perfect agreement, 0: that of chance, below: systematic disagreement.
 
-    `level` is the scale of the ratings: nominal (names), ordinal (ranks) or interval (numbers whose differences count). NaN where alpha is
+    `level` is the scale of the ratings: nominal (names), ordinal (ranks) or interval (numbers whose differences count). None where alpha is
     not defined: if no item has two ratings, or all ratings are equal.
     """
     ratings = np.asarray(ratings, dtype=float)
     ratings = ratings[:, (~np.isnan(ratings)).sum(axis=0) > 1]  # an item with one rating pairs with nothing
     values = np.unique(ratings[~np.isnan(ratings)])
     if len(values) < 2:
-        return float("nan")
+        return None
     counts = (ratings[None] == values[:, None, None]).sum(axis=1).astype(float)  # (values, items)
     per_item = counts.sum(axis=0)
     coincidences = (counts / (per_item - 1)) @ counts.T - np.diag((counts / (per_item - 1)).sum(axis=1))

@@ -3,7 +3,8 @@
 F frames, H x W pixels. PSNR covers all frames and channels of a clip at once, with a peak of 1; the figures of a set are means over its
 clips. PSNR_CAP replaces infinity where nothing differs. `edit_completion` measures, without a human rater, whether the edit is present
 in every frame. `success_rate` is the share of clips where it is, and `object_match` the share where the edited object has the truth's
-colour, position and shape, of the clips with an object of one colour. What is not measured is None.
+colour, position and shape, of the clips with an object of one colour. `quality` holds what needs neither weights nor, but for SSIM, a known
+result. What is not measured is None.
 
 These figures are those of the model's own pixels, at its own size. `delivered` holds the PSNR of what `mive edit` writes: frames of the
 source's size, with the source's detail.
@@ -32,6 +33,7 @@ from .contact_sheet import Band, make_band, write_sheet
 from .full_size import FullSizePairs, colour_match, flow_reference, same_request
 from .metrics import FIGURES, PSNR_CAP, edit_completion, first_frame_gap, is_nearest, mean, region_psnr, shows_edit, worst_frame
 from .object_match import match_object, mean_colour_distance
+from .quality import QUALITY, quality
 
 REFERENCE_MODES = ("given", "source_frame")
 INSTRUCTION_MODES = ("given", "wrong", "empty")
@@ -116,6 +118,7 @@ def evaluate(
                 "instruction": request.instruction,
                 "seed": settings.seed,
                 **score(pipeline, pair, edited.frames),
+                "quality": quality(pair, edited.frames),
                 "seconds": seconds,
             }
             others = other_strengths(groups, index)
@@ -297,6 +300,8 @@ def summary(rows: Sequence[dict]) -> dict:
     means["first_frame_gap"] = {"clips": len(gaps), "mean": mean(gaps), "within_1_db": close}
     for name in (*BASELINES, *(name for name in DELIVERY_FIGURES if rows and name in rows[0])):
         means[name] = {key: mean([row[name][key] for row in rows]) for key in FIGURES}
+    if rows and "quality" in rows[0]:
+        means["quality"] = {key: mean([row["quality"][key] for row in rows]) for key in QUALITY}
     return means | {"seconds_per_clip": mean([row["seconds"] for row in rows])}
 
 

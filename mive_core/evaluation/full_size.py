@@ -1,24 +1,20 @@
 """Edits at the source's own size: the delivered edit, and two baselines that need no model.
 
-F frames, H x W pixels of the source; h x w pixels of the edit.
+F frames, H x W pixels of the source.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from skimage.registration import optical_flow_tvl1
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..anchor import fit_lut, lookup
 from ..media.fit import edit_size, resize
 from ..types import Clip, EditRequest, PairedEdit
+from .optical_flow import optical_flow, small_gray, warp
 
 MAX_PIXELS = 80_000  # of frame 0, from which colour_match learns
-FLOW_SIDE = 160  # the longer side of the frames whose flow is computed
-LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -52,21 +48,9 @@ def colour_match(source: Tensor, reference: Tensor) -> Tensor:
 def flow_reference(source: Tensor, reference: Tensor) -> Tensor:
     """Baseline: what the reference changes of frame 0, moved along with the source. (F, H, W, 3), (H, W, 3) -> (F, H, W, 3) in 0..1.
 
-    The optical flow (TV-L1) leads from each frame to frame 0 and is computed on small gray frames.
+    The optical flow leads from each frame to frame 0, see optical_flow.py.
     """
-    height, width = source.shape[1:3]
-    scale = min(1.0, FLOW_SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    gray = [(resize(frame, size) @ torch.tensor(LUMA)).numpy() for frame in source]
+    gray = small_gray(source)
     change = (reference - source[0]).movedim(-1, 0)[None]
-    moved = [(frame + warp(change, optical_flow_tvl1(small, gray[0]))).clamp(0, 1) for frame, small in zip(source[1:], gray[1:])]
+    moved = [(frame + warp(change, optical_flow(small, gray[0]))).clamp(0, 1) for frame, small in zip(source[1:], gray[1:])]
     return torch.stack([(source[0] + change[0].movedim(0, -1)).clamp(0, 1), *moved])
-
-
-def warp(image: Tensor, flow: np.ndarray) -> Tensor:
-    """image (1, C, H, W), flow (2, h, w): rows and columns in pixels of h x w to where each pixel comes from -> (H, W, C)."""
-    size, small = image.shape[2:], flow.shape[1:]
-    flow_y, flow_x = F.interpolate(torch.from_numpy(flow).float()[None], size, mode="bilinear", align_corners=False)[0]
-    y, x = (((torch.arange(length) + 0.5) / length * 2 - 1) for length in size)  # -1..1 from edge to edge
-    grid = torch.stack([x + flow_x * 2 / small[1], y[:, None] + flow_y * 2 / small[0]], dim=-1)
-    return F.grid_sample(image, grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0].movedim(0, -1)

@@ -1,8 +1,24 @@
 """The commands that edit, evaluate, train, inspect and convert."""
 
+from ..commands.judge import run_judge
 from ..commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_merge, run_quantize, run_train
 from ..config import VLM_SIZES
-from .options import CARD_NAMES, CODECS, DTYPES, LAYERS_HELP, PRESET_NAMES, add_executor, add_fit, add_float8, add_loras, add_machine, add_sampling
+from .options import (
+    CARD_NAMES,
+    CODECS,
+    DTYPES,
+    LAYERS_HELP,
+    PRESET_NAMES,
+    RUBRICS,
+    add_benchmark,
+    add_device,
+    add_executor,
+    add_fit,
+    add_float8,
+    add_loras,
+    add_machine,
+    add_sampling,
+)
 from .parser import StoreOnce, add_command, bucket, integer, keyframe, lora, positive_float, positive_int, text
 
 
@@ -17,7 +33,7 @@ def add_edit(commands) -> None:
         "edit",
         run_edit,
         "edit a video, given an instruction and the edited first frame",
-        "Takes either --source, --reference and --instruction for one video, or --manifest for many.",
+        "Takes either --source, --reference and --instruction for one video, or --manifest or --benchmark for many.",
     )
     edit.add_argument("--source", action=StoreOnce, type=text, metavar="VIDEO|DIR", help="the video to edit: a video file or a folder of frames")
     edit.add_argument("--reference", action=StoreOnce, type=text, metavar="IMAGE", help="the video's first frame, already edited")
@@ -40,13 +56,14 @@ def add_edit(commands) -> None:
         metavar="PAIRS.jsonl",
         help="edit many videos: each line of this file is a JSON object with source, reference and instruction; an interrupted run resumes",
     )
+    add_benchmark(edit)
     edit.add_argument(
         "--output",
         required=True,
         action=StoreOnce,
         type=text,
         metavar="OUT.mp4|DIR",
-        help="the video to write: .mp4, .mov, .mkv, .webm or .gif; without a suffix a folder of PNG; with --manifest a folder of videos",
+        help="the video to write: .mp4, .mov, .mkv, .webm or .gif; without a suffix a folder of PNG; with --manifest or --benchmark a folder of videos",
     )
     edit.add_argument(
         "--codec",
@@ -93,16 +110,16 @@ def add_eval(commands) -> None:
         commands,
         "eval",
         run_eval,
-        "measure the quality of edits whose correct result is known",
-        "Edits every clip of a manifest and writes report.json (PSNR inside and outside the edit, success rates, baselines) and sheet.png.",
+        "edit the clips of a manifest or of a benchmark and measure the quality of the edits",
+        "Writes report.json and sheet.png. Where the correct result is known: PSNR, success rates, baselines; else what needs none of it.",
     )
     evaluate.add_argument(
         "--manifest",
-        required=True,
         type=text,
         metavar="PAIRS.jsonl|DIR",
         help="each line is a JSON object with source, reference, instruction, target (the correct result) and, optionally, mask; or a folder of pairs",
     )
+    add_benchmark(evaluate)
     evaluate.add_argument("--output", required=True, type=text, metavar="DIR", help="folder to write to")
     evaluate.add_argument("--layers", type=text, metavar="SPEC", help=f"{LAYERS_HELP}; default: the layers the model was trained with")
     evaluate.add_argument(
@@ -128,6 +145,32 @@ def add_eval(commands) -> None:
     add_machine(evaluate)
     add_float8(evaluate)
     add_loras(evaluate)
+
+
+def add_judge(commands) -> None:
+    judge = add_command(
+        commands,
+        "judge",
+        run_judge,
+        "let a local Qwen3-VL give scores to edits",
+        "Reads every edit twice, the second time with its frames in another order, and reports mean scores and the agreement of the two readings. "
+        "An interrupted run resumes.",
+    )
+    judge.add_argument("--manifest", type=text, metavar="PAIRS.jsonl|DIR", help="manifest or folder of the pairs; without --edited their targets are judged")
+    add_benchmark(judge, references=False)
+    judge.add_argument("--edited", type=text, metavar="DIR", help="the edits: the --output folder of `mive eval` or `mive edit`, or videos NAME.mp4")
+    judge.add_argument(
+        "--rubric",
+        default="mive",
+        choices=RUBRICS,
+        help="mive: six scores from 0 to 10 (default); openve: three from 1 to 5; refvie: three from 1 to 5, with the reference image",
+    )
+    judge.add_argument(
+        "--model", required=True, type=text, metavar="DIR|tiny", help="Hugging Face folder of a Qwen3-VL; tiny: the embedded one, which only shows the flow"
+    )
+    judge.add_argument("--output", required=True, type=text, metavar="SCORES.json", help="report to write; each reading is kept in NAME.readings.jsonl")
+    add_device(judge)
+    add_executor(judge)
 
 
 def add_train(commands) -> None:

@@ -10,6 +10,8 @@ FLOAT8_MODES = ("scaled_back", "kept", "multiplied")
 CODECS = ("h264", "ffv1", "prores", "prores4444", "vp9", "av1", "gif")
 LAYERS_HELP = "VLM layers to read: first+last, 1,-1, last or 0:36:6"
 BLOCKS_HELP = "use fewer blocks than the preset has"
+BENCHMARKS = ("openve", "refvie", "editverse", "five")  # repeats data/benchmarks.py
+RUBRICS = ("mive", "openve", "refvie")  # repeats data/rubrics.py
 FOLDER_HELP = "folder for the test files, which are deleted afterwards; default: the system's temporary folder"
 
 
@@ -26,6 +28,17 @@ def add_fit(parser: Parser) -> None:
     parser.add_argument("--size", type=size, metavar="WxH", help="output size in pixels, multiples of 16; default: the source's, to the nearest multiples")
     parser.add_argument(
         "--frames", type=positive_int, metavar="N", help="number of frames, 4n+1 such as 17 or 81; default: all, minus up to 3 at the end to reach 4n+1"
+    )
+
+
+def add_benchmark(parser: Parser, references: bool = True) -> None:
+    """Adds the options that name a published benchmark in place of a manifest."""
+    parser.add_argument("--benchmark", choices=BENCHMARKS, help="OpenVE-Bench, RefVIE-Bench, EditVerseBench or FiVE-Bench, in place of a manifest")
+    parser.add_argument("--folder", type=text, metavar="DIR", help="the unpacked benchmark")
+    if not references:
+        return
+    parser.add_argument(
+        "--references", type=text, metavar="DIR", help="edited first frames of the benchmark's clips, NAME.png each; without one the unedited frame is taken"
     )
 
 

@@ -5,7 +5,6 @@ either side. Votes on one clip are not independent of one another: hence the sig
 system that most votes on it preferred, and intervals by bootstrap over clips.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import median
@@ -131,9 +130,9 @@ def _agreement(key: Key, votes: Sequence[Vote], scores: Sequence[Score]) -> dict
     by_choice = _ratings(chosen)
     by_score = _ratings([(score.rater, score.video, float(score.score)) for score in scores])
     return {
-        "choices_alpha": _known(krippendorff_alpha(by_choice, "nominal")),
+        "choices_alpha": krippendorff_alpha(by_choice, "nominal"),
         "comparisons_with_two_raters": int(((~np.isnan(by_choice)).sum(axis=0) > 1).sum()),
-        "scores_alpha": _known(krippendorff_alpha(by_score, "ordinal")),
+        "scores_alpha": krippendorff_alpha(by_score, "ordinal"),
         "videos_with_two_raters": int(((~np.isnan(by_score)).sum(axis=0) > 1).sum()),
     }
 
@@ -150,10 +149,6 @@ def _ratings(rated: Sequence[tuple[str, str, float]]) -> np.ndarray:
 def _rater(rater: str, votes: Sequence[Vote]) -> dict:
     own = [vote.milliseconds for vote in votes if vote.rater == rater]
     return {"votes": len(own), "median_seconds": median(own) / 1000 if own else None}
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def describe_report(report: dict) -> str:

@@ -18,10 +18,11 @@ from ...evaluation.loss_curve import read_losses, running_mean
 from ...formats.safetensors_file import read_tensors
 from ...media.paths import atomic_write
 from ...pipeline import EMBEDDED
+from ...preference.statistics import holm
 from .arms import ARMS, PAPER, Arm
 from .outcomes import WHAT, WHERE, Truth, decoded, measure
 from .sampling import AS_GIVEN, REPLACED
-from .statistics import Difference, answer, holm, interval, paired_bootstrap, standardised_loss
+from .statistics import Difference, answer, interval, paired_bootstrap, standardised_loss
 from .study import LayerStudy, run_name, runs_of
 from .vlm_task import KINDS
 
@@ -130,8 +131,8 @@ def arm_figures(results: Results, name: str) -> dict[str, Any]:
 def compared(results: Results, names: Sequence[str]) -> dict[str, Any]:
     """Each arm minus the paper's: differences with intervals and p-values, and these corrected by Holm over all arms and outcomes."""
     found = {(name, outcome): paired_bootstrap(results.arm(name, outcome), results.arm(PAPER_ARM, outcome)) for name in names for outcome in TESTED}
-    corrected = holm({f"{name} {outcome}": difference.p for (name, outcome), difference in found.items()})
-    return {name: {outcome: vars(found[name, outcome]) | {"p_holm": corrected[f"{name} {outcome}"]} for outcome in TESTED} for name in names}
+    corrected = dict(zip(found, holm([difference.p for difference in found.values()])))
+    return {name: {outcome: vars(found[name, outcome]) | {"p_holm": corrected[name, outcome]} for outcome in TESTED} for name in names}
 
 
 def question(results: Results) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Paired comparisons of the layer study's arms: bootstrap over clips and seeds, and Holm's correction.
+"""Paired comparisons of the layer study's arms: bootstrap over clips and seeds.
 
 An arm's outcomes are an array (seeds, clips): one number for each run and held-out clip.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,15 +49,6 @@ def interval(arm: np.ndarray, num_samples: int = NUM_SAMPLES, seed: int = 0) -> 
     clips = rng.multinomial(arm.shape[1], [1 / arm.shape[1]] * arm.shape[1], size=num_samples) / arm.shape[1]
     low, high = np.quantile(_resampled(arm, clips, rng), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Returns p-values adjusted for testing several hypotheses (Holm 1979)."""
-    adjusted, highest = {}, 0.0
-    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p))
-        adjusted[name] = highest
-    return adjusted
 
 
 def standardised_loss(damaged: Sequence[np.ndarray], whole: Sequence[np.ndarray], higher_is_better: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:

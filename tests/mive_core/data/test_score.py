@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mive_core.cli import main
-from mive_core.data.judge import Judge, RatingGrammar
+from mive_core.data.judge import Judge
 from mive_core.data.manifest import export_pairs, load_entry, read_manifest
+from mive_core.data.rating_grammar import RatingGrammar
 from mive_core.data.score import select_best
 from mive_core.embedded.heldout import drawn_pairs
 from mive_core.embedded.synthetic import PairedEdits

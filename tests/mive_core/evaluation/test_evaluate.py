@@ -69,6 +69,8 @@ def test_figures_by_hand(tmp_path):
     assert (gap["clips"], gap["within_1_db"]) == (2, 1) and gap["mean"] == pytest.approx(20 * math.log10(whole / 0.35), abs=1e-4)
     assert report["seconds_per_clip"] >= 0
     assert report["by_kind"]["late"]["clips"] == 1 and set(report["by_kind"]) == {"late"}
+    assert report["quality"]["kept_psnr"] == report["by_kind"]["late"]["quality"]["kept_psnr"] == db(0.05)
+    assert report["quality"]["flicker"] == report["quality"]["warping_error"] == 0 and 0 < report["quality"]["ssim"] < 1
     row = report["per_clip"][0]
     assert (row["name"], row["kind"], row["edited_fraction"]) == ("a", "late", 0.5)
     assert row["psnr_edited"] == db(0.2) and row["vae_ceiling"]["psnr_kept"] == db(0.1)
@@ -108,6 +110,7 @@ def test_without_a_target_there_is_an_edit_and_no_figure(tmp_path):
     report = evaluate(CopyingPipeline(), [pair(target=False)], tmp_path / "out")
     text = (tmp_path / "out" / "report.json").read_text()
     assert report["clips_with_target"] == 0 and report["psnr_edited"] is None and report["vae_ceiling"]["psnr_kept"] is None
+    assert report["quality"]["ssim"] is None and report["quality"]["kept_psnr"] == db(0.05) and report["quality"]["reference_psnr"] is not None
     assert "NaN" not in text and json.loads(text)["psnr_edited"] is None
     assert (tmp_path / "out" / "edited" / "000.mp4").exists()
 

@@ -12,8 +12,9 @@ from mive_core.config import PRESETS, MiVEConfig
 from mive_core.data.manifest import ManifestPairs, export_pairs, read_manifest
 from mive_core.embedded.heldout import look_strength_pairs
 from mive_core.evaluation.evaluate import DELIVERY_FIGURES, EvaluationSettings, evaluate
-from mive_core.evaluation.full_size import FullSizePairs, colour_match, flow_reference, warp
+from mive_core.evaluation.full_size import FullSizePairs, colour_match, flow_reference
 from mive_core.evaluation.metrics import FIGURES, is_nearest, psnr
+from mive_core.evaluation.optical_flow import warp
 from mive_core.media.fit import resize
 from mive_core.types import Clip, EditRequest, PairedEdit
 
