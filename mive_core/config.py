@@ -143,3 +143,8 @@ PRESETS = {
         guided_above=0.92,
     ),
 }
+
+
+def config_for(vlm: str) -> MiVEConfig:
+    """The config of the preset DiT that reads the VLM of this name, used above all for its token budgets; that of the 14B for an unknown one."""
+    return next((config for config in PRESETS.values() if config.vlm == vlm), MiVEConfig())

@@ -52,17 +52,15 @@ def build_inputs(request: EditRequest, processor: Any, config: MiVEConfig) -> VL
     """
     video = processor.video_processor
     _, height, width, _ = request.source.frames.shape
-    for what, shape in (("source", (height, width)), ("reference", request.reference.shape[:2])):
-        if max(shape) > MAX_ASPECT_RATIO * min(shape):
-            raise UserError(f"the {what} is too narrow", got=f"{shape[1]}x{shape[0]} pixels", expected=f"an aspect ratio of at most {MAX_ASPECT_RATIO}")
+    check_aspect_ratio("source", height, width)
+    check_aspect_ratio("reference", *request.reference.shape[:2])
     indices = sample_frames(len(request.source.frames), request.source.fps, config.video_fps, video)
     token_side = video.patch_size * video.merge_size  # in pixels
-    frame_tokens = math.ceil(height / token_side) * math.ceil(width / token_side)
     encoded = processor(
         text=[build_prompt(request.instruction, processor, config.max_instruction_tokens)],
         images=[to_uint8(request.reference)],
         videos=[to_uint8(request.source.frames[indices])],
-        images_kwargs={"size": size_limits(processor.image_processor, min(frame_tokens, config.max_video_tokens) * token_side**2)},
+        images_kwargs={"size": image_limits(height, width, processor, config)},
         videos_kwargs={
             "size": size_limits(video, config.max_video_tokens * token_side**2 * video.temporal_patch_size),
             "do_sample_frames": False,
@@ -85,11 +83,38 @@ def build_inputs(request: EditRequest, processor: Any, config: MiVEConfig) -> VL
     )
 
 
+def build_image_inputs(image: Tensor, instruction: str, processor: Any, config: MiVEConfig) -> VLMInputs:
+    """Builds the VLMInputs of an instruction and one image (H, W, 3) in 0..1: the beginning of the prompt of `build_inputs`, up to the image's end.
+
+    The VLM is causal, so every state up to there is the one that it has before a source of the image's size. Raises UserError as `build_inputs` does.
+    """
+    height, width, _ = image.shape
+    check_aspect_ratio("image", height, width)
+    text = sanitize_instruction(instruction, processor.tokenizer, config.max_instruction_tokens)
+    encoded = processor(
+        text=[apply_chat_template([{"type": "text", "text": text}, {"type": "image"}], processor)],
+        images=[to_uint8(image)],
+        images_kwargs={"size": image_limits(height, width, processor, config)},
+        return_tensors="pt",
+    )
+    ids = encoded["input_ids"]
+    return VLMInputs(ids, encoded["attention_mask"], (ids == processor.image_token_id).long(), encoded["pixel_values"], encoded["image_grid_thw"])
+
+
 def build_prompt(instruction: str, processor: Any, max_tokens: int) -> str:
     """The chat text of `build_inputs`."""
     return apply_chat_template(
         [{"type": "text", "text": sanitize_instruction(instruction, processor.tokenizer, max_tokens)}, {"type": "image"}, {"type": "video"}], processor
     )
+
+
+def instruction_tokens(inputs: VLMInputs, processor: Any) -> Tensor:
+    """-> (N,) places in the sequence of the instruction's tokens: those between the header of the user's turn and the first image. None may be left."""
+    ids = inputs.input_ids[0].tolist()
+    tokenizer = processor.tokenizer
+    header = tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
+    start = next(i for i in range(len(ids)) if ids[i : i + len(header)] == header) + len(header)
+    return torch.arange(start, ids.index(tokenizer.convert_tokens_to_ids(processor.vision_start_token)))
 
 
 def apply_chat_template(parts: list[dict[str, str]], processor: Any) -> str:
@@ -135,6 +160,19 @@ def sample_frames(num_frames: int, fps: float, video_fps: float, video_processor
 def to_uint8(pixels: Tensor) -> Tensor:
     """(..., H, W, 3) float in 0..1 -> (..., 3, H, W) uint8."""
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).movedim(-1, -3).contiguous()
+
+
+def image_limits(height: int, width: int, processor: Any, config: MiVEConfig) -> dict[str, int]:
+    """The size limits of an image that stands beside a source of H x W pixels: as many tokens as one frame of it, within config.max_video_tokens."""
+    side = processor.video_processor.patch_size * processor.video_processor.merge_size  # of a token, in pixels
+    tokens = min(math.ceil(height / side) * math.ceil(width / side), config.max_video_tokens)
+    return size_limits(processor.image_processor, tokens * side**2)
+
+
+def check_aspect_ratio(what: str, height: int, width: int) -> None:
+    """Raises UserError if the processor would refuse a picture of H x W pixels."""
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise UserError(f"the {what} is too narrow", got=f"{width}x{height} pixels", expected=f"an aspect ratio of at most {MAX_ASPECT_RATIO}")
 
 
 def size_limits(image_processor: Any, max_pixels: int) -> dict[str, int]:

@@ -57,18 +57,18 @@ class PairedEdit:
 
 @dataclass(frozen=True)
 class VLMInputs:
-    """Inputs of one forward pass of Qwen3-VL. The fields are named as in its processor."""
+    """Inputs of one forward pass of Qwen3-VL. The fields are named as in its processor; a prompt without a video has None in the last two."""
 
     input_ids: Tensor  # (1, S) int64
     attention_mask: Tensor  # (1, S)
     mm_token_type_ids: Tensor  # (1, S) 0 text, 1 image, 2 video
     pixel_values: Tensor  # (num_image_patches, patch_features)
     image_grid_thw: Tensor  # (1, 3)
-    pixel_values_videos: Tensor  # (num_video_patches, patch_features)
-    video_grid_thw: Tensor  # (1, 3)
+    pixel_values_videos: Tensor | None = None  # (num_video_patches, patch_features)
+    video_grid_thw: Tensor | None = None  # (1, 3)
 
     def to(self, device: torch.device | str) -> "VLMInputs":
-        return VLMInputs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return VLMInputs(**{f.name: None if (value := getattr(self, f.name)) is None else value.to(device) for f in fields(self)})
 
 
 @dataclass(frozen=True)

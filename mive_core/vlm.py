@@ -7,7 +7,7 @@ S tokens in the sequence, D_vlm their width.
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +97,29 @@ class _StopForward(Exception):
 
 def collect_hidden_states(model: nn.Module, inputs: VLMInputs, layers: tuple[int, ...]) -> dict[int, Tensor]:
     """Hidden states (B, S, D_vlm) by layer number. Layers that are not chosen are not kept, those after the deepest not computed."""
-    text, deepest = model.language_model, max(layers)
     states: dict[int, Tensor] = {}
+    # transformers 4.57 adds the DeepStack features to this tensor in place
+    visit_hidden_states(model, inputs, layers, lambda k, state: states.update({k: state.clone()}))
+    return states
 
-    def keep(k: int, state: Tensor) -> None:
+
+def visit_hidden_states(model: nn.Module, inputs: VLMInputs, layers: tuple[int, ...], visit: Callable[[int, Tensor], None]) -> None:
+    """Calls visit(k, state (B, S, D_vlm)) for each chosen layer as soon as it has run. Layers after the deepest are not computed.
+
+    `state` is the model's own tensor: a visitor that keeps it copies it.
+    """
+    text, deepest = model.language_model, max(layers)
+
+    def seen(k: int, state: Tensor) -> None:
         if k in layers:
-            # transformers 4.57 adds the DeepStack features to this tensor in place
-            states[k] = state.clone()
+            visit(k, state)
         if k == deepest < len(text.layers):
             raise _StopForward
 
-    hooks = [text.layers[0].register_forward_pre_hook(lambda _, args: keep(0, args[0]))]
+    hooks = [text.layers[0].register_forward_pre_hook(lambda _, args: seen(0, args[0]))]
     for k, layer in enumerate(text.layers[:-1], start=1):
-        hooks.append(layer.register_forward_hook(lambda _, args, out, k=k: keep(k, out)))
-    hooks.append(text.norm.register_forward_hook(lambda _, args, out: keep(len(text.layers), out)))
+        hooks.append(layer.register_forward_hook(lambda _, args, out, k=k: seen(k, out)))
+    hooks.append(text.norm.register_forward_hook(lambda _, args, out: seen(len(text.layers), out)))
     try:
         model(**model_arguments(model, inputs), use_cache=False)
     except _StopForward:
@@ -118,10 +127,9 @@ def collect_hidden_states(model: nn.Module, inputs: VLMInputs, layers: tuple[int
     finally:
         for hook in hooks:
             hook.remove()
-    return states
 
 
-def model_arguments(model: nn.Module, inputs: VLMInputs) -> dict[str, Tensor]:
+def model_arguments(model: nn.Module, inputs: VLMInputs) -> dict[str, Tensor | None]:
     """The inputs that model.forward takes, by name; transformers 4.57 determines the token types by itself."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in vars(inputs).items() if name in known}

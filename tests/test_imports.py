@@ -23,6 +23,7 @@ LADDER = (  # each may import only what stands before it
     "dit",
     "formats",
     "vlm",
+    "vlm_stream",
     "conv3d",
     "vae",
     "cost",

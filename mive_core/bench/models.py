@@ -234,6 +234,7 @@ def make_request(work: Workload) -> EditRequest:
 def make_vlm_inputs(work: Workload, processor: Callable) -> VLMInputs:
     """The VLM's inputs for the work's clip, within the config's token budget."""
     inputs = build_inputs(make_request(work), processor, work.config).to(work.device)
+    assert inputs.pixel_values_videos is not None
     return replace(inputs, pixel_values=inputs.pixel_values.to(work.dtype), pixel_values_videos=inputs.pixel_values_videos.to(work.dtype))
 
 

@@ -61,6 +61,7 @@ def example(edit: SyntheticEdit, style: int, processor: Any) -> Example:
     """Converts a paired edit to VLM inputs, labels and per-token targets; as_typed explains `style`."""
     request = replace(edit.pair.request, instruction=as_typed(edit.pair.request.instruction, style))
     inputs = build_inputs(request, processor, CONFIG)
+    assert inputs.pixel_values_videos is not None
     inputs = replace(inputs, pixel_values=to_byte(inputs.pixel_values), pixel_values_videos=to_byte(inputs.pixel_values_videos))
     return Example(inputs, torch.tensor(edit.labels.indices()), token_targets(edit, processor))
 
@@ -87,6 +88,7 @@ def to_byte(values: Tensor) -> Tensor:
 def batch_of(examples: Sequence[Example], pad_token: int) -> VLMBatch:
     """Collates examples of one size."""
     inputs = pad([one.inputs for one in examples], pad_token)
+    assert inputs.pixel_values_videos is not None
     inputs = replace(inputs, pixel_values=inputs.pixel_values.float() / HALF - 1, pixel_values_videos=inputs.pixel_values_videos.float() / HALF - 1)
     targets = (torch.stack(column) for column in zip(*(one.targets for one in examples)))
     return VLMBatch(inputs, torch.stack([one.labels for one in examples]), *targets)

@@ -1,11 +1,13 @@
 """The commands that edit, evaluate, train, inspect and convert."""
 
+from ..commands.inspect import run_inspect_layers
 from ..commands.judge import run_judge
 from ..commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_merge, run_quantize, run_train
 from ..config import VLM_SIZES
 from .options import (
     CARD_NAMES,
     CODECS,
+    DEFAULT_MODELS,
     DTYPES,
     LAYERS_HELP,
     PRESET_NAMES,
@@ -19,12 +21,38 @@ from .options import (
     add_machine,
     add_sampling,
 )
-from .parser import StoreOnce, add_command, bucket, integer, keyframe, lora, positive_float, positive_int, text
+from .parser import Parser, StoreOnce, add_command, bucket, integer, keyframe, lora, positive_float, positive_int, text
 
 
 def add_inspect(commands) -> None:
     inspect = add_command(commands, "inspect", run_inspect, "show what a checkpoint file, or each one in a folder, contains", "Prints JSON.")
     inspect.add_argument("path", metavar="FILE|DIR", type=text, help=".safetensors or .gguf file, or a folder of them")
+    add_inspect_layers(inspect)
+
+
+def add_inspect_layers(inspect: Parser) -> None:
+    layers = inspect.add_nested(
+        "layers",
+        run_inspect_layers,
+        "where each layer of a VLM sees what an instruction names in an image",
+        "Writes layers.json, plot.png and a heat map for each layer. With a mask: how much of the affinity of the instruction's and the image's tokens "
+        "falls inside it (the attention mask ratio of MiVE, arXiv 2605.14664). Each layer's weights are read when it runs, so memory never holds two.",
+    )
+    layers.add_argument(
+        "--models",
+        default=DEFAULT_MODELS,
+        type=text,
+        metavar="tiny|DIR",
+        help="the embedded VLM, a folder of models with vlm/, or the Hugging Face folder of a Qwen3-VL; default tiny",
+    )
+    layers.add_argument("--image", required=True, action=StoreOnce, type=text, metavar="IMAGE", help="the image")
+    layers.add_argument("--instruction", required=True, action=StoreOnce, type=text, metavar="TEXT", help='what to look for, such as "make the grass purple"')
+    layers.add_argument("--mask", action=StoreOnce, type=text, metavar="IMAGE", help="white where the thing is that the instruction names; of the image's size")
+    layers.add_argument(
+        "--layers", default="1:", type=text, metavar="SPEC", help="layers, such as 1,-1 or 0:36:6; 0 is the input embedding; default: 1 to the last"
+    )
+    layers.add_argument("--output", required=True, action=StoreOnce, type=text, metavar="DIR", help="folder to write to")
+    add_device(layers)
 
 
 def add_edit(commands) -> None:

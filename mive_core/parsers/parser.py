@@ -8,10 +8,28 @@ from ..errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError for bad arguments."""
+    """An ArgumentParser that raises UserError for bad arguments.
+
+    `nested` are commands beside its own positional argument, which argparse's subparsers do not allow: they take over where the first argument names one.
+    """
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+        self.nested: dict[str, Parser] = {}
+
+    def parse_known_args(self, args=None, namespace=None):
+        if args and args[0] in self.nested:
+            return self.nested[args[0]].parse_known_args(args[1:], namespace)
+        return super().parse_known_args(args, namespace)
+
+    def add_nested(self, name: str, run, summary: str, details: str = "") -> "Parser":
+        """Adds a nested command that calls run(arguments), and names it at the end of this parser's --help."""
+        parser = Parser(prog=f"{self.prog} {name}", description=sentence(summary, details))
+        parser.set_defaults(run=run)
+        self.nested[name] = parser
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        self.epilog = f"{self.epilog or 'further commands:'}\n  {self.prog} {name:<11}{summary}"
+        return parser
 
     def error(self, message: str):
         raise UserError(message, fix=f"`{self.prog} --help` lists what it takes")

@@ -10,7 +10,7 @@ import comfy.text_encoders
 import torch
 from torch import nn
 
-from ...mive_core.config import PRESETS, MiVEConfig
+from ...mive_core.config import MiVEConfig, config_for
 from ...mive_core.prompt import build_inputs
 from ...mive_core.types import Condition, EditRequest
 from ...mive_core.vlm import VLM
@@ -57,7 +57,7 @@ class HostedVLM:
     @property
     def default_config(self) -> MiVEConfig:
         """The config of the preset DiT that reads this size of VLM, used above all for its token budgets."""
-        return next((config for config in PRESETS.values() if config.vlm == self.vlm.name), MiVEConfig())
+        return config_for(self.vlm.name)
 
     def condition(self, request: EditRequest, config: MiVEConfig, layers: tuple[int, ...]) -> Condition:
         """EditRequest -> hidden states (1, K, S, D_vlm) of `layers`, indices in 0..L."""

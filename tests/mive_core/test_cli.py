@@ -374,6 +374,7 @@ def test_repeated_constants_are_equal():
 def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     """Returns the parser and those of all its commands."""
     commands = [command for action in parser._actions if isinstance(action, argparse._SubParsersAction) for command in action.choices.values()]
+    commands += parser.nested.values()
     return [parser, *(found for command in commands for found in parsers(command))]
 
 
