@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .arguments import dtype_of, machine_options
+
 
 def run_inspect_layers(arguments: argparse.Namespace) -> None:
     from ..media.paths import check_input, check_output_folder
@@ -17,7 +19,6 @@ def run_inspect_layers(arguments: argparse.Namespace) -> None:
     from ..layers import parse_layers
     from ..media.images import read_image, write_image
     from ..vlm_stream import load_streamed
-    from .arguments import dtype_of
 
     image = read_image(image_path, what="image")
     mask = read_image(mask_path, what="mask").mean(dim=-1) > 0.5 if mask_path else None
@@ -38,3 +39,26 @@ def vlm_folder(models: str) -> Path:
 
     folder = EMBEDDED.get(models) or check_input(models, "models")
     return folder / "vlm" if (folder / "vlm").is_dir() else folder
+
+
+def run_inspect_attention(arguments: argparse.Namespace) -> None:
+    from ..media.paths import check_input, check_output_folder
+
+    output = check_output_folder(arguments.output, "output")
+    source, reference = check_input(arguments.source, "source"), check_input(arguments.reference, "reference")
+    from ..data.edit_file import FileOptions, prepare
+    from ..data.manifest import ManifestEntry
+    from ..pipeline import Pipeline, find_config
+
+    entry, options = ManifestEntry(source, reference, arguments.instruction), FileOptions(arguments.size, arguments.frames)
+    prepared = prepare(entry, find_config(arguments.models), options)
+    pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments))
+    from ..evaluation.attention_picture import draw_attention
+    from ..evaluation.attention_share import measure_edit, summary
+    from ..evaluation.evaluate import show_steps, write_json
+
+    report = measure_edit(pipeline, prepared.request, arguments.steps, arguments.seed, arguments.rows, show_steps)
+    output.mkdir(parents=True, exist_ok=True)
+    draw_attention(report["blocks"]).save(output / "attention.png")
+    write_json(output / "attention.json", {"command": arguments.command_line, "instruction": arguments.instruction} | report)
+    sys.stdout.write(f"{summary(report)}\n{output / 'attention.json'}\n{output / 'attention.png'}\n")

@@ -1,6 +1,6 @@
 """The commands that edit, evaluate, train, inspect and convert."""
 
-from ..commands.inspect import run_inspect_layers
+from ..commands.inspect import run_inspect_attention, run_inspect_layers
 from ..commands.judge import run_judge
 from ..commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_merge, run_quantize, run_train
 from ..config import VLM_SIZES
@@ -28,6 +28,7 @@ def add_inspect(commands) -> None:
     inspect = add_command(commands, "inspect", run_inspect, "show what a checkpoint file, or each one in a folder, contains", "Prints JSON.")
     inspect.add_argument("path", metavar="FILE|DIR", type=text, help=".safetensors or .gguf file, or a folder of them")
     add_inspect_layers(inspect)
+    add_inspect_attention(inspect)
 
 
 def add_inspect_layers(inspect: Parser) -> None:
@@ -53,6 +54,35 @@ def add_inspect_layers(inspect: Parser) -> None:
     )
     layers.add_argument("--output", required=True, action=StoreOnce, type=text, metavar="DIR", help="folder to write to")
     add_device(layers)
+
+
+def add_inspect_attention(inspect: Parser) -> None:
+    attention = inspect.add_nested(
+        "attention",
+        run_inspect_attention,
+        "what the DiT's target tokens attend to in an edit: condition, reference or target, by block and step",
+        "Edits the first stretch of a clip, and writes attention.json and attention.png instead of a video. The attention to the condition tokens is "
+        "divided among the VLM's layers by the norms of their parts of each token.",
+    )
+    attention.add_argument(
+        "--models",
+        default=DEFAULT_MODELS,
+        type=text,
+        metavar="tiny|DIR",
+        help="the embedded models, or a folder with dit.safetensors, vae.safetensors and vlm/",
+    )
+    attention.add_argument("--source", required=True, action=StoreOnce, type=text, metavar="VIDEO|DIR", help="the video to edit")
+    attention.add_argument("--reference", required=True, action=StoreOnce, type=text, metavar="IMAGE", help="the video's first frame, already edited")
+    attention.add_argument("--instruction", required=True, action=StoreOnce, type=text, metavar="TEXT", help="the edit in words")
+    attention.add_argument("--output", required=True, action=StoreOnce, type=text, metavar="DIR", help="folder to write to")
+    attention.add_argument("--rows", type=positive_int, default=64, metavar="N", help="number of target tokens that are looked at; default 64")
+    attention.add_argument("--steps", type=positive_int, metavar="N", help="number of sampling steps; default: the checkpoint's")
+    attention.add_argument("--seed", type=integer, default=0, metavar="N", help="random seed of the noise and of the tokens; default 0")
+    attention.add_argument("--layers", type=text, metavar="SPEC", help=f"{LAYERS_HELP}; default: the layers the model was trained with")
+    add_fit(attention)
+    add_device(attention)
+    add_float8(attention)
+    attention.set_defaults(attention="auto", compile=False)
 
 
 def add_edit(commands) -> None:
