@@ -2,11 +2,11 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import convert, detail, dit, edit, encode, inspect, latents, lora, register, sampling, train, vlm
+from . import convert, detail, diagnostics, dit, edit, encode, inspect, latents, lora, register, sampling, train, vlm
 from .bridge.load import StockLoaderGuard
 from .bridge.paths import register as register_paths
 
-MODULES = (vlm, encode, register, dit, latents, sampling, edit, inspect, detail, convert, lora, train)
+MODULES = (vlm, encode, register, dit, latents, sampling, edit, inspect, diagnostics, detail, convert, lora, train)
 
 
 class MiVEExtension(ComfyExtension):

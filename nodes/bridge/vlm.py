@@ -12,7 +12,7 @@ from torch import nn
 
 from ...mive_core.config import MiVEConfig, config_for
 from ...mive_core.prompt import build_inputs
-from ...mive_core.types import Condition, EditRequest
+from ...mive_core.types import Condition, EditRequest, VLMInputs
 from ...mive_core.vlm import VLM
 
 ACTIVATIONS_PER_TOKEN = 32  # values held at once per token, in multiples of the VLM's width: an upper bound
@@ -61,11 +61,13 @@ class HostedVLM:
 
     def condition(self, request: EditRequest, config: MiVEConfig, layers: tuple[int, ...]) -> Condition:
         """EditRequest -> hidden states (1, K, S, D_vlm) of `layers`, indices in 0..L."""
-        inputs = build_inputs(request, self.vlm.processor, config)
-        itemsize = self.vlm.model.dtype.itemsize
-        needed = inputs.input_ids.shape[1] * self.vlm.width * itemsize * ACTIVATIONS_PER_TOKEN
+        return self.vlm.encode(self.load_for(build_inputs(request, self.vlm.processor, config)), layers)
+
+    def load_for(self, inputs: VLMInputs) -> VLMInputs:
+        """Moves the VLM to its device, as far as there is room beside a pass over the inputs, and returns the inputs there."""
+        needed = inputs.input_ids.shape[1] * self.vlm.width * self.vlm.model.dtype.itemsize * ACTIVATIONS_PER_TOKEN
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
-        return self.vlm.encode(inputs.to(self.patcher.load_device), layers)
+        return inputs.to(self.patcher.load_device)
 
 
 def cast_at_use(model: nn.Module) -> None:

@@ -705,3 +705,49 @@ def test_a_name_that_leaves_the_folder_is_refused_when_the_prompt_is_checked(pac
 def test_what_is_no_wan_is_refused(pack):
     assert "this looks like a MiVE DiT" in refused(pack, "MiVEInitFromWan", model=DIT, filename="new.safetensors", vlm="2b", layers="first+last")
     assert "no layer 99" in pack.node("MiVEInitFromWan").validate_inputs(filename="new.safetensors", layers="99", vlm="2b")
+
+
+# Layer Diagnostics
+
+
+def test_layer_diagnostics_are_the_librarys(pack, loaded):
+    """The same numbers and pictures as `mive inspect layers`, for the VLM that ComfyUI hosts."""
+    from mive_core.evaluation.layer_affinity import measure_layers
+    from mive_core.evaluation.layer_pictures import draw_heat_map
+
+    image, mask = still(1), torch.zeros(1, 48, 64)
+    mask[:, 16:32, 16:48] = 1
+    plot, heat_maps, first, last, numbers, report = pack.run("MiVELayerDiagnostics", vlm=loaded.vlm, image=image, instruction="the red circle", mask=mask)
+    expected = measure_layers(loaded.vlm.vlm, image[0], "the red circle", (1, 2, 3, 4), mask[0] > 0.5)
+    ratios = [row.ratio for row in expected.layers]
+    assert (first, last) == pytest.approx((ratios[0], ratios[-1]), abs=1e-5)
+    assert [row["ratio"] for row in json.loads(numbers)["layers"]] == pytest.approx(ratios, abs=1e-5)
+    assert plot.shape == (1, 460, 960, 3) and len(heat_maps) == 4
+    torch.testing.assert_close(heat_maps, torch.stack([draw_heat_map(image[0], row) for row in expected.layers]), atol=0.02, rtol=0)
+    assert "0.228 at the last" in report
+
+
+def test_layer_diagnostics_without_a_mask_and_with_chosen_layers(pack, loaded):
+    choice, _ = pack.run("MiVELayerSelect", preset="custom", custom="0,4", vlm=loaded.vlm)
+    _, heat_maps, first, _, numbers, report = pack.run("MiVELayerDiagnostics", vlm=loaded.vlm, image=still(1), instruction="night", layers=choice)
+    assert len(heat_maps) == 2 and first != first and [row["layer"] for row in json.loads(numbers)["layers"]] == [0, 4] and "no mask" in report
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"instruction": " "}, "the instruction is empty"),
+        ({"image": still(3)}, "one image is needed; got 3 of them"),
+        ({"mask": torch.ones(2, 48, 64)}, "one mask is needed"),
+        ({"mask": torch.zeros(1, 48, 64)}, "the mask is empty"),
+        ({"mask": torch.ones(1, 48, 64)}, "covers the whole image"),
+        ({"mask": torch.ones(1, 64, 64)}, "got 64x64; expected 64x48"),
+    ],
+)
+def test_layer_diagnostics_of_bad_input(pack, loaded, changed, said):
+    assert said in refused(pack, "MiVELayerDiagnostics", **{"vlm": loaded.vlm, "image": still(1), "instruction": "night", **changed})
+
+
+def test_layer_diagnostics_of_layers_that_the_vlm_lacks(pack, loaded):
+    choice, _ = pack.run("MiVELayerSelect", preset="custom", custom="1,99")
+    assert "no layer 99" in refused(pack, "MiVELayerDiagnostics", vlm=loaded.vlm, image=still(1), instruction="night", layers=choice)

@@ -20,6 +20,7 @@ IDS = [
     "MiVEEditVideo",
     "MiVEPreflight",
     "MiVEDriftReport",
+    "MiVELayerDiagnostics",
     "MiVEKeepSourceDetail",
     "MiVEInitFromWan",
     "MiVELoadLoRA",
