@@ -43,7 +43,9 @@ class MiVEConfig:
     vlm: str = "Qwen3-VL-8B"
     vlm_width: int = 4096  # D_vlm
     vlm_num_layers: int = 36  # L
-    layers: tuple[int, ...] = (1, -1)  # numbered like transformers' hidden_states
+    # what the projections were trained on, whatever a library or its version calls hidden_states: 0 the input embedding, k the output of decoder
+    # layer k before the DeepStack addition that follows it, -1 that of the last one after the VLM's final norm
+    layers: tuple[int, ...] = (1, -1)
     video_fps: float = 2.0  # frames per second that the VLM sees
     max_video_tokens: int = 4096  # visual tokens of the source video
     max_instruction_tokens: int = 512

@@ -51,7 +51,7 @@ DRAWN_HEIGHTS = {  # below the title bar, with the node's output after a run; me
     "ImageStitch": 150,
     "MiVEPreflight": 430,
     "MiVEDriftReport": 416,
-    "MiVELayerDiagnostics": 690,
+    "MiVELayerDiagnostics": 568,
 }
 STEPS = {"MiVESampler": 2, "MiVEEditVideo": 4, "KSampler": 2}  # of the samplers: where the number of steps stands among the values
 PREVIEW_HEIGHT = 244  # that a sampler grows by where ComfyUI shows previews, until the page is reloaded; measured likewise
