@@ -148,6 +148,24 @@ def test_from_wan():
         assert values["steps"] == 200 and cells == [edited_and_kept(values), f"{values['loss']:.3f}"], title
 
 
+def test_what_the_layers_see():
+    figures = report("results/inspect/layers.json")
+    rows = table(ROOT / "docs" / "models.md", "layer", "attention mask ratio")
+    assert rows == [[str(row["layer"]), f"{row['ratio']:.3f}", f"{row['linear_ratio']:.3f}"] for row in figures["layers"]]
+    assert f"{figures['mask_share']:.3f} of the image" in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def test_what_the_dit_attends_to():
+    figures = report("results/inspect/attention.json")
+    total = sum(figures["tokens"].values())
+    for part, share, *cells in table(ROOT / "docs" / "models.md", "part", "share of the tokens"):
+        layer = part.removeprefix("of it, layer ")
+        for measure, cell in zip(("mass", "weighted"), cells, strict=True):
+            values = [row[measure]["condition_by_layer"][layer] if layer != part else row[measure][part] for row in figures["blocks"]]
+            assert cell == f"{sum(values) / len(values):.3f}", (part, measure)
+        assert share == ("" if layer != part else f"{figures['tokens'][part] / total:.3f}")
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", CARD, *sorted((ROOT / "docs").glob("*.md")), ROOT / "results" / "README.md"], ids=lambda page: page.stem)
 def test_every_file_of_results_that_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")
