@@ -123,6 +123,7 @@ def extended(ids: Tensor, labels: Tensor, processor: Any, text: str, spoken: boo
 def batch_of(dialogues: Sequence[Dialogue], pad_token: int) -> DialogueBatch:
     """Collates dialogues."""
     inputs = pad([one.inputs for one in dialogues], pad_token)
+    assert inputs.pixel_values_videos is not None  # every dialogue is about a clip
     inputs = replace(inputs, pixel_values=inputs.pixel_values.float() / HALF - 1, pixel_values_videos=inputs.pixel_values_videos.float() / HALF - 1)
     longest = inputs.input_ids.shape[1]
     labels = torch.cat([F.pad(one.labels, (0, longest - one.labels.shape[1]), value=IGNORED) for one in dialogues])
