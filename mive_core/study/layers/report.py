@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...embedded.vae_network import read_whole_clip_vae
 from ...errors import UserError
+from ...evaluation.attention_share import mean_by_block
 from ...evaluation.contact_sheet import NUM_COLUMNS, Band, write_sheet
 from ...evaluation.evaluate import write_json
 from ...evaluation.loss_curve import read_losses, running_mean
@@ -106,6 +107,7 @@ def write_report(study: LayerStudy, output: Path, command: str) -> dict[str, Any
         "unedited": by_kind(results.unedited()),
         "arms": {name: arm_figures(results, name) for name in arms},
         "steps_to_loss": steps_to_loss(study, results),
+        "attention": attention_shares(study, results),
     }
     if PAPER_ARM in arms:
         report["replaced"] = {
@@ -149,6 +151,29 @@ def damage(results: Results, kind: str | None) -> dict[str, Any]:
     found: dict[str, Difference] = {part: paired_bootstrap(*pair) for part, pair in losses.items()}
     found["difference"] = paired_bootstrap(losses["where"][0] - losses["what"][0], losses["where"][1] - losses["what"][1])
     return {part: vars(difference) for part, difference in found.items()} | {"answer": answer(found["where"], found["difference"])}
+
+
+def attention_shares(study: LayerStudy, results: Results) -> dict[str, Any]:
+    """Each run's attention of target tokens to the condition tokens, weighted by the values' norms: mean over blocks and steps, by block, and by stack."""
+    found = {}
+    for run in results.finished:
+        path = study.samples(*run).with_name("attention.json")
+        if path.exists():
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+            blocks = mean_by_block(recorded["blocks"], "weighted")
+            found[run_name(*run)] = {
+                "condition": float(np.mean([block["condition"] for block in blocks])),
+                "by_block": blocks,
+                "by_stack": [float(np.mean([block["condition_by_layer"][str(k)] for block in blocks])) for k in range(len(ARMS[run[0]].stacks))],
+                "by_time": by_time(recorded["blocks"]),
+            }
+    return found
+
+
+def by_time(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """t -> the condition's weighted share, mean over blocks."""
+    times = sorted({row["t"] for row in rows}, reverse=True)
+    return {f"{t:.2f}": float(np.mean([row["weighted"]["condition"] for row in rows if row["t"] == t])) for t in times}
 
 
 def steps_to_loss(study: LayerStudy, results: Results) -> dict[str, Any]:

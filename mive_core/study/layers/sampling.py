@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...attention import get_attention
+from ...attention import get_attention, torch_attention
 from ...dit import MiVEDiT
+from ...evaluation.attention_share import layer_shares, record_attention, rows_of
+from ...evaluation.evaluate import write_json
 from ...flow import euler, schedule
 from ...formats.safetensors_file import write_tensors
 from ...train.loop import step_seed
@@ -19,6 +21,7 @@ from .states import read_clips
 
 STEPS = 8
 BATCH = 16
+ATTENTION_ROWS = 64  # target tokens of a clip whose attention is read
 SEED = 28  # of the noise, which is the same for all runs
 AS_GIVEN = "as given"
 REPLACED = {f"layer {k} {how}": (stack, how) for stack, k in ((0, "1"), (1, "-1")) for how in ("by its mean", "by another clip's")}
@@ -83,7 +86,20 @@ def write_samples(arm_name: str, weights: Path, heldout: Sequence[Path], path: P
         for name, (stack, how) in REPLACED.items():
             states = replaced_states([clip.states for clip in clips], types, stack, how)
             made[name] = sample_clips(model, [with_states(clip, given) for clip, given in zip(clips, states)])
+    if not arm.variant and arm.tokens != "none":
+        write_json(path.with_name("attention.json"), attention_of(load_dit(arm, weights, torch_attention), clips))
     write_tensors(path, made, {"mive.arm": arm_name})
+
+
+@torch.inference_mode()
+def attention_of(model: MiVEDiT, clips: Sequence[EditFeatures]) -> dict:
+    """What target tokens attend to in one batch of clips: by block and step, the condition's share divided among the stacks. See attention_share.py."""
+    length = clips[0].states.shape[1]
+    batch = [clip for clip in clips if clip.states.shape[1] == length][:BATCH]
+    with record_attention(model, num_rows=ATTENTION_ROWS) as found:
+        sample_clips(model, batch)
+    states = torch.stack([clip.states for clip in batch]).float()
+    return {"clips": len(batch), "tokens": length, "blocks": rows_of(found, range(states.shape[1]), layer_shares(model.context, states))}
 
 
 def with_states(clip: EditFeatures, states: Tensor) -> EditFeatures:
