@@ -54,9 +54,16 @@ class MiVELoadDiT(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, weight_dtype: str) -> io.NodeOutput:
         patcher = load_dit(find(list_dits, model, EXPECTED), DTYPES[weight_dtype], weight_dtype.endswith("_fast"))
-        if warning := untrained_warning(patcher):
+        warnings = [untrained_warning(patcher), emulation_warning(patcher)]
+        for warning in filter(None, warnings):
             logger.warning("MiVE: %s: %s", model, warning)
-        return io.NodeOutput(patcher, ui=with_text(warning))
+        return io.NodeOutput(patcher, ui=with_text("\n".join(filter(None, warnings))))
+
+
+def emulation_warning(patcher) -> str:
+    """Says which formats of the file the device does not multiply; empty if it multiplies all."""
+    names = " and ".join(patcher.model.emulated)
+    return names and f"this device does not multiply {names}: the weights stay small in memory and are scaled back at each use, which saves no time"
 
 
 NODES = [MiVELoadDiT]

@@ -18,7 +18,7 @@ from ..cost.flops import Layout
 from ..dit import MiVEDiT
 from ..errors import UserError
 from ..formats.float8 import Float8Linear, to_float8
-from ..formats.quantize import FORMATS, MATRIX
+from ..formats.quantize import MATRIX
 from ..formats.safetensors_file import read_header
 from ..formats.vlm_file import DEEPSTACK, MERGE_SIZE, MROPE_SECTION, PREPROCESSING, ROPE_THETA, VISION_HEADS
 from ..pipeline import EMBEDDED, Pipeline, check_compiler, check_device
@@ -27,7 +27,7 @@ from ..types import Clip, EditRequest, VLMInputs
 from ..vae import ORIGINAL_KEY, VAE
 from ..vlm import VLM, load_processor, model_from_config
 
-FLOAT8, _ = FORMATS["fp8_scaled"]
+FLOAT8 = torch.float8_e4m3fn
 STD = 0.02  # standard deviation of random weights
 ATTENTION_RANGE = "mive attention"  # name of attention in a profile
 TINY_VLM, TINY_VAE = EMBEDDED["tiny"] / "vlm", EMBEDDED["tiny"] / "vae.safetensors"

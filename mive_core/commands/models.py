@@ -186,7 +186,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     destination = check_output(arguments.destination, "destination", (".safetensors",))
     from ..formats.quantize import quantize
 
-    report = quantize(check_input(arguments.source, "checkpoint"), destination, arguments.format)
+    report = quantize(check_input(arguments.source, "checkpoint"), destination, arguments.format, arguments.keep_blocks)
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 

@@ -15,16 +15,18 @@ from ..config import MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
 from .float8 import MODES, Float8Linear
+from .quantized import format_name
+from .quantized_linear import QuantizedLinear, multiplied_where_possible
 from .safetensors_file import (
     INDEX_SUFFIX,
     check_finite,
     family_of,
     is_quantization_key,
+    notes_of,
     read_dequantized,
     read_headers,
-    read_tensor,
+    read_parts,
     resolve,
-    scale_key,
     write_tensors,
 )
 from .untrained import describe_untrained, untrained_parts
@@ -105,16 +107,24 @@ def load_dit(
     check_dit_shapes(path, {key: file.shapes[key] for key, file in files.items()}, config)
     with torch.device("meta"):
         model = MiVEDiT(config, operations=operations, attention=attention, dtype=dtype)
+    notes = notes_of(read_headers(path))
+    multiplied = float8 == "multiplied" and multiplied_where_possible(notes, device)
     state: dict[str, Tensor] = {}
     for key, file in files.items():
         layer = key.removesuffix(".weight")
         is_precise = key.split(".", 1)[0] in precise
-        scale = None if is_precise else scale_key(file, key)
-        if scale is not None and float8 != "scaled_back" and file.shapes[scale] in ((), (1,)) and isinstance(model.get_submodule(layer), nn.Linear):
-            weight, factor = read_tensor(file, key).to(device), read_tensor(file, scale).float().view(()).to(device)
-            model.set_submodule(layer, Float8Linear(weight, factor, model.get_submodule(layer).bias, float8 == "multiplied"))
-            state |= {key: weight, f"{layer}.weight_scale": factor}
-        elif not is_quantization_key(key):
+        if key in notes and float8 != "scaled_back" and not is_precise and isinstance(model.get_submodule(layer), nn.Linear):
+            parts, bias = {name: part.to(device) for name, part in read_parts(file, key).items()}, model.get_submodule(layer).bias
+            if format_name(notes[key]) != "fp8":
+                model.set_submodule(layer, QuantizedLinear(parts, notes[key], bias, multiplied))
+                state |= {f"{layer}.{name}": part for name, part in parts.items()}
+                continue
+            if parts["weight_scale"].numel() == 1:
+                factor = parts["weight_scale"].float().view(())
+                model.set_submodule(layer, Float8Linear(parts["weight"], factor, bias, multiplied))
+                state |= {key: parts["weight"], f"{layer}.weight_scale": factor}
+                continue
+        if not is_quantization_key(key):
             state[key] = read_dequantized(file, key, torch.float32 if is_precise else dtype).to(device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()

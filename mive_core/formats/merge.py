@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import UserError
 from .checkpoint import check_dit_shapes, read_config
 from .lora_apply import changed_parameters, find_loras
-from .quantize import MATRIX, Float8Layer
+from .quantize import MATRIX, QuantizedLayer
+from .quantized import FORMATS, format_name
 from .safetensors_file import (
     DTYPES,
     FLOAT8,
@@ -19,6 +20,7 @@ from .safetensors_file import (
     TensorFile,
     file_bytes,
     is_quantization_key,
+    notes_of,
     read_dequantized,
     read_headers,
     read_metadata,
@@ -35,7 +37,7 @@ def merge(base: str | Path, loras: Sequence[tuple[str | Path, float]], destinati
     """Reads a MiVE DiT (file, folder or sharded index), adds LoRA files at their strengths, writes one file, and returns a report.
 
     `storage`, one of STORAGES: the dtype of the new file; fp8 stores the blocks' matrices as `mive quantize` does and leaves the rest.
-    None keeps each tensor's own. Sums are computed in float32. Holds one tensor at a time. Raises UserError for files that do not fit.
+    None keeps each tensor's own dtype or format. Sums are computed in float32. Holds one tensor at a time. Raises UserError for files that do not fit.
     """
     if storage not in (None, *STORAGES):
         raise UserError("unknown data type", where="dtype", got=storage, expected=" or ".join(STORAGES))
@@ -54,7 +56,9 @@ def merge(base: str | Path, loras: Sequence[tuple[str | Path, float]], destinati
             warnings.warn(f"{lora.path.name}: {lora.fit}", stacklevel=2)
 
     dtypes = {key: dtype_of(files[key], key, storage) for key in shapes}
-    layers = {key: Float8Layer(key, shapes[key]) for key, dtype in dtypes.items() if dtype == torch.float8_e4m3fn}
+    formats = {key: format_name(note) for key, note in notes_of(read_headers(path)).items()} if storage is None else {}
+    formats |= {key: "fp8" for key, dtype in dtypes.items() if dtype == torch.float8_e4m3fn and key not in formats}
+    layers = {key: QuantizedLayer(key, shapes[key], name) for key, name in formats.items() if MATRIX.fullmatch(key) and FORMATS[name].fits(shapes[key])}
     layout = {name: entry for key in shapes for name, entry in (layers[key].layout if key in layers else {key: (dtypes[key], shapes[key])}).items()}
     owners = {name: layer for layer in layers.values() for name in layer.layout}
 

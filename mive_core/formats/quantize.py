@@ -1,7 +1,6 @@
-"""Quantises a MiVE checkpoint to 8 bits: the blocks' matrices become float8 with one scale each, in the layout that ComfyUI reads natively.
+"""Quantises a MiVE checkpoint to 8 or 4 bits: most of the blocks' matrices are stored in a layout that ComfyUI reads natively, see quantized.py.
 
-Each `layer.weight` is accompanied by `layer.weight_scale`, a float32 scalar, and `layer.comfy_quant`, JSON in bytes. All other
-tensors keep their dtype: norms, biases and modulation are small, and the layers before and after the blocks are sensitive.
+All other tensors keep their dtype: norms, biases and modulation are small, and the layers before and after the blocks are sensitive.
 D model width.
 """
 
@@ -16,25 +15,29 @@ from torch.nn import functional as F
 from ..errors import UserError
 from . import gguf_file
 from .checkpoint import check_dit_shapes, read_config
-from .float8 import to_float8
+from .quantized import FORMATS, decode
 from .safetensors_file import DTYPES, FLOAT8, FileBytes, file_bytes, is_quantization_key, read_headers, read_metadata, read_tensor, resolve, stream_tensors
 
-FORMATS = {"fp8_scaled": (torch.float8_e4m3fn, "float8_e4m3fn")}  # name -> dtype, ComfyUI's name of it
-MATRIX = re.compile(r"blocks\.\d+\.(self_attn\.[qkvo]|ffn\.[02])\.weight")
+ALIASES = {"fp8_scaled": "fp8"}  # earlier names
+MATRIX = re.compile(r"blocks\.(\d+)\.(self_attn\.[qkvo]|ffn\.[02])\.weight")
 NUM_ROWS = 256  # random rows on which a matrix's product is measured
 
 
-def quantize(source: str | Path, destination: str | Path, format_name: str = "fp8_scaled") -> dict:
-    """Quantises a MiVE DiT in 16 or 32 bits (file, folder or sharded index) to one file with 8-bit matrices; returns a report.
+def quantize(source: str | Path, destination: str | Path, format_name: str = "fp8", keep_blocks: int = 0) -> dict:
+    """Quantises a MiVE DiT in 16 or 32 bits (file, folder or sharded index) to one file; returns a report.
 
-    Holds one tensor at a time. The report: bytes before and after, and for each kind of matrix the relative error of
-    its weights and of its product with normal rows, the largest over the blocks (root mean square over root mean square).
-    Raises UserError for other models, for a file that is in 8 bits already, and for an unknown format.
+    The first and the last `keep_blocks` blocks stay as they are, and so do matrices whose sides the format cannot hold. Holds one tensor
+    at a time. The report: bytes before and after, the matrices that were kept, and for each kind of matrix the relative error of its
+    weights and of its product with normal rows, the largest over the blocks (root mean square over root mean square).
+    Raises UserError for other models, for a file that is quantised already, for an unknown format, and if comfy-kitchen is missing.
     """
+    format_name = ALIASES.get(format_name, format_name)
     if format_name not in FORMATS:
         raise UserError("unknown format", got=format_name, expected=" or ".join(FORMATS))
     path = resolve(source, "dit.safetensors")
     config = read_config(path)
+    if keep_blocks < 0 or 2 * keep_blocks >= config.num_blocks:
+        raise UserError("no block would be quantised", where="keep_blocks", got=keep_blocks, expected=f"0 to {(config.num_blocks - 1) // 2}")
     files = {key: file for file in read_headers(path) for key in file.shapes}
     check_dit_shapes(path, {key: file.shapes[key] for key, file in files.items()}, config)
     quantised = [key for key, file in files.items() if file.dtypes[key] in FLOAT8 | gguf_file.QUANTISED.keys() or is_quantization_key(key)]
@@ -45,7 +48,16 @@ def quantize(source: str | Path, destination: str | Path, format_name: str = "fp
             got=f"{quantised[0]} as {files[quantised[0]].dtypes[quantised[0]]}",
             expected="16 or 32 bits",
         )
-    layers = {key: Float8Layer(key, file.shapes[key], format_name) for key, file in files.items() if MATRIX.fullmatch(key)}
+    matrices = {key: int(match[1]) for key in files if (match := MATRIX.fullmatch(key))}
+    chosen = {key for key, block in matrices.items() if keep_blocks <= block < config.num_blocks - keep_blocks}
+    layers = {key: QuantizedLayer(key, files[key].shapes[key], format_name) for key in chosen if FORMATS[format_name].fits(files[key].shapes[key])}
+    if not layers:
+        raise UserError(
+            "the format holds none of the matrices",
+            where=path,
+            got=format_name,
+            expected="sides that are {} and {} times a whole number".format(*FORMATS[format_name].multiples),
+        )
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, file in files.items():
         layout |= layers[key].layout if key in layers else {key: (DTYPES[file.dtypes[key]], file.shapes[key])}
@@ -58,37 +70,47 @@ def quantize(source: str | Path, destination: str | Path, format_name: str = "fp
         if key not in layers:
             return owners[key].tensor(key)
         weight = read_tensor(files[key], key).float()
-        weight_float8 = layers[key].quantize(weight)
+        stored = layers[key].quantize(weight)
         worst = errors.setdefault(key.split(".", 2)[2].removesuffix(".weight"), {"weight": 0.0, "product": 0.0})
-        for kind, value in relative_errors(weight, weight_float8.float() * layers[key].scale).items():
+        for kind, value in relative_errors(weight, layers[key].restored(stored)).items():
             worst[kind] = max(worst[kind], value)
-        return weight_float8
+        return stored
 
     stream_tensors(Path(destination), layout, produce, {**read_metadata(path), **config.to_metadata()})
-    before = sum(file.path.stat().st_size for file in read_headers(path))
-    return {"format": format_name, "bytes_before": before, "bytes": Path(destination).stat().st_size, "relative_error": errors}
+    return {
+        "format": format_name,
+        "bytes_before": sum(file.path.stat().st_size for file in read_headers(path)),
+        "bytes": Path(destination).stat().st_size,
+        "quantised": len(layers),
+        "kept": sorted(matrices.keys() - layers.keys()),
+        "relative_error": errors,
+    }
 
 
-class Float8Layer:
-    """The three tensors under which a file stores one 8-bit matrix; the scale is known once the matrix was quantised."""
+class QuantizedLayer:
+    """The tensors under which a file stores one matrix; the scales are known once the matrix was quantised, and held until they are taken."""
 
-    def __init__(self, key: str, shape: tuple[int, ...], format_name: str = "fp8_scaled"):
-        self.storage, comfy_name = FORMATS[format_name]
+    def __init__(self, key: str, shape: tuple[int, ...], format_name: str = "fp8"):
+        self.format = FORMATS[format_name]
         self.key, layer = key, key.removesuffix(".weight")
-        self.scale_key, self.note_key = f"{layer}.weight_scale", f"{layer}.comfy_quant"
-        self.note = torch.frombuffer(bytearray(json.dumps({"format": comfy_name}).encode()), dtype=torch.uint8)
-        self.scale = 1.0  # a number: scalar tensors of all layers, kept until the end, would fragment the memory
-        self.layout = {key: (self.storage, shape), self.scale_key: (torch.float32, ()), self.note_key: (torch.uint8, (len(self.note),))}
+        self.note_key = f"{layer}.comfy_quant"
+        self.note = torch.frombuffer(bytearray(json.dumps(self.format.note).encode()), dtype=torch.uint8)
+        self.parts: dict[str, Tensor] = {}
+        self.layout = {f"{layer}.{part}": entry for part, entry in self.format.parts(*shape).items()}
+        self.layout[self.note_key] = (torch.uint8, (len(self.note),))
 
     def quantize(self, weight: Tensor) -> Tensor:
         """A float32 matrix -> the one to store."""
-        quantised, scale = to_float8(weight, self.storage)
-        self.scale = float(scale)
-        return quantised
+        self.parts = self.format.encode(weight)
+        return self.parts.pop("weight")
+
+    def restored(self, stored: Tensor) -> Tensor:
+        """What will be read of the matrix just quantised, in float32."""
+        return decode({"weight": stored, **self.parts}, self.format.note, torch.float32)
 
     def tensor(self, key: str) -> Tensor:
-        """The scale or the note, after `quantize`."""
-        return self.note if key == self.note_key else torch.tensor(self.scale)
+        """A scale or the note, after `quantize`. Each scale is handed over once: those of all layers, kept until the end, would take memory."""
+        return self.note if key == self.note_key else self.parts.pop(key.rsplit(".", 1)[1])
 
 
 def relative_errors(weight: Tensor, restored: Tensor) -> dict[str, float]:

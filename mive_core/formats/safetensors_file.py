@@ -11,6 +11,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,7 @@ from ..config import METADATA_PREFIX
 from ..errors import UserError
 from ..media.paths import atomic_write, check_input, remove_partials_of
 from . import gguf_file
+from .quantized import STORED, decode, read_note
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -41,8 +43,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.bool: "BOOL",
 }
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+INTEGERS = {"I8": torch.int8, "U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}  # read as parts of a quantised matrix only
 SCALE_SUFFIXES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight: ComfyUI's present and former spelling
-QUANTIZATION_SUFFIXES = (".comfy_quant", ".input_scale", ".scale_input", "scaled_fp8")  # other keys of 8-bit storage; dequantising needs none of them
+NOTE_SUFFIX, GLOBAL_SCALE = ".comfy_quant", ".weight_scale_2"
+QUANTIZATION_SUFFIXES = (NOTE_SUFFIX, GLOBAL_SCALE, ".input_scale", ".scale_input", "scaled_fp8")  # other keys of 8-bit storage
+NOTES_KEY = "_quantization_metadata"  # in the metadata of files that have no note at each layer
 
 VLM_FAMILY, VAE_FAMILY, WAN_FAMILY = "a Qwen3-VL model", "a Wan VAE", "a Wan T2V checkpoint"
 WAN_I2V_FAMILY = "a Wan I2V checkpoint"
@@ -149,7 +154,11 @@ def read_header(path: Path) -> TensorFile:
         start, end = offsets.pop(key)
         metadata = {**metadata, key: np.fromfile(path, np.uint8, end - start, offset=start).tobytes().decode("utf-8", "replace")}
         del header[key]
-    return TensorFile(path, {k: tuple(v["shape"]) for k, v in header.items()}, {k: v["dtype"] for k, v in header.items()}, metadata, offsets)
+    shapes = {k: tuple(v["shape"]) for k, v in header.items()}
+    for key in (key.removesuffix(GLOBAL_SCALE) + ".weight" for key in header if key.endswith(GLOBAL_SCALE)):
+        if header.get(key, {}).get("dtype") == "U8" and len(shapes[key]) == 2:
+            shapes[key] = (shapes[key][0], 2 * shapes[key][1])  # two entries in a byte
+    return TensorFile(path, shapes, {k: v["dtype"] for k, v in header.items()}, metadata, offsets)
 
 
 def shard_files(path: Path) -> list[Path]:
@@ -218,12 +227,84 @@ def scale_key(file: TensorFile, key: str) -> str | None:
 
 
 def read_dequantized(file: TensorFile, key: str, dtype: torch.dtype) -> Tensor:
-    """Reads one weight in `dtype`. An 8-bit one is multiplied by its scale, if the file has one (per tensor or per row)."""
-    weight, scale = read_tensor(file, key).to(dtype), scale_key(file, key)
-    if scale is None:
-        return weight
-    factor = read_tensor(file, scale).to(dtype)
-    return weight.mul_(factor if factor.numel() == 1 else factor.view(-1, 1))
+    """Reads one weight in `dtype`; a quantised one is decoded. Raises UserError as `note_of` and `read_parts` do."""
+    if (note := note_of(file, key)) is not None:
+        return decode(read_parts(file, key), note, dtype)
+    return read_tensor(file, key).to(dtype)
+
+
+def note_of(file: TensorFile, key: str) -> dict[str, Any] | None:
+    """What a file says of a quantised weight; None of others, and of float8 without a scale.
+
+    Raises UserError if the note is damaged, names a layout that is not known or not the one in the file, or if a scale is missing.
+    """
+    layer = key.removesuffix(".weight")
+    if layer == key or file.path.suffix.lower() == gguf_file.SUFFIX:
+        return None
+    if layer + NOTE_SUFFIX in file.shapes:
+        note = read_note(_bytes(file, layer + NOTE_SUFFIX).tobytes(), f"{file.path}, {layer}")
+    elif (text := _layer_notes(file.metadata.get(NOTES_KEY, ""), file.path).get(layer)) is not None:
+        note = read_note(json.dumps(text).encode(), f"{file.path}, {layer}")
+    elif scale_key(file, key) is not None:
+        note = {"format": {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}[file.dtypes[key]]}
+    else:
+        return None
+    names = _part_names(file, key)
+    for part, known in STORED[note["format"]].items():
+        name = names[part]
+        if file.dtypes.get(name) not in known:
+            raise UserError(
+                "a quantised matrix is not what its note says",
+                where=file.path,
+                got=f"{name} as {file.dtypes[name]}" if name in file.dtypes else f"no {name}",
+                expected=f"{note['format']}, with {name} as {' or '.join(sorted(known))}",
+                fix="download it again",
+            )
+    return note
+
+
+def read_parts(file: TensorFile, key: str) -> dict[str, Tensor]:
+    """The stored tensors of a quantised weight, by the last part of their keys."""
+    parts = {}
+    for part, name in _part_names(file, key).items():
+        if name in file.offsets:
+            stored, shape = torch.from_numpy(_bytes(file, name)).view((DTYPES | INTEGERS)[file.dtypes[name]]), file.shapes[name]
+            parts[part] = stored.view(shape[0], -1) if part == "weight" else stored.view(shape)
+    return parts
+
+
+def _part_names(file: TensorFile, key: str) -> dict[str, str]:
+    layer = key.removesuffix(".weight")
+    return {"weight": key, "weight_scale": scale_key(file, key) or f"{layer}.weight_scale", "weight_scale_2": layer + GLOBAL_SCALE}
+
+
+def _bytes(file: TensorFile, key: str) -> np.ndarray:
+    start, end = file.offsets[key]
+    return np.fromfile(file.path, np.uint8, end - start, offset=start)
+
+
+@cache
+def _layer_notes(text: str, path: Path) -> dict[str, Any]:
+    """The notes in a file's metadata, by layer."""
+    try:
+        return dict(json.loads(text)["layers"]) if text else {}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError("the notes on quantised matrices are damaged", where=path, got=str(error), fix="download it again") from None
+
+
+def notes_of(files: Iterable[TensorFile]) -> dict[str, dict[str, Any]]:
+    """Notes on all quantised weights, by key. Raises UserError as `note_of` does, and for a matrix of integers that has no note."""
+    notes = {}
+    for file in files:
+        for key in (key for key in file.shapes if key.endswith(".weight")):
+            note = note_of(file, key)
+            if note is not None:
+                notes[key] = note
+            elif file.dtypes[key] in INTEGERS:
+                raise UserError(
+                    "a matrix of integers has no note that says how to read it", where=file.path, got=f"{key} as {file.dtypes[key]}", fix="download it again"
+                )
+    return notes
 
 
 def is_quantization_key(key: str) -> bool:

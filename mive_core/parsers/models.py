@@ -11,6 +11,7 @@ from .options import (
     DTYPES,
     LAYERS_HELP,
     PRESET_NAMES,
+    QUANTIZE_FORMATS,
     RUBRICS,
     add_benchmark,
     add_device,
@@ -275,13 +276,22 @@ def add_conversions(commands) -> None:
     init.add_argument("--vlm", type=text, default="8b", metavar="SIZE|DIR", help=vlm_help)
     init.add_argument("--dtype", choices=DTYPES, help="data type of the new file; default: the source's, and bf16 if the source is fp8")
     quantize = add_command(
-        commands, "quantize", run_quantize, "store a MiVE checkpoint's large matrices in 8 bits", "Halves the size of a 16-bit file. Prints a report as JSON."
+        commands,
+        "quantize",
+        run_quantize,
+        "store a MiVE checkpoint's large matrices in 8 or 4 bits",
+        "Halves the size of a 16-bit file, or more. ComfyUI reads all formats natively. Prints a report as JSON.",
     )
     quantize.add_argument("source", metavar="SRC", type=text, help="MiVE checkpoint: a file, a folder, or the index of a sharded one")
-    quantize.add_argument("destination", metavar="DST.safetensors", type=text, help="8-bit checkpoint to write")
+    quantize.add_argument("destination", metavar="DST.safetensors", type=text, help="checkpoint to write")
     quantize.add_argument(
-        "--format", default="fp8_scaled", choices=("fp8_scaled",), help="fp8_scaled: float8 with one scale per matrix, which ComfyUI reads natively; default"
+        "--format",
+        default="fp8",
+        choices=QUANTIZE_FORMATS,
+        help="fp8: float8 with one scale per matrix; int8: rotated rows with a scale each, from Turing cards on; mxfp8 and nvfp4: scales per block, for "
+        "Blackwell cards, by the package comfy-kitchen; int8_unrotated; default fp8",
     )
+    quantize.add_argument("--keep-blocks", type=integer, default=0, metavar="N", help="leave the first N and the last N blocks as they are; default 0")
 
 
 def add_merge(commands) -> None:

@@ -4,9 +4,10 @@ from .parser import Parser, finite_float, integer, lora, positive_float, positiv
 
 DEFAULT_MODELS = "tiny"
 DTYPES, PRESET_NAMES = ("bf16", "fp16", "fp32"), ("tiny", "1.3b", "14b")
-# The next three repeat train/budget.py, formats/float8.py and media/encode.py, whose import would load torch.
+# The next four repeat train/budget.py, formats/float8.py, formats/quantize.py and media/encode.py, whose import would load torch.
 CARD_NAMES = ("H100", "A100", "RTX 4090", "RTX 3090", "RTX 4080")
 FLOAT8_MODES = ("scaled_back", "kept", "multiplied")
+QUANTIZE_FORMATS = ("fp8", "mxfp8", "nvfp4", "int8", "int8_unrotated", "fp8_scaled")  # the last is an earlier name of the first
 CODECS = ("h264", "ffv1", "prores", "prores4444", "vp9", "av1", "gif")
 LAYERS_HELP = "VLM layers to read: first+last, 1,-1, last or 0:36:6"
 BLOCKS_HELP = "use fewer blocks than the preset has"

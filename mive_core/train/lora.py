@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..dit import MiVEDiT
 from ..errors import UserError
 from ..formats.float8 import Float8Linear
+from ..formats.quantized_linear import QuantizedLinear
 
 TARGETS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "ffn.0", "ffn.2")
 
@@ -24,7 +25,7 @@ def add_lora(model: MiVEDiT, rank: int, targets: tuple[str, ...], alpha: float) 
 
     pattern = "|".join(target.replace(".", r"\.") for target in targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=rf"blocks\.\d+\.({pattern})")
-    config._register_custom_module({Float8Linear: Linear})  # peft's documented hook for custom layers
+    config._register_custom_module({Float8Linear: Linear, QuantizedLinear: Linear})  # peft's documented hook for custom layers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns about custom layers
         inject_adapter_in_model(config, model)

@@ -18,6 +18,9 @@ import torch
 from ...mive_core.config import METADATA_PREFIX
 from ...mive_core.errors import UserError
 from ...mive_core.formats.checkpoint import check_dit_shapes
+from ...mive_core.formats.quantized import format_name
+from ...mive_core.formats.quantized_linear import can_multiply
+from ...mive_core.formats.safetensors_file import notes_of, read_header
 from ...mive_core.formats.untrained import untrained_parts
 from .lora import HostedDynamicPatcher, HostedPatcher
 from .metadata import config_of
@@ -43,15 +46,17 @@ class StockLoaderGuard(comfy.supported_models_base.BASE):
 def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: bool = False, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """Loads a checkpoint file as a MODEL. `dtype` None: ComfyUI chooses by device and file; fp8 types only store the weights.
 
-    8-bit weights with scales stay as the file has them, in ComfyUI's quantised layers.
+    Quantised weights stay as the file has them, in ComfyUI's quantised layers; the model's `emulated` names the formats that the device
+    does not multiply, which those layers scale back at each use.
 
-    Raises UserError if the file is damaged or is no MiVE DiT.
+    Raises UserError if the file is damaged, is no MiVE DiT, or is quantised in a way that ComfyUI does not read.
     """
-    config = config_of(Path(path))
+    config, header = config_of(Path(path)), read_header(Path(path))
+    check_dit_shapes(Path(path), header.shapes, config)
+    formats = {format_name(note) for note in notes_of([header]).values()}
     state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     state = {key: value for key, value in state.items() if not key.startswith(METADATA_PREFIX)}
     state, _ = comfy.utils.convert_old_quants(state, metadata=metadata)
-    check_dit_shapes(Path(path), {k: tuple(v.shape) for k, v in state.items()}, config)
 
     support = MiVESupport(config)
     support.quant_config = comfy.utils.detect_layer_quantization(state, "")
@@ -68,6 +73,7 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
 
     model = support.get_model(state)
     model.checkpoint_name, model.untrained = Path(path).name, untrained_parts(Path(path))
+    model.emulated = tuple(sorted(name for name in formats if not can_multiply(name, device)))
     dynamic = comfy.model_patcher.CoreModelPatcher is not comfy.model_patcher.ModelPatcher
     patcher_class = HostedDynamicPatcher if dynamic and not disable_dynamic and not comfy.model_management.is_device_cpu(device) else HostedPatcher
     patcher = patcher_class(model, load_device=device, offload_device=offload_device, **disk_options(state))

@@ -362,12 +362,13 @@ def test_benchmarks_that_cannot_be_are_refused(options, says, work, capsys):
 def test_repeated_constants_are_equal():
     """The command line repeats these lists, so that --help does not import torch."""
     from mive_core import config
-    from mive_core.formats import float8
+    from mive_core.formats import float8, quantize, quantized
     from mive_core.media import encode
     from mive_core.parsers import options
     from mive_core.train import budget
 
     assert set(options.CODECS) == encode.FORMATS.keys()
+    assert set(options.QUANTIZE_FORMATS) == quantized.FORMATS.keys() | quantize.ALIASES.keys()
     assert options.FLOAT8_MODES == float8.MODES and set(options.PRESET_NAMES) == config.PRESETS.keys() and set(options.CARD_NAMES) == budget.CARDS.keys()
 
 
