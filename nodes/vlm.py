@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..mive_core.errors import UserError
 from ..mive_core.layers import parse_layers
+from .bridge.clip import vlm_of_clip
 from .bridge.messages import with_text
 from .bridge.paths import find, list_vlms
 from .bridge.vlm import HostedVLM
@@ -78,6 +79,26 @@ class MiVELoadVLM(io.ComfyNode):
         return io.NodeOutput(HostedVLM.load(find(list_vlms, model, EXPECTED), DTYPES[dtype], load_device))
 
 
+class MiVEVLMFromCLIP(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MiVEVLMFromCLIP",
+            display_name="MiVE VLM From CLIP",
+            category="MiVE",
+            description="Takes the Qwen3-VL that Load CLIP has loaded, so that it is not loaded twice; quantised files stay quantised.",
+            search_aliases=["qwen3-vl", "clip to vlm", "load clip", "text encoder", "share text encoder"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="From Load CLIP with a Qwen3-VL 4B or 8B file, of any type but flux and flux2, which drop its vision tower.")
+            ],
+            outputs=[VlmType.Output(display_name="vlm", tooltip="For MiVE Encode and MiVE Layer Select.")],
+        )
+
+    @classmethod
+    def execute(cls, clip) -> io.NodeOutput:
+        return io.NodeOutput(vlm_of_clip(clip))
+
+
 class MiVELayerSelect(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -129,4 +150,4 @@ class MiVELayerSelect(io.ComfyNode):
         return io.NodeOutput(choice, text, ui=with_text(text))
 
 
-NODES = [MiVELoadVLM, MiVELayerSelect]
+NODES = [MiVELoadVLM, MiVEVLMFromCLIP, MiVELayerSelect]

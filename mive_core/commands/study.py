@@ -44,3 +44,16 @@ def run_study_layers(arguments: argparse.Namespace) -> None:
     study.run_all([run for run in runs if arguments.seed is None or run[1] in arguments.seed], arguments.processes, train_recipe, report)
     report()
     sys.stdout.write(f"{output / 'study.json'}\n{output / 'layers.png'}\n")
+
+
+def run_study_formats(arguments: argparse.Namespace) -> None:
+    from ..data.manifest import ManifestPairs, read_manifest
+    from ..evaluation.evaluate import write_json
+    from ..media.paths import check_output
+    from ..study.formats import measure_formats
+
+    output = check_output(arguments.output, "output", (".json",))
+    pairs = ManifestPairs(read_manifest(arguments.manifest))
+    chosen = [pairs[index] for index in range(min(arguments.num, len(pairs)))]
+    measure_formats(chosen, lambda report: write_json(Path(output), {"command": arguments.command_line, **report}))
+    sys.stdout.write(f"{output}\n")

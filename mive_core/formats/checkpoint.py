@@ -95,19 +95,19 @@ def load_dit(
 ) -> MiVEDiT:
     """Loads a MiVE checkpoint (file, folder or sharded index) as a model in eval mode. Its keys must be exactly the model's.
 
-    Tensors are loaded one at a time, so that no second copy of the model is held. `float8`, one of float8.MODES, selects how 8-bit
-    matrices are handled: scaled back to `dtype` they save disk space only, kept or multiplied they save memory too. The modules `precise`
-    are loaded in float32, whatever `dtype` and `float8` say.
+    Tensors are loaded one at a time, so that no second copy of the model is held. `float8`, one of float8.MODES, selects how quantised
+    matrices are handled: scaled back to `dtype` they save disk space only, kept or multiplied they save memory too. What the device cannot
+    multiply is kept, with a warning. The modules `precise` are loaded in float32, whatever `dtype` and `float8` say.
     """
     if float8 not in MODES:
         raise UserError("unknown handling of 8 bits", where="float8", got=repr(float8), expected=", ".join(MODES))
     path = resolve(path, "dit.safetensors")
     config = read_config(path)
-    files = {key: file for file in read_headers(path) for key in file.shapes}
+    headers = read_headers(path)
+    files, notes = {key: file for file in headers for key in file.shapes}, notes_of(headers)
     check_dit_shapes(path, {key: file.shapes[key] for key, file in files.items()}, config)
     with torch.device("meta"):
         model = MiVEDiT(config, operations=operations, attention=attention, dtype=dtype)
-    notes = notes_of(read_headers(path))
     multiplied = float8 == "multiplied" and multiplied_where_possible(notes, device)
     state: dict[str, Tensor] = {}
     for key, file in files.items():

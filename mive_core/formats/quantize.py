@@ -27,7 +27,7 @@ def quantize(source: str | Path, destination: str | Path, format_name: str = "fp
     """Quantises a MiVE DiT in 16 or 32 bits (file, folder or sharded index) to one file; returns a report.
 
     The first and the last `keep_blocks` blocks stay as they are, and so do matrices whose sides the format cannot hold. Holds one tensor
-    at a time. The report: bytes before and after, the matrices that were kept, and for each kind of matrix the relative error of its
+    at a time. The report: bytes before and after, the matrices and those of them that were kept, and for each kind of matrix the relative error of its
     weights and of its product with normal rows, the largest over the blocks (root mean square over root mean square).
     Raises UserError for other models, for a file that is quantised already, for an unknown format, and if comfy-kitchen is missing.
     """
@@ -49,14 +49,17 @@ def quantize(source: str | Path, destination: str | Path, format_name: str = "fp
             expected="16 or 32 bits",
         )
     matrices = {key: int(match[1]) for key in files if (match := MATRIX.fullmatch(key))}
-    chosen = {key for key, block in matrices.items() if keep_blocks <= block < config.num_blocks - keep_blocks}
-    layers = {key: QuantizedLayer(key, files[key].shapes[key], format_name) for key in chosen if FORMATS[format_name].fits(files[key].shapes[key])}
+    layers = {
+        key: QuantizedLayer(key, files[key].shapes[key], format_name)
+        for key, block in matrices.items()
+        if keep_blocks <= block < config.num_blocks - keep_blocks and FORMATS[format_name].fits(files[key].shapes[key])
+    }
     if not layers:
         raise UserError(
             "the format holds none of the matrices",
             where=path,
             got=format_name,
-            expected="sides that are {} and {} times a whole number".format(*FORMATS[format_name].multiples),
+            expected="sides that are multiples of {} and {}".format(*FORMATS[format_name].multiples),
         )
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for key, file in files.items():
@@ -81,8 +84,8 @@ def quantize(source: str | Path, destination: str | Path, format_name: str = "fp
         "format": format_name,
         "bytes_before": sum(file.path.stat().st_size for file in read_headers(path)),
         "bytes": Path(destination).stat().st_size,
-        "quantised": len(layers),
-        "kept": sorted(matrices.keys() - layers.keys()),
+        "matrices": list(layers),
+        "kept": [key for key in matrices if key not in layers],
         "relative_error": errors,
     }
 

@@ -14,7 +14,7 @@ from ..commands.bench import (
     run_bench_stage,
     run_bench_train,
 )
-from ..commands.study import run_study_from_wan, run_study_layers
+from ..commands.study import run_study_formats, run_study_from_wan, run_study_layers
 from ..config import VLM_SIZES
 from .options import BLOCKS_HELP, CARD_NAMES, DTYPES, FOLDER_HELP, PRESET_NAMES, add_fit, add_float8, add_machine, add_sampling
 from .parser import Parser, add_command, positive_float, positive_int, sentence, size, text
@@ -191,3 +191,13 @@ def add_study(commands, main: Callable[[list[str]], int]) -> None:
     layers.add_argument("--steps", type=positive_int, metavar="N", help="number of training steps of every run; default 1500")
     layers.add_argument("--clips", type=positive_int, metavar="N", help="number of training clips; default 4096")
     layers.add_argument("--heldout", type=positive_int, metavar="N", help="number of held-out clips; default 192")
+    formats = add_command(
+        study,
+        "formats",
+        run_study_formats,
+        "compare the formats of `mive quantize` with the embedded models: size, error of a forward, quality of edits",
+        "Also measures the error that single layers make when only they are quantised. Takes minutes on a CPU.",
+    )
+    formats.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl", help="pairs with a target")
+    formats.add_argument("--num", type=positive_int, default=8, metavar="N", help="number of pairs, the first of the manifest; default 8")
+    formats.add_argument("--json", "--output", dest="output", required=True, type=text, metavar="FILE.json", help="report to write")

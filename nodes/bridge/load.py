@@ -52,8 +52,8 @@ def load_dit(path: str | Path, dtype: torch.dtype | None = None, fp8_matmul: boo
     Raises UserError if the file is damaged, is no MiVE DiT, or is quantised in a way that ComfyUI does not read.
     """
     config, header = config_of(Path(path)), read_header(Path(path))
-    check_dit_shapes(Path(path), header.shapes, config)
     formats = {format_name(note) for note in notes_of([header]).values()}
+    check_dit_shapes(Path(path), header.shapes, config)
     state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     state = {key: value for key, value in state.items() if not key.startswith(METADATA_PREFIX)}
     state, _ = comfy.utils.convert_old_quants(state, metadata=metadata)

@@ -35,6 +35,7 @@ class HostedVLM:
 
     vlm: VLM
     patcher: comfy.model_patcher.ModelPatcher
+    activations: torch.dtype | None = None  # None: the weights'
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> "HostedVLM":
@@ -65,7 +66,8 @@ class HostedVLM:
 
     def load_for(self, inputs: VLMInputs) -> VLMInputs:
         """Moves the VLM to its device, as far as there is room beside a pass over the inputs, and returns the inputs there."""
-        needed = inputs.input_ids.shape[1] * self.vlm.width * self.vlm.model.dtype.itemsize * ACTIVATIONS_PER_TOKEN
+        itemsize = (self.activations or self.vlm.model.dtype).itemsize
+        needed = inputs.input_ids.shape[1] * self.vlm.width * itemsize * ACTIVATIONS_PER_TOKEN
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
         return inputs.to(self.patcher.load_device)
 

@@ -11,6 +11,7 @@ import pytest
 SNAPSHOT = Path(__file__).parent / "schemas.json"
 IDS = [
     "MiVELoadVLM",
+    "MiVEVLMFromCLIP",
     "MiVELayerSelect",
     "MiVEEncode",
     "MiVERegisterReference",
