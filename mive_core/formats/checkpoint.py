@@ -115,16 +115,13 @@ def load_dit(
         is_precise = key.split(".", 1)[0] in precise
         if key in notes and float8 != "scaled_back" and not is_precise and isinstance(model.get_submodule(layer), nn.Linear):
             parts, bias = {name: part.to(device) for name, part in read_parts(file, key).items()}, model.get_submodule(layer).bias
-            if format_name(notes[key]) != "fp8":
-                model.set_submodule(layer, QuantizedLinear(parts, notes[key], bias, multiplied))
-                state |= {f"{layer}.{name}": part for name, part in parts.items()}
-                continue
-            if parts["weight_scale"].numel() == 1:
-                factor = parts["weight_scale"].float().view(())
-                model.set_submodule(layer, Float8Linear(parts["weight"], factor, bias, multiplied))
-                state |= {key: parts["weight"], f"{layer}.weight_scale": factor}
-                continue
-        if not is_quantization_key(key):
+            if format_name(notes[key]) == "fp8" and parts.keys() == {"weight", "weight_scale"} and parts["weight_scale"].numel() == 1:
+                parts["weight_scale"] = parts["weight_scale"].float().view(())
+                model.set_submodule(layer, Float8Linear(parts["weight"], parts["weight_scale"], bias, multiplied))
+            else:
+                model.set_submodule(layer, QuantizedLinear(parts, notes[key], bias, multiplied and format_name(notes[key]) != "fp8"))
+            state |= {f"{layer}.{name}": part for name, part in parts.items()}
+        elif not is_quantization_key(key):
             state[key] = read_dequantized(file, key, torch.float32 if is_precise else dtype).to(device)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()

@@ -27,6 +27,7 @@ from ..errors import UserError
 from .float8 import to_float8
 
 GROUP = 256  # entries that are rotated together
+INPUT_FACTOR = "pre_quant_scale"
 NVFP4_MAX = 6.0 * 448.0  # largest 4-bit entry times the largest float8 scale
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -45,16 +46,21 @@ class Format:
 
 
 def decode(parts: Mapping[str, Tensor], note: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
-    """The stored tensors of a layer and its note -> the weight (O, I) in `dtype`. Raises UserError if comfy-kitchen is needed and missing."""
+    """The stored tensors of a layer and its note -> the weight (O, I) in `dtype`. Raises UserError if comfy-kitchen is needed and missing.
+
+    A `pre_quant_scale` (I,), by which calibrated files multiply the layer's input, is multiplied into the weight.
+    """
     weight, scale = parts["weight"], parts["weight_scale"]
     if note["format"].startswith("float8"):
-        return weight.to(dtype).mul_(scale.to(dtype) if scale.numel() == 1 else scale.to(dtype).view(-1, 1))
-    if note["format"] == "int8_tensorwise":
+        decoded = weight.to(dtype).mul_(scale.to(dtype) if scale.numel() == 1 else scale.to(dtype).view(-1, 1))
+    elif note["format"] == "int8_tensorwise":
         restored = weight.float() * scale.float().view(-1, 1)
-        return (rotate(restored, rotation_group(note)) if note.get("convrot") else restored).to(dtype)
-    if note["format"] == "mxfp8":
-        return kitchen().dequantize_mxfp8(weight, scale.view(torch.float8_e8m0fnu), dtype)
-    return kitchen().dequantize_nvfp4(weight, parts["weight_scale_2"].float(), scale.view(torch.float8_e4m3fn), dtype)
+        decoded = (rotate(restored, rotation_group(note)) if note.get("convrot") else restored).to(dtype)
+    elif note["format"] == "mxfp8":
+        decoded = kitchen().dequantize_mxfp8(weight, scale.view(torch.float8_e8m0fnu), dtype)
+    else:
+        decoded = kitchen().dequantize_nvfp4(weight, parts["weight_scale_2"].float(), scale.view(torch.float8_e4m3fn), dtype)
+    return decoded.mul_(parts[INPUT_FACTOR].to(dtype).view(1, -1)) if INPUT_FACTOR in parts else decoded
 
 
 def rotate(weight: Tensor, group: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .quantized import decode, format_name, hadamard, rotation_group
+from .quantized import INPUT_FACTOR, decode, format_name, hadamard, rotation_group
 
 # compute capability from which an NVIDIA card multiplies a format
 MIN_CAPABILITY = {"fp8": (8, 9), "int8": (7, 5), "int8_unrotated": (7, 5), "mxfp8": (10, 0), "nvfp4": (10, 0)}
@@ -40,6 +40,8 @@ class QuantizedLinear(nn.Module):
 
     def _product(self, rows: Tensor) -> Tensor:
         """(N, I) -> (N, O), the input quantised per row."""
+        if INPUT_FACTOR in self.names:
+            rows = rows * self.pre_quant_scale.to(rows)
         if self.note.get("convrot"):
             group = rotation_group(self.note)
             rows = (rows.unflatten(1, (-1, group)) @ hadamard(group).to(rows)).flatten(1)

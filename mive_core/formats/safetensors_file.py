@@ -25,7 +25,7 @@ from ..config import METADATA_PREFIX
 from ..errors import UserError
 from ..media.paths import atomic_write, check_input, remove_partials_of
 from . import gguf_file
-from .quantized import STORED, decode, read_note
+from .quantized import INPUT_FACTOR, STORED, decode, read_note
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -46,7 +46,7 @@ FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 INTEGERS = {"I8": torch.int8, "U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}  # read as parts of a quantised matrix only
 SCALE_SUFFIXES = (".weight_scale", ".scale_weight")  # of a layer's 8-bit weight: ComfyUI's present and former spelling
 NOTE_SUFFIX, GLOBAL_SCALE = ".comfy_quant", ".weight_scale_2"
-QUANTIZATION_SUFFIXES = (NOTE_SUFFIX, GLOBAL_SCALE, ".input_scale", ".scale_input", "scaled_fp8")  # other keys of 8-bit storage
+QUANTIZATION_SUFFIXES = (NOTE_SUFFIX, GLOBAL_SCALE, f".{INPUT_FACTOR}", ".input_scale", ".scale_input", "scaled_fp8")  # other keys of 8-bit storage
 NOTES_KEY = "_quantization_metadata"  # in the metadata of files that have no note at each layer
 
 VLM_FAMILY, VAE_FAMILY, WAN_FAMILY = "a Qwen3-VL model", "a Wan VAE", "a Wan T2V checkpoint"
@@ -275,7 +275,12 @@ def read_parts(file: TensorFile, key: str) -> dict[str, Tensor]:
 
 def _part_names(file: TensorFile, key: str) -> dict[str, str]:
     layer = key.removesuffix(".weight")
-    return {"weight": key, "weight_scale": scale_key(file, key) or f"{layer}.weight_scale", "weight_scale_2": layer + GLOBAL_SCALE}
+    return {
+        "weight": key,
+        "weight_scale": scale_key(file, key) or f"{layer}.weight_scale",
+        "weight_scale_2": layer + GLOBAL_SCALE,
+        INPUT_FACTOR: f"{layer}.{INPUT_FACTOR}",
+    }
 
 
 def _bytes(file: TensorFile, key: str) -> np.ndarray:

@@ -7,6 +7,7 @@ that single layers make when only they are quantised.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch.nn import functional as F
 from ..attention import get_attention
 from ..dit import MiVEDiT
 from ..evaluation.evaluate import pair_psnr
-from ..evaluation.metrics import mean
 from ..flow import schedule
 from ..formats.checkpoint import load_dit
 from ..formats.quantize import MATRIX, quantize
@@ -113,10 +113,10 @@ def edit(pipeline: Pipeline, prepared: Prepared) -> Tensor:
     return pipeline.vae.decode(pipeline.denoise(prepared.latents, prepared.conditions, schedule(config.steps, config.shift), config.cfg, seed=0))
 
 
-def quality(pipeline: Pipeline, prepared: Sequence[Prepared]) -> dict[str, float | None]:
+def quality(pipeline: Pipeline, prepared: Sequence[Prepared]) -> dict[str, float]:
     """PSNR inside and outside the edit, means over the clips."""
     rows = [pair_psnr(edit(pipeline, one), one.pair) for one in prepared]
-    return {name: mean([row[name] for row in rows]) for name in ("psnr_edited", "psnr_kept")}
+    return {name: fmean(value for row in rows if (value := row[name]) is not None) for name in ("psnr_edited", "psnr_kept")}
 
 
 def forward_error(dit: MiVEDiT, forwards: Sequence[tuple[tuple, Tensor]]) -> float:

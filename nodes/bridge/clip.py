@@ -74,7 +74,8 @@ class ClipVLM(VLM):
         ids = inputs.input_ids
         embeds = self.model.model.embed_tokens(ids, out_dtype=torch.float32)
         visible = (ids == IMAGE_TOKEN) | (ids == VIDEO_TOKEN)
-        places, deepstack = visible.nonzero()[:, 1], []
+        places = visible.nonzero()[:, 1]
+        deepstack: list[Tensor] = []
         for token, pixels, grid in (
             (IMAGE_TOKEN, inputs.pixel_values, inputs.image_grid_thw),
             (VIDEO_TOKEN, inputs.pixel_values_videos, inputs.video_grid_thw),

@@ -81,3 +81,26 @@ def test_every_layers_states_are_transformers(pack, clip, reference, inputs):
     assert torch.equal(hosted.vlm.encode(inputs, (2,)).states[:, 0], got[:, 2])  # the layers after it did not run
     pooled = reference.visual(inputs.pixel_values_videos, grid_thw=inputs.video_grid_thw, return_dict=True)
     assert all(features.abs().max() > 0.1 for features in pooled.deepstack_features)  # so that DeepStack's share is not silent
+
+
+@torch.inference_mode()
+def test_the_node_gives_the_states_of_a_loaded_vlm(pack, clip, reference, request_, inputs):
+    """Through MiVE Encode, and as a wire of the same kind that MiVE Load VLM has."""
+    (vlm,) = pack.run("MiVEVLMFromCLIP", clip=clip)
+    (_, text) = pack.run("MiVELayerSelect", preset="first + last (paper)", vlm=vlm)
+    assert text.startswith("1, 5") or "1, 5" in text
+    pictures = {"source": request_.source.frames, "reference": request_.reference[None]}
+    (positive,) = pack.run("MiVEEncode", vlm=vlm, instruction=request_.instruction, fps=request_.source.fps, **pictures)
+    expected = collect_hidden_states(reference, inputs, (1, 5))
+    found = [value for value in positive[0][1].values() if torch.is_tensor(value)] + [positive[0][0]]
+    states = torch.stack([expected[1], expected[5]], dim=1)
+    assert any(value.numel() == states.numel() and (value.reshape(states.shape) - states).abs().max() < 1e-3 * states.abs().max() for value in found)
+
+
+def test_another_text_encoder_is_refused(pack, clip):
+    class Encoder:
+        clip = "t5xxl"
+
+    other = type("CLIP", (), {"cond_stage_model": Encoder(), "patcher": clip.patcher})()
+    with pytest.raises(ValueError, match="this CLIP is no Qwen3-VL with its vision tower; got Encoder.*flux2 drop the vision tower"):
+        pack.run("MiVEVLMFromCLIP", clip=other)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mive_core.formats.quantize import MATRIX, quantize
 from mive_core.formats.quantized import FORMATS
@@ -47,3 +48,37 @@ def test_comfyuis_quantised_layers_hold_every_format(name, pack, folder, sampled
     assert model.model_size() < (0.4 if name == "nvfp4" else 0.6) * plain.model_size()
     error = (run(model) - expected).norm() / expected.norm()
     assert 0 < error < 0.3
+
+
+@pytest.mark.parametrize(("name", "says"), [("mxfp8", "does not multiply mxfp8"), ("nvfp4", "does not multiply nvfp4"), ("int8", "")])
+def test_the_node_says_what_the_device_does_not_multiply(name, says, pack, folder, sampled):
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        quantize(DIT, path, name)
+    (text,) = pack.output("MiVELoadDiT", model=path.name).ui["text"]
+    assert says in text if says else not text
+
+
+@pytest.mark.parametrize(
+    ("name", "note", "says"),
+    [
+        ("int8", b'{"format": "mxfp8"}', "not what its note says"),
+        ("nvfp4", b'{"format": "int8_tensorwise"}', "not what its note says"),
+        ("int8", b'{"format": "q4_k"}', "this quantised format cannot be read; got q4_k"),
+        ("int8", b"{", "note on a quantised matrix is damaged"),
+    ],
+)
+def test_files_of_another_formats_name_are_refused_before_they_are_loaded(name, note, says, pack, folder):
+    whole, broken = folder / f"{name}.safetensors", folder / "broken.safetensors"
+    if not whole.exists():
+        quantize(DIT, whole, name)
+    tensors = load_file(whole)
+    tensors["blocks.3.ffn.0.comfy_quant"] = torch.tensor(list(note), dtype=torch.uint8)
+    save_file(tensors, broken, read_header(whole).metadata)
+    with pytest.raises(ValueError, match=says):
+        pack.run("MiVELoadDiT", model=broken.name)
+    data = whole.read_bytes()
+    broken.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        pack.run("MiVELoadDiT", model=broken.name)
+    broken.unlink()

@@ -212,6 +212,19 @@ def test_files_that_are_not_what_they_say_are_refused(name, part, text, says, ma
         load_dit(tmp_path / "dit.safetensors", attention=torch_attention)
 
 
+def test_a_factor_of_a_layers_input_is_part_of_the_weight(made, tmp_path):
+    """Calibrated files (AWQ) multiply a layer's input by `pre_quant_scale`; without it every number would be off."""
+    path, factors = tmp_path / "dit.safetensors", torch.rand(256) + 0.5
+    save_file({**load_file(made["int8"][0]), f"{LAYER}.pre_quant_scale": factors}, path, read_header(made["int8"][0]).metadata)
+    plain = read_dequantized(read_header(made["int8"][0]), f"{LAYER}.weight", torch.float32)
+    assert torch.allclose(read_dequantized(read_header(path), f"{LAYER}.weight", torch.float32), plain * factors)
+    x = torch.randn(4, 256)
+    for mode in ("scaled_back", "kept", "multiplied"):
+        layer = load_dit(path, attention=torch_attention, float8=mode).blocks[1].ffn[0]
+        expected = torch.nn.functional.linear(x * factors, plain, layer.bias)
+        assert (layer(x) - expected).norm() < 0.02 * expected.norm()
+
+
 def test_half_a_file_is_refused(made, tmp_path):
     data = made["nvfp4"][0].read_bytes()
     (tmp_path / "half.safetensors").write_bytes(data[: len(data) // 2])

@@ -1,5 +1,7 @@
 """A Qwen3-VL in one file: recognised by its shapes, its 8-bit weights scaled back."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from mive_core.config import PRESETS
 from mive_core.errors import UserError
+from mive_core.formats.quantized import FORMATS, rotate
 from mive_core.formats.vlm_file import IMAGE_TOKEN, VIDEO_TOKEN, VISION_END, VISION_START, config_from_shapes, read_single_file, vlm_name
 from mive_core.prompt import build_inputs
 from mive_core.types import Clip, EditRequest
@@ -81,6 +84,44 @@ def test_8_bit_weights_are_scaled_back(body, tmp_path, suffix, rows):
     for key, value in state.items():
         error = (weights[key.removeprefix("model.")] - value).norm()
         assert error <= 0.04 * value.norm() if f"{key.removesuffix('weight')}{suffix}" in packed else error == 0
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "int8", "int8_unrotated"])
+def test_what_comfyuis_users_have_besides_fp8_is_decoded(body, tmp_path, name):
+    """With all that published files hold: quantised embeddings, notes in the header, and factors of a layer's input (AWQ)."""
+    pytest.importorskip("comfy_kitchen")
+    state, packed, factor = published(body), {}, 1.5
+    form = FORMATS[name]
+    if name == "int8":  # rotated in smaller groups, which a note says
+        form = replace(
+            form, note=form.note | {"convrot_groupsize": 64}, multiples=(1, 64), encode=lambda weight: FORMATS["int8_unrotated"].encode(rotate(weight, 64))
+        )
+    for key, value in state.items():
+        layer = key.removesuffix(".weight")
+        if value.ndim == 2 and ".language_model." in key and form.fits(tuple(value.shape)):
+            packed |= {f"{layer}.{part}": stored.clone() for part, stored in form.encode(value / factor if "o_proj" in key else value).items()}
+            packed[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(form.note).encode()), dtype=torch.uint8)
+            if "o_proj" in key:
+                packed[f"{layer}.pre_quant_scale"] = torch.full((value.shape[1],), factor)
+        else:
+            packed[key] = value
+    assert name.startswith("int8") == ("model.language_model.embed_tokens.comfy_quant" in packed)  # in the others it does not fit
+    assert sum(key.endswith("comfy_quant") for key in packed) >= 6 * LAYERS
+    save_file(packed, tmp_path / "small.safetensors")
+    values, weights = read_single_file(tmp_path / "small.safetensors", torch.float32)
+    assert values["text_config"]["hidden_size"] == WIDTH and weights.keys() == {key.removeprefix("model.") for key in state}
+    limit = 0.12 if name == "nvfp4" else 0.04
+    for key, value in state.items():
+        error = (weights[key.removeprefix("model.")] - value).norm()
+        assert 0 < error <= limit * value.norm() if f"{key.removesuffix('.weight')}.comfy_quant" in packed else error == 0
+
+
+def test_an_unknown_format_is_refused_by_its_name(body, tmp_path):
+    """Such as the one of 4 and 8 bits in which Qwen3-VL-32B is published too."""
+    note = torch.tensor(list(b'{"format": "convrot_w4a8"}'), dtype=torch.uint8)
+    save_file({**published(body), "model.language_model.layers.0.mlp.up_proj.comfy_quant": note}, tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match="quantised format cannot be read; got convrot_w4a8"):
+        read_single_file(tmp_path / "odd.safetensors", torch.float32)
 
 
 @pytest.mark.parametrize(
