@@ -84,7 +84,7 @@ def measure_formats(pairs: Sequence[PairedEdit], save: Callable[[dict[str, Any]]
     edit(pipeline, prepared[0])
     hook.remove()
     plain = quality(pipeline, prepared)
-    report = {"clips": len(pairs), "plain": {"bytes": path.stat().st_size, **plain}, "single_layers": single_layers(pipeline.dit, forwards)}
+    report = {"clips": len(pairs), "plain": {"bytes": path.stat().st_size, **plain}, "single_layers": single_layers(pipeline.dit, forwards[::2])}
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         for variant in variants:
