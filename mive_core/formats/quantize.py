@@ -18,15 +18,16 @@ from .checkpoint import check_dit_shapes, read_config
 from .quantized import FORMATS, decode
 from .safetensors_file import DTYPES, FLOAT8, FileBytes, file_bytes, is_quantization_key, read_headers, read_metadata, read_tensor, resolve, stream_tensors
 
+KEPT_BLOCKS = {"nvfp4": 1}  # blocks kept at either end by default; `mive study formats` measures what each block's error makes of a forward
 ALIASES = {"fp8_scaled": "fp8"}  # earlier names
 MATRIX = re.compile(r"blocks\.(\d+)\.(self_attn\.[qkvo]|ffn\.[02])\.weight")
 NUM_ROWS = 256  # random rows on which a matrix's product is measured
 
 
-def quantize(source: str | Path, destination: str | Path, format_name: str = "fp8", keep_blocks: int = 0) -> dict:
+def quantize(source: str | Path, destination: str | Path, format_name: str = "fp8", keep_blocks: int | None = None) -> dict:
     """Quantises a MiVE DiT in 16 or 32 bits (file, folder or sharded index) to one file; returns a report.
 
-    The first and the last `keep_blocks` blocks stay as they are, and so do matrices whose sides the format cannot hold. Holds one tensor
+    The first and the last `keep_blocks` blocks (None: KEPT_BLOCKS) stay as they are, and so do matrices whose sides the format cannot hold. Holds one tensor
     at a time. The report: bytes before and after, the matrices and those of them that were kept, and for each kind of matrix the relative error of its
     weights and of its product with normal rows, the largest over the blocks (root mean square over root mean square).
     Raises UserError for other models, for a file that is quantised already, for an unknown format, and if comfy-kitchen is missing.
@@ -36,6 +37,8 @@ def quantize(source: str | Path, destination: str | Path, format_name: str = "fp
         raise UserError("unknown format", got=format_name, expected=" or ".join(FORMATS))
     path = resolve(source, "dit.safetensors")
     config = read_config(path)
+    if keep_blocks is None:
+        keep_blocks = min(KEPT_BLOCKS.get(format_name, 0), (config.num_blocks - 1) // 2)
     if keep_blocks < 0 or 2 * keep_blocks >= config.num_blocks:
         raise UserError("no block would be quantised", where="keep_blocks", got=keep_blocks, expected=f"0 to {(config.num_blocks - 1) // 2}")
     files = {key: file for file in read_headers(path) for key in file.shapes}

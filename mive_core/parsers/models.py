@@ -291,7 +291,7 @@ def add_conversions(commands) -> None:
         help="fp8: float8 with one scale per matrix; int8: rotated rows with a scale each, from Turing cards on; mxfp8 and nvfp4: scales per block, for "
         "Blackwell cards, by the package comfy-kitchen; int8_unrotated; default fp8",
     )
-    quantize.add_argument("--keep-blocks", type=integer, default=0, metavar="N", help="leave the first N and the last N blocks as they are; default 0")
+    quantize.add_argument("--keep-blocks", type=integer, metavar="N", help="leave the first N and the last N blocks as they are; default 1 for nvfp4, else 0")
 
 
 def add_merge(commands) -> None:

@@ -81,10 +81,11 @@ def measure_formats(pairs: Sequence[PairedEdit], save: Callable[[dict[str, Any]]
     prepared = [prepare(pipeline, pair) for pair in pairs]
     forwards: list[tuple[tuple, Tensor]] = []
     hook = pipeline.dit.register_forward_hook(lambda _, given, out: forwards.append((given, out)))
-    edit(pipeline, prepared[0])
+    first = prepared[0]
+    pipeline.denoise(first.latents, first.conditions[:1], schedule(pipeline.config.steps, pipeline.config.shift), 1.0, seed=0)
     hook.remove()
-    plain = quality(pipeline, prepared)
-    report = {"clips": len(pairs), "plain": {"bytes": path.stat().st_size, **plain}, "single_layers": single_layers(pipeline.dit, forwards[::2])}
+    states, plain = first.conditions[0].states, quality(pipeline, prepared)
+    report = {"clips": len(pairs), "plain": {"bytes": path.stat().st_size, **plain}, "single_layers": single_layers(pipeline.dit, forwards[::2], states)}
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:
         for variant in variants:
@@ -97,7 +98,7 @@ def measure_formats(pairs: Sequence[PairedEdit], save: Callable[[dict[str, Any]]
             figures = quality(replace(pipeline, dit=dit), prepared)
             sizes = {"bytes": written["bytes"], "share": written["bytes"] / written["bytes_before"]}
             lost = {f"lost_{name}": plain[name] - figures[name] for name in plain}
-            rows.append({**vars(variant), **sizes, "forward_error": forward_error(dit, forwards), **figures, **lost})
+            rows.append({**vars(variant), **sizes, "forward_error": forward_error(dit, forwards, states), **figures, **lost})
             save({**report, "variants": rows})
 
 
@@ -119,22 +120,23 @@ def quality(pipeline: Pipeline, prepared: Sequence[Prepared]) -> dict[str, float
     return {name: fmean(value for row in rows if (value := row[name]) is not None) for name in ("psnr_edited", "psnr_kept")}
 
 
-def forward_error(dit: MiVEDiT, forwards: Sequence[tuple[tuple, Tensor]]) -> float:
-    """Relative error of the velocity (root mean square over root mean square), mean over the forwards."""
-    return sum(float((dit(*given) - out).norm() / out.norm()) for given, out in forwards) / len(forwards)
+def forward_error(dit: MiVEDiT, forwards: Sequence[tuple[tuple, Tensor]], states: Tensor) -> float:
+    """Relative error of the velocity (root mean square over root mean square), mean over the forwards; `states` is their condition."""
+    condition = dit.embed_condition(states)
+    return fmean(float((dit(*given[:3], condition, *given[4:]) - out).norm() / out.norm()) for given, out in forwards)
 
 
-def single_layers(dit: MiVEDiT, forwards: Sequence[tuple[tuple, Tensor]]) -> dict[str, float]:
+def single_layers(dit: MiVEDiT, forwards: Sequence[tuple[tuple, Tensor]], states: Tensor) -> dict[str, float]:
     """forward_error with one part of the DiT rounded: each block, each kind of matrix over all blocks, each part outside the blocks."""
     keys = {name for name, value in dit.state_dict().items() if name.endswith(".weight") and value.ndim > 1}
     matrices = {key for key in keys if MATRIX.fullmatch(key)}
     parts = {f"block {index}": {key for key in matrices if key.startswith(f"blocks.{index}.")} for index in range(len(dit.blocks))}
     parts |= {kind: {key for key in matrices if key.endswith(f"{kind}.weight")} for kind in sorted({key.split(".", 2)[2][:-7] for key in matrices})}
     parts |= {name: {key for key in keys if key.startswith(f"{name}.")} for name in OUTSIDE}
-    return {part: rounded_error(dit, keys, forwards) for part, keys in parts.items()}
+    return {part: rounded_error(dit, keys, forwards, states) for part, keys in parts.items()}
 
 
-def rounded_error(dit: MiVEDiT, keys: set[str], forwards: Sequence[tuple[tuple, Tensor]]) -> float:
+def rounded_error(dit: MiVEDiT, keys: set[str], forwards: Sequence[tuple[tuple, Tensor]], states: Tensor) -> float:
     """forward_error with the weights `keys` rounded to SINGLE_FORMAT."""
     form, weights = FORMATS[SINGLE_FORMAT], {key: dit.get_parameter(key) for key in keys}
     before = {key: weight.clone() for key, weight in weights.items()}
@@ -142,7 +144,7 @@ def rounded_error(dit: MiVEDiT, keys: set[str], forwards: Sequence[tuple[tuple, 
         matrix = weight.flatten(1)
         rounded = decode(form.encode(matrix), form.note, torch.float32) if form.fits(tuple(matrix.shape)) else matrix
         weight.copy_(rounded.view(weight.shape))
-    error = forward_error(dit, forwards)
+    error = forward_error(dit, forwards, states)
     for key, weight in weights.items():
         weight.copy_(before[key])
     return error

@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory):
 def made(checkpoint):
     """The checkpoint in every format: name -> path and report."""
     paths = {name: checkpoint.with_name(f"{name}.safetensors") for name in FORMATS}
-    return {name: (path, quantize(checkpoint, path, name)) for name, path in paths.items()}
+    return {name: (path, quantize(checkpoint, path, name, keep_blocks=0)) for name, path in paths.items()}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -145,6 +145,8 @@ def test_where_it_cannot_be_multiplied_it_is_kept_and_says_so(made, monkeypatch)
 def test_blocks_and_matrices_that_do_not_fit_are_kept(checkpoint, random_models, tmp_path):
     report = quantize(checkpoint, tmp_path / "out.safetensors", "int8", keep_blocks=1)
     assert {key.split(".")[1] for key in report["matrices"]} == {"1"} and {key.split(".")[1] for key in report["kept"]} == {"0", "2"}
+    report = quantize(checkpoint, tmp_path / "out.safetensors", "nvfp4")  # by default the ends, which bear four bits least
+    assert {key.split(".")[1] for key in report["matrices"]} == {"1"}
     for number in (-1, 2):
         with pytest.raises(UserError, match="no block would be quantised; got"):
             quantize(checkpoint, tmp_path / "none.safetensors", "int8", keep_blocks=number)
