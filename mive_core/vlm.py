@@ -87,8 +87,13 @@ class VLM:
 
     def encode(self, inputs: VLMInputs, layers: tuple[int, ...]) -> Condition:
         """One forward pass -> states (1, K, S, D_vlm) of `layers`, resolved to 0..L. Layers after the deepest do not run."""
-        states = collect_hidden_states(self.model, inputs, layers)
+        states: dict[int, Tensor] = {}
+        self.visit(inputs, layers, lambda k, state: states.update({k: state.clone()}))
         return Condition(torch.stack([states[k] for k in layers], dim=1), tuple(layers))
+
+    def visit(self, inputs: VLMInputs, layers: tuple[int, ...], visit: Callable[[int, Tensor], None]) -> None:
+        """One forward pass that calls visit(k, state (1, S, D_vlm)) for each of `layers`, see visit_hidden_states."""
+        visit_hidden_states(self.model, inputs, layers, visit)
 
 
 class _StopForward(Exception):

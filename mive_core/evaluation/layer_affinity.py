@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..media.fit import check_frames
 from ..prompt import build_image_inputs, instruction_tokens
 from ..types import VLMInputs
-from ..vlm import VLM, visit_hidden_states
+from ..vlm import VLM
 
 PAPER = "MiVE, arXiv 2605.14664"
 PAPERS_RATIOS = {"Qwen3-VL-8B": (0.366, 0.228), "GLM-4.6V": (0.333, 0.270)}  # the paper's R_mask at the first and the last layer, on its own images
@@ -103,7 +103,7 @@ def affinities_of(vlm: VLM, inputs: VLMInputs, layers: Sequence[int], mask: Tens
         ratios = (None, None) if inside is None else (float((density * inside).sum()), float((linear_map(cosines).view(grid) * inside).sum()))
         found[k] = LayerAffinity(k, density, top_share(density), *ratios)
 
-    visit_hidden_states(vlm.model, inputs, tuple(layers), measure)
+    vlm.visit(inputs, tuple(layers), measure)
     share = None if mask is None else float(mask.float().mean())
     return LayerAffinities(vlm.name, vlm.num_layers, len(text), share, tuple(found[k] for k in layers))
 

@@ -4,6 +4,7 @@ ComfyUI's text encoder reads single images only. Its parts, the vision tower and
 of transformers' processor here, with videos and the decoder's positions of them. Activations are float32, as in ComfyUI's own encoders.
 """
 
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ...mive_core.errors import UserError
 from ...mive_core.formats.vlm_file import IMAGE_TOKEN, MERGE_SIZE, VIDEO_TOKEN, vlm_name
-from ...mive_core.types import Condition, VLMInputs
+from ...mive_core.types import VLMInputs
 from ...mive_core.vlm import VLM, build_processor
 from .vlm import QWEN_TOKENIZER, HostedVLM
 
@@ -41,23 +42,24 @@ class ClipVLM(VLM):
         """D_vlm."""
         return self.model.model.config.hidden_size
 
-    def encode(self, inputs: VLMInputs, layers: tuple[int, ...]) -> Condition:
-        """One forward pass -> states (1, K, S, D_vlm) of `layers`, numbered 0..L as in mive_core.vlm. Layers after the deepest do not run."""
+    def visit(self, inputs: VLMInputs, layers: tuple[int, ...], visit: Callable[[int, Tensor], None]) -> None:
+        """One forward pass that calls visit(k, state (1, S, D_vlm)) for each of `layers`, numbered 0..L and taken as in mive_core.vlm."""
         decoder, deepest = self.model.model, max(layers)
         embeds, deepstack, visible = self._embed(inputs)
-        states = {0: embeds.clone()} if 0 in layers else {}
+        if 0 in layers:
+            visit(0, embeds)
         if not deepest:
-            return Condition(states[0][:, None], tuple(layers))
+            return
 
-        def keep(k: int, state: Tensor) -> None:
+        def seen(k: int, state: Tensor) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             if k in layers:
-                states[k] = state.clone()  # before DeepStack's features are added to it in place
+                visit(k, state)  # DeepStack's features are added to it afterwards, in place
             if k == deepest < self.num_layers:
                 raise _StopForward
 
-        hooks = [layer.register_forward_hook(lambda _, args, out, k=k: keep(k, out[0])) for k, layer in enumerate(decoder.layers[:-1], start=1)]
-        hooks.append(decoder.norm.register_forward_hook(lambda _, args, out: keep(self.num_layers, out)))
+        hooks = [layer.register_forward_hook(lambda _, args, out, k=k: seen(k, out[0])) for k, layer in enumerate(decoder.layers[:-1], start=1)]
+        hooks.append(decoder.norm.register_forward_hook(lambda _, args, out: seen(self.num_layers, out)))
         try:
             decoder(
                 None, embeds=embeds, dtype=torch.float32, position_ids=positions(inputs).to(embeds.device), deepstack_embeds=deepstack, visual_pos_masks=visible
@@ -67,7 +69,6 @@ class ClipVLM(VLM):
         finally:
             for hook in hooks:
                 hook.remove()
-        return Condition(torch.stack([states[k] for k in layers], dim=1), tuple(layers))
 
     def _embed(self, inputs: VLMInputs) -> tuple[Tensor, list[Tensor], Tensor]:
         """-> embeddings (1, S, D_vlm) with the visual features in place, DeepStack's features by layer, (1, S) where they belong."""
@@ -80,6 +81,8 @@ class ClipVLM(VLM):
             (IMAGE_TOKEN, inputs.pixel_values, inputs.image_grid_thw),
             (VIDEO_TOKEN, inputs.pixel_values_videos, inputs.video_grid_thw),
         ):
+            if pixels is None:
+                continue
             merged, by_layer = self.model.visual(pixels.float(), grid)
             of_kind = ids[0] == token
             embeds[0, of_kind] = merged.to(embeds)
@@ -91,7 +94,7 @@ class ClipVLM(VLM):
 
 def positions(inputs: VLMInputs) -> Tensor:
     """(3, S) positions in time, height and width: text counts on, a frame's tokens share their time and begin where the text before them ends."""
-    grids = {1: inputs.image_grid_thw.tolist(), 2: inputs.video_grid_thw.tolist()}
+    grids = {1: inputs.image_grid_thw.tolist(), 2: [] if inputs.video_grid_thw is None else inputs.video_grid_thw.tolist()}
     frames = {kind: iter([(height // MERGE_SIZE, width // MERGE_SIZE) for num, height, width in rows for _ in range(num)]) for kind, rows in grids.items()}
     start, parts = 0, []
     for kind, run in groupby(inputs.mm_token_type_ids[0].tolist()):

@@ -96,6 +96,20 @@ def test_the_node_gives_the_states_of_a_loaded_vlm(pack, clip, reference, reques
         assert (states[:, :, place] - expected[k]).abs().max() <= TOLERANCE * expected[k].abs().max()
 
 
+@torch.inference_mode()
+def test_an_image_without_a_video_is_read_too(pack, clip, reference, inputs):
+    """As MiVE Layer Diagnostics reads it."""
+    from dataclasses import replace
+
+    end = int((inputs.input_ids[0] == IMAGE_TOKEN).nonzero().max()) + 2
+    alone = {name: getattr(inputs, name)[:, :end] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    image = replace(inputs, **alone, pixel_values_videos=None, video_grid_thw=None)
+    got = pack.submodule("nodes.bridge.clip").vlm_of_clip(clip).vlm.encode(image, (1, 5)).states
+    expected = collect_hidden_states(reference, image, (1, 5))
+    for place, k in enumerate((1, 5)):
+        assert (got[:, place] - expected[k]).abs().max() <= TOLERANCE * expected[k].abs().max()
+
+
 def test_another_text_encoder_is_refused(pack, clip):
     class Encoder:
         clip = "t5xxl"
