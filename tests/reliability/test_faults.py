@@ -1,5 +1,6 @@
 """Faults that are really done to the command line: killed, interrupted, a full disk, no memory, no network."""
 
+import ast
 import resource
 import shutil
 import subprocess
@@ -94,3 +95,13 @@ def test_without_a_network_nothing_asks_for_one(tmp_path):
     (tmp_path / "out").mkdir()
     run = subprocess.run(["unshare", "-rn", sys.executable, "-c", NO_NETWORK, *edit(tmp_path / "out")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_every_fault_has_its_tests():
+    sys.path.append(str(SCRIPTS))
+    from faults import FAULTS, ROOT
+
+    assert len(FAULTS) == 6
+    for path, names in (item for tests in FAULTS.values() for item in tests.items()):
+        defined = {node.name for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
+        assert not set(names) - defined, path
