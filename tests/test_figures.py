@@ -177,3 +177,39 @@ def test_every_report_holds_its_command():
     """Logs of losses and pages of pictures hold none; the table in results/README.md does."""
     for path in sorted((ROOT / "results").rglob("*.json")):
         assert report(str(path.relative_to(ROOT))).get("command"), path
+
+
+# Figures in running text: page, the words around them, their file, and what of it they are
+IN_TEXT = [
+    (
+        "docs/performance.md",
+        r"exponent (1\.\d+), against (1\.\d+) for whole clips",
+        "growth/growth_tiny.json",
+        lambda figures: [figures["growth_exponent"][way] for way in ("by_frames_in_windows", "by_frames")],
+    ),
+    ("docs/performance.md", r"memory grows by (1\.\d+) times the file's size", "speed/load_1.3b.json", lambda figures: [figures["growth_over_file"]]),
+    ("docs/training.md", r"computing takes (\d+\.\d) % of a step", "training/loading_tiny.json", lambda figures: [100 * figures["computing_share"]]),
+]
+
+
+@pytest.mark.parametrize("page, words, name, values", IN_TEXT, ids=[name for _, _, name, _ in IN_TEXT])
+def test_figures_in_running_text(page, words, name, values):
+    (found,) = re.findall(words, " ".join((ROOT / page).read_text(encoding="utf-8").split()))
+    cells = [found] if isinstance(found, str) else found
+    assert [float(cell) for cell in cells] == [round(value, len(cell.partition(".")[2])) for cell, value in zip(cells, values(report(f"results/{name}")))]
+
+
+FIGURE = re.compile(r"(?<![\w`/.])\d+(?:[.,]\d+)*(?: ?%| (?:dB|of 255|KB|MB|GB|TFLOP|seconds|hours|ms)\b)")
+SOURCE = re.compile(r"results/[\w./*-]+|`(?:mive|python|make|torchrun) [^`]+`|`(?:tests|mive_core)/[^`]+`|computed|no file holds|neither code nor report")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", CARD, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem)
+def test_every_section_with_figures_says_where_they_are_from(page):
+    """By a file, a command or the code that computes them; the page's first section may say it for all."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    first, *sections = re.split(r"(?m)^(?=##+ )", text)
+    if re.search(r"figures (below|of this page) ", first) and SOURCE.search(first):
+        return
+    for section in (first, *sections):
+        prose = "\n".join(line for line in section.splitlines() if not line.startswith(("|", "    ", "#")))
+        assert not FIGURE.search(prose) or SOURCE.search(section), f"{section.splitlines()[0]}: {FIGURE.search(prose)[0]}"
