@@ -5,7 +5,6 @@ python tests/reliability/kills.py --json results/reliability/kills.json
 
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -38,7 +37,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "mive_core" / "assets"
 OLD = b"what was there before"
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}
 PATIENCE_S = 300
-IN_A_FILE_S = 0.02  # at most, after a file of several has been begun
+MOST_TRIES = 5  # for one that is stopped before it ends
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Write:
     run: Callable[[Path], int]
     results: str  # glob
     replaces: bool = True
+    file_s: float = 0.0  # about as long as it writes one of several files
 
 
 WRITES = ("training checkpoint", "merge", "quantize", "cache", "video")
@@ -65,7 +65,7 @@ def writes(work: Path, num_blocks: int = 1, only: Sequence[str] = WRITES) -> dic
     if "training checkpoint" in only and mive(["data", "cache", *options, "--output", str(work / "cache")]):
         raise RuntimeError("the cache to train on was not made")
     small = read_clip(ASSETS / "samples" / "bigbuckbunny_33f.mp4").frames
-    clip = Clip(torch.nn.functional.interpolate(small.movedim(-1, 1), scale_factor=4).movedim(1, -1), 24.0)
+    clip = Clip(torch.nn.functional.interpolate(small.movedim(-1, 1), scale_factor=4).movedim(1, -1).repeat(3, 1, 1, 1), 24.0)
 
     def train(folder: Path) -> int:
         values = {"task": "edit", "start_from": str(ASSETS / "tiny" / "dit.safetensors"), "caches": [str(work / "cache")], "num_steps": 4}
@@ -75,10 +75,10 @@ def writes(work: Path, num_blocks: int = 1, only: Sequence[str] = WRITES) -> dic
         return mive(["train", str(recipe)])
 
     found = {
-        "training checkpoint": Write(train, "out.safetensors", replaces=False),
+        "training checkpoint": Write(train, "out.safetensors", replaces=False, file_s=0.02),
         "merge": Write(lambda folder: mive(["merge", str(base), str(lora), str(folder / "out.safetensors")]), "out.safetensors"),
         "quantize": Write(lambda folder: mive(["quantize", str(base), str(folder / "out.safetensors")]), "out.safetensors"),
-        "cache": Write(lambda folder: mive(["data", "cache", *options, "--output", str(folder)]), "*", replaces=False),
+        "cache": Write(lambda folder: mive(["data", "cache", *options, "--output", str(folder)]), "*", replaces=False, file_s=0.002),
         "video": Write(lambda folder: write_video(folder / "out.mp4", clip) and 0, "out.mp4"),
     }
     return {title: found[title] for title in only}
@@ -135,25 +135,30 @@ def make(write: Write, folder: Path) -> Path:
     return folder
 
 
-def torment(write: Write, work: Path, number: int, what: signal.Signals, moments: random.Random) -> dict:
-    """One write, stopped so many times at random moments of its writing -> what was found. Raises AssertionError where anything is lost."""
-    begin_folder = make(write, work / "clean")
-    pid = started(write, begin_folder)
-    if not begun(pid, begin_folder):
-        raise RuntimeError(f"the write ended before it began: {ended(pid)}")
+def timed(write: Write, folder: Path) -> tuple[float, dict[str, str]]:
+    """An undisturbed run -> seconds from the first file's begin to its end, and the results' digests."""
+    pid = started(write, folder)
+    assert begun(pid, folder), "the write ended before it was seen to begin"
     begin = time.monotonic()
     assert ended(pid) == 0
-    seconds, clean = time.monotonic() - begin, digests(begin_folder, write.results)
+    return time.monotonic() - begin, digests(folder, write.results)
+
+
+def torment(write: Write, work: Path, number: int, what: signal.Signals, moments: random.Random) -> dict:
+    """One write, stopped so many times at random moments of its writing -> what was found. Raises AssertionError where anything is lost."""
+    undisturbed = [timed(write, make(write, work / name)) for name in ("clean", "clean again")]
+    assert undisturbed[0][1] == undisturbed[1][1], "two undisturbed runs differ"
+    seconds, clean = min(seconds for seconds, _ in undisturbed), undisturbed[0][1]
     rows, num_stopped = [], 0
-    for index in itertools.count():
-        if num_stopped == number or index == 3 * number:
+    for index in range(MOST_TRIES * number):
+        if num_stopped == number:
             break
         folder = make(write, work / str(index))
         pid, after = started(write, folder), moments.uniform(0, seconds)
         if begun(pid, folder):
             time.sleep(after)
-            if not write.replaces and begun(pid, folder):  # of several files: in the next one
-                time.sleep(moments.uniform(0, IN_A_FILE_S))
+            if write.file_s and begun(pid, folder):  # of several files: in the next one
+                time.sleep(moments.uniform(0, write.file_s))
             os.kill(pid, what)
         code = ended(pid)
         rows.append({"after_s": round(after, 3), "code": code, "unfinished_files": len(partials(folder)), "unfinished_bytes": size(folder)})
@@ -203,6 +208,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     moments, rows = random.Random(0), []
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         found = writes(Path(name), options.blocks, options.only or WRITES)
         for title in found:
@@ -214,10 +220,9 @@ def main() -> int:
                 rows.append({"write": title, "by": kind} | torment(found[title], work, number, what, moments))
                 sys.stdout.write(f"{rows[-1]}\n")
                 sys.stdout.flush()
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(options.json) as partial:
-        report = {"command": shlex.join(["python", "tests/reliability/kills.py", *sys.argv[1:]]), "rows": rows}
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                with atomic_write(options.json) as partial:
+                    report = {"command": shlex.join(["python", "tests/reliability/kills.py", *sys.argv[1:]]), "rows": rows}
+                    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
