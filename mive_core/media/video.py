@@ -18,7 +18,7 @@ from .decode import decode_video, read_timing
 from .encode import VIDEO_SUFFIXES, Encoding, encoder
 from .fit import as_rgb, check_frames
 from .images import IMAGE_SUFFIXES, folder_frames, read_animation, read_image, write_image
-from .paths import atomic_folder, atomic_write, check_input, check_output, check_output_folder
+from .paths import atomic_folder, atomic_write, check_input, check_output, check_output_folder, remove_partials_of
 from .sound import add_sound
 
 DEFAULT_FPS = 24.0  # of a folder of frames, or of a file without a frame rate
@@ -117,6 +117,7 @@ def check_video_output(path: str | os.PathLike, encoding: Encoding = Encoding())
 
 
 def _write(path: Path, frames: Iterable[Tensor], size: tuple[int, int], fps: float, sound: Path | None, encoding: Encoding) -> Path:
+    remove_partials_of(path)
     if not path.suffix:
         with atomic_folder(path) as partial:
             for index, frame in enumerate(frames):

@@ -50,7 +50,7 @@ class Write:
     file_s: float = 0.0  # about as long as it writes one of several files
 
 
-WRITES = ("training checkpoint", "merge", "quantize", "cache", "video")
+WRITES = ("video", "cache", "quantize", "merge", "training checkpoint")
 
 
 def writes(work: Path, num_blocks: int = 1, only: Sequence[str] = WRITES) -> dict[str, Write]:
