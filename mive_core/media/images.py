@@ -5,6 +5,7 @@ F frames, H x W pixels.
 
 import os
 import re
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ DEEP_SUFFIXES = (".exr", ".dpx")  # which FFmpeg reads and PIL does not
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", *DEEP_SUFFIXES)
 EXPECTED = "PNG, JPEG, WebP, BMP, TIFF, EXR or DPX"
 ANIMATIONS = ("WEBP", "PNG")  # PIL's names of image formats that may be animated
-PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# what PIL's readers raise on damaged files
+PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, Image.DecompressionBombError)
 BITS_PER_SAMPLE, ORIENTATION = 258, 274  # TIFF's tags
 # EXIF's numbers: quarter turns against the clock, then whether it is mirrored from left to right
 ORIENTATIONS = {1: (0, False), 2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}

@@ -1,5 +1,6 @@
 """Bad files of every kind that users give: refused with a message or read, within seconds. `make fuzz` tries a hundred thousand."""
 
+import struct
 import sys
 import warnings
 from datetime import timedelta
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from mive_core.errors import UserError
 
 sys.path.append(str(Path(__file__).parent))
-from parsers import PARSERS, mutants
+from parsers import PARSERS, image, mutants
 
 EACH = 150
 
@@ -69,6 +70,7 @@ def header(text: str) -> bytes:
         ("recipe", b"task: edit\nnum_steps: !!int ''\n"),
         ("recipe", b"task: edit\nsharded: !!bool maybe\n"),
         ("recipe", b"task: edit\n1: 2\n"),
+        ("image", image("TIFF").replace(struct.pack("<HHII", 256, 4, 1, 32), struct.pack("<HHII", 255, 4, 1, 32))),  # no width
     ],
 )
 def test_what_a_hundred_thousand_found(name, data, tmp_path):
