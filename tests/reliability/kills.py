@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from tqdm import tqdm
 
 from mive_core.cli import main as mive
 from mive_core.config import PRESETS
@@ -92,6 +94,7 @@ def started(write: Write, folder: Path) -> int:
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forks, and would stay locked where one is killed with it
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
             os.dup2(nowhere.fileno(), sys.stderr.fileno())
