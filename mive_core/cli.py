@@ -28,7 +28,7 @@ first steps:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, 2 for bad input, 130 for an interrupt."""
+    """Runs one command and returns the exit code: 0, 2 for bad input and where memory runs out, 130 for an interrupt."""
     argv = sys.argv[1:] if argv is None else argv
     quiet_libraries()
     with warnings.catch_warnings():
@@ -43,10 +43,20 @@ def main(argv: list[str] | None = None) -> int:
         except UserError as error:
             _print_message("error", error)
             return 2
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _print_message("error", f"out of memory ({error or type(error).__name__}); take fewer frames, a smaller --size or --dtype bf16")
+            return 2
         except KeyboardInterrupt:
             _print_message("error", "interrupted")
             return 130
     return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of the machine or of a card. torch tells the former by its message only."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
 
 
 @contextmanager

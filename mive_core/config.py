@@ -4,8 +4,9 @@ It is stored in the safetensors metadata, so that a file describes itself.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from .errors import UserError
 
@@ -102,18 +103,39 @@ class MiVEConfig:
             )
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError("the MiVE config in the file cannot be read", where=where, got=str(error), fix="download it again") from error
         return cls.from_dict(values, where)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: object = None) -> "MiVEConfig":
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        """From what JSON holds. Raises UserError for a field that is unknown, and for a value that it cannot have."""
+        if not isinstance(values, dict):
+            raise UserError("the config is no mapping", where=where, got=type(values).__name__, fix="download the file again")
+        known = {f.name: f.type for f in fields(cls)}
+        unknown = sorted(values.keys() - known.keys())
         if unknown:
             raise UserError("the config has fields this version does not know", where=where, got=", ".join(unknown), fix="update the pack")
+        for name, value in values.items():
+            if not _is_value_of(value, known[name]):
+                raise UserError(f"the config's {name} cannot be that", where=where, got=repr(value)[:80], fix="download the file again")
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**arguments)
+        config = cls(**arguments)
+        if min(config.patch_size) < 1 or any(not -config.vlm_num_layers <= k + 1 <= config.vlm_num_layers + 1 for k in config.layers):
+            raise UserError("the config has patches or layers that cannot be", where=where, got=f"{config.patch_size}, {config.layers}")
+        return config
+
+
+def _is_value_of(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON can be a field's: a count is positive, a number is finite, a tuple is a list of whole numbers."""
+    if kind is int:
+        return type(value) is int and 0 < value < 2**31
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    if kind in (bool, str):
+        return type(value) is kind
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0 and all(type(item) is int and abs(item) < 2**31 for item in value)
+    return is_list and (... in get_args(kind) or len(value) == len(get_args(kind)))
 
 
 def latent_grid(num_frames: int, height: int, width: int) -> tuple[int, int, int]:

@@ -188,3 +188,46 @@ def test_the_formats_of_quantised_files():
         assert [size, share] == [f"{variant['bytes'] / 1e6:.1f} MB", f"{100 * variant['share']:.0f} %"]
         assert error == f"{100 * variant['forward_error']:.1f} %" and psnr == edited_and_kept(variant)
         assert lost == f"{variant['lost_psnr_edited']:.2f} / {variant['lost_psnr_kept']:.2f}"
+
+
+# Figures in running text: page, the words around them, their file, and what of it they are
+IN_TEXT = [
+    (
+        "docs/performance.md",
+        r"exponent (1\.\d+), against (1\.\d+) for whole clips",
+        "growth/growth_tiny.json",
+        lambda figures: [figures["growth_exponent"][way] for way in ("by_frames_in_windows", "by_frames")],
+    ),
+    ("docs/performance.md", r"memory grows by (1\.\d+) times the file's size", "speed/load_1.3b.json", lambda figures: [figures["growth_over_file"]]),
+    (
+        "docs/performance.md",
+        r"differs by at most (1e-06) of the range",
+        "reliability/determinism.json",
+        lambda figures: [1e-6 for row in figures["rows"] if row["stage"] == "whole edit" and 1e-7 < row["1_and_2_threads"] <= 1e-6],
+    ),
+    ("docs/training.md", r"computing takes (\d+\.\d) % of a step", "training/loading_tiny.json", lambda figures: [100 * figures["computing_share"]]),
+]
+
+
+@pytest.mark.parametrize("page, words, name, values", IN_TEXT, ids=[name for _, _, name, _ in IN_TEXT])
+def test_figures_in_running_text(page, words, name, values):
+    (found,) = re.findall(words, " ".join((ROOT / page).read_text(encoding="utf-8").split()))
+    cells = [found] if isinstance(found, str) else found
+    measured = values(report(f"results/{name}"))
+    assert [float(cell) for cell in cells] == [value if "e" in cell else round(value, len(cell.partition(".")[2])) for cell, value in zip(cells, measured)]
+
+
+FIGURE = re.compile(r"(?<![\w`/.])\d+(?:[.,]\d+)*(?: ?%| (?:dB|of 255|KB|MB|GB|TFLOP|seconds|hours|ms)\b)")
+SOURCE = re.compile(r"results/[\w./*-]+|`(?:mive|python|make|torchrun) [^`]+`|`(?:tests|mive_core)/[^`]+`|computed|no file holds|neither code nor report")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", CARD, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem)
+def test_every_section_with_figures_says_where_they_are_from(page):
+    """By a file, a command or the code that computes them; the page's first section may say it for all."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    first, *sections = re.split(r"(?m)^(?=##+ )", text)
+    if re.search(r"figures (below|of this page) ", first) and SOURCE.search(first):
+        return
+    for section in (first, *sections):
+        prose = "\n".join(line for line in section.splitlines() if not line.startswith(("|", "    ", "#")))
+        assert not FIGURE.search(prose) or SOURCE.search(section), f"{section.splitlines()[0]}: {FIGURE.search(prose)[0]}"

@@ -97,7 +97,7 @@ def init_from_wan(
             return init_tensor(key, target_shapes[key], generator)
         file, name = sources[key]
         tensor = read_dequantized(file, name, dtype).view(shapes[key])
-        check_finite(tensor, file, name)
+        check_converted(tensor, file, name)
         if key != PATCH_KEY and DTYPES.get(file.dtypes[name]) == dtype:
             return file_bytes(file, name)
         return widen_patches(tensor, config.latent_channels) if key == PATCH_KEY else tensor
@@ -202,7 +202,7 @@ def widen_patches(weight: Tensor, channels: int) -> Tensor:
     return torch.cat([weight, torch.zeros_like(weight)], dim=1)
 
 
-def check_finite(tensor: Tensor, file: TensorFile, name: str) -> None:
+def check_converted(tensor: Tensor, file: TensorFile, name: str) -> None:
     """Raises UserError if the tensor, as read from the file and converted, holds NaN or infinity."""
     if torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both extremes; testing each number takes 40 times as long
         return

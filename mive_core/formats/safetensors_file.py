@@ -135,9 +135,10 @@ def read_header(path: Path) -> TensorFile:
         file.seek(8)
         try:
             header = json.loads(file.read(header_size))
-        except ValueError as error:
+            metadata = header.pop("__metadata__", {})
+            _check_entries(header, metadata)
+        except (ValueError, RecursionError) as error:
             raise UserError("the safetensors header cannot be read", where=path, got=str(error), fix="download it again") from error
-    metadata = header.pop("__metadata__", {})
     expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if expected != size:
         raise UserError(
@@ -159,6 +160,19 @@ def read_header(path: Path) -> TensorFile:
         if header.get(key, {}).get("dtype") == "U8" and len(shapes[key]) == 2:
             shapes[key] = (shapes[key][0], 2 * shapes[key][1])  # two entries in a byte
     return TensorFile(path, shapes, {k: v["dtype"] for k, v in header.items()}, metadata, offsets)
+
+
+def _check_entries(header: dict, metadata: object) -> None:
+    """Raises ValueError unless each tensor has a dtype, a shape and a range of bytes, and the metadata is text."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata that is no text")
+    for key, entry in header.items():
+        entry = entry if isinstance(entry, dict) else {}
+        lists = [entry.get(name) for name in ("shape", "data_offsets")]
+        if not all(isinstance(items, list) and all(type(item) is int and item >= 0 for item in items) for items in lists):
+            raise ValueError(f"no shape or range of bytes of {key!r}")
+        if not isinstance(entry.get("dtype"), str) or len(entry["data_offsets"]) != 2 or entry["data_offsets"][0] > entry["data_offsets"][1]:
+            raise ValueError(f"no dtype or a range of bytes of {key!r} that cannot be")
 
 
 def shard_files(path: Path) -> list[Path]:

@@ -27,6 +27,7 @@ NUM_TIMED = 20_000  # packets whose times are looked at
 JITTER = 0.25  # share of the usual interval by which one may differ in a constant rate
 WHOLE_RATES = (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 100, 120)
 RATES = tuple(map(Fraction, WHOLE_RATES)) + tuple(Fraction(rate * 1000, 1001) for rate in (24, 30, 60))
+PULLDOWN_SHARE = 0.9  # of neighbouring intervals that sum up to five fields, in film with the flags of 2:3 pulldown
 SNAP = 0.004  # relative distance at which a measured rate is taken for one of RATES
 MATRIX_COEFFICIENTS = {True: "bt709", False: "smpte170m"}  # is HD -> swscale's name
 UNSPECIFIED = 2  # ISO/IEC 23091-2's number of an untagged matrix
@@ -39,6 +40,7 @@ class Timing:
     average: Fraction | None
     num_frames: int | None  # None: not known without decoding
     constant: Fraction | None = None
+    is_pulldown: bool = False  # film whose frames are shown for two and for three fields in turn, as DVDs have it
 
     @property
     def rate(self) -> Fraction | None:
@@ -73,11 +75,26 @@ def _read_timing(path: Path, modified: int, size: int) -> Timing:
     is_usual = np.abs(intervals - usual) <= np.maximum(JITTER * usual, 1)
     if is_usual.all() or not stream.time_base or usual <= 0:
         return timing
-    measured = 1 / (Fraction(float(intervals[is_usual].mean())) * stream.time_base)
+    pulldown = _film_interval(intervals)
+    measured = 1 / (Fraction(pulldown or float(intervals[is_usual].mean())) * stream.time_base)
     rate = min(RATES, key=lambda known: abs(known / measured - 1))
     constant = rate if abs(rate / measured - 1) < SNAP else measured.limit_denominator(1001)
     num_frames = round(float((max(times) - min(times)) * stream.time_base * constant)) + 1 if len(times) < NUM_TIMED - 1 else None
-    return Timing(average, num_frames, constant)
+    return Timing(average, num_frames, constant, pulldown is not None)
+
+
+def _film_interval(intervals: np.ndarray) -> float | None:
+    """Mean interval of frames that are shown for two and for three fields in turn (2:3 pulldown by flags, "soft telecine"), None for others."""
+    if len(intervals) < 4:
+        return None
+    pairs = intervals[:-1] + intervals[1:]
+    five_fields = float(np.median(pairs))
+    in_turn = np.abs(pairs - five_fields) <= JITTER * five_fields / 5
+    in_fields = intervals / max(five_fields / 5, 1)
+    is_film = np.minimum(np.abs(in_fields - 2), np.abs(in_fields - 3)) <= JITTER
+    if (in_turn & is_film[1:]).mean() < PULLDOWN_SHARE:
+        return None
+    return float(pairs[in_turn].mean()) / 2
 
 
 def decode_video(path: Path, what: str, num_frames: int | None) -> Iterator[np.ndarray]:
@@ -138,8 +155,11 @@ class Converter:
             chain.append(graph.add("bwdif", "mode=send_frame:deint=interlaced"))
             warnings.warn(f"{where}: interlaced, so its lines were completed from their neighbours (bwdif)", stacklevel=2)
         if timing.constant is not None:
+            if timing.is_pulldown:
+                chain.append(graph.add("setpts", "PTS-STARTPTS"))  # a frame of film is then a fifth of a frame off its time, not more
             chain.append(graph.add("fps", f"fps={timing.constant}"))
-            warnings.warn(f"{where}: its frame rate varies; read at a constant {float(timing.constant):.4g} frames a second", stacklevel=2)
+            reason = "its frame rate varies" if not timing.is_pulldown else "film in 2:3 pulldown (soft telecine)"
+            warnings.warn(f"{where}: {reason}; read at a constant {float(timing.constant):.4g} frames a second", stacklevel=2)
         width, height = square_size(stream, first)
         if (width, height) != (first.width, first.height):
             warnings.warn(f"{where}: its pixels are not square; {first.width}x{first.height} is read as {width}x{height}", stacklevel=2)

@@ -63,9 +63,13 @@ class Encoding:
             raise UserError("unknown codec", got=repr(self.codec), expected=", ".join(FORMATS))
         return FORMATS[self.codec or "h264"].suffixes[0]
 
+    def codec_of(self, path: Path) -> str:
+        """The chosen codec, or the default of a video file's suffix."""
+        return self.codec or DEFAULTS[path.suffix.lower()]
+
     def check(self, path: Path) -> VideoFormat:
         """Returns the format for a file. Raises UserError for an unknown one, one that the container does not hold, and a crf that it lacks."""
-        codec, suffix = self.codec or DEFAULTS[path.suffix.lower()], path.suffix.lower()
+        codec, suffix = self.codec_of(path), path.suffix.lower()
         if codec not in FORMATS:
             raise UserError("unknown codec", where=path, got=repr(codec), expected=", ".join(FORMATS))
         chosen = FORMATS[codec]

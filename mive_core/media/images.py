@@ -5,6 +5,7 @@ F frames, H x W pixels.
 
 import os
 import re
+import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -25,8 +26,11 @@ DEEP_SUFFIXES = (".exr", ".dpx")  # which FFmpeg reads and PIL does not
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", *DEEP_SUFFIXES)
 EXPECTED = "PNG, JPEG, WebP, BMP, TIFF, EXR or DPX"
 ANIMATIONS = ("WEBP", "PNG")  # PIL's names of image formats that may be animated
-PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-BITS_PER_SAMPLE = 258  # TIFF's tag
+# what PIL's readers raise on damaged files
+PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, Image.DecompressionBombError)
+BITS_PER_SAMPLE, ORIENTATION = 258, 274  # TIFF's tags
+# EXIF's numbers: quarter turns against the clock, then whether it is mirrored from left to right
+ORIENTATIONS = {1: (0, False), 2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True), 8: (1, False)}
 DEFAULT_DURATION = 100  # ms of an animation's frame that gives none, as browsers have it
 
 
@@ -116,8 +120,8 @@ def _read_pixels(path: Path, where: str) -> np.ndarray:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's JPEG with a second view behind the picture
                 raise UserError("holds more than one image", where=where, got=f"{image.n_frames} images", expected="one")
             check_size(image.width, image.height, where)
-            if image.format == "TIFF" and max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8 and image.mode.startswith("RGB"):
-                return _read_deep(path, where)  # PIL would keep 8 of them
+            if _is_deep(image):
+                return _upright(_read_deep(path, where), image.getexif().get(ORIENTATION, 1))  # PIL would keep 8 of the bits
             return _image_pixels(ImageOps.exif_transpose(image))
     except UserError:
         raise
@@ -127,6 +131,20 @@ def _read_pixels(path: Path, where: str) -> np.ndarray:
         raise UserError("is not an image that can be read", where=where, got=describe(path), expected=EXPECTED) from None
     except PIL_ERRORS as error:
         raise UserError(f"the image is damaged or too large ({error})", where=where, got=describe(path), fix="save it again") from None
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether an opened TIFF or PNG has more than 8 bits in a colour, of which PIL would keep 8."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8 and image.mode.startswith("RGB")  # type: ignore[attr-defined]
+    return image.format == "PNG" and not image.mode.startswith("I") and "16" in str(image.tile[0][3])  # of a single channel PIL keeps all 16
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, C) as stored -> as EXIF's orientation asks for."""
+    turns, mirrored = ORIENTATIONS.get(orientation, (0, False))
+    pixels = np.rot90(pixels, turns)
+    return np.ascontiguousarray(pixels[:, ::-1] if mirrored else pixels)
 
 
 def _image_pixels(image: Image.Image) -> np.ndarray:

@@ -1,10 +1,9 @@
 """Checks the user's paths early, and writes files and folders atomically."""
 
-import glob
 import os
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -116,19 +115,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_partials_of(path: Path) -> None:
-    """Removes what killed processes left of `atomic_write` to this very path."""
-    for leftover in path.parent.glob(f".*.partial{glob.escape(path.suffix)}"):
-        if re.fullmatch(rf"\.{re.escape(path.stem)}\.\d+\.partial{re.escape(path.suffix)}", leftover.name):
-            leftover.unlink(missing_ok=True)
+    """Removes what killed processes left of `atomic_write` and `atomic_folder` to this very path."""
+    file = rf"\.{re.escape(path.stem)}\.\d+\.partial{re.escape(path.suffix)}"
+    folder = rf"\.{re.escape(path.name)}\.\d+\.\w+\.partial"
+    _remove(path.parent, [leftover for leftover in path.parent.glob(".*.partial*") if re.fullmatch(f"{file}|{folder}", leftover.name)])
 
 
 def remove_partial_files(folder: Path) -> None:
     """Removes leftovers of `atomic_write` and `atomic_folder` in killed processes."""
-    leftovers = list(folder.glob(".*.partial*"))
+    _remove(folder, list(folder.glob(".*.partial*")))
+
+
+def _remove(folder: Path, leftovers: list[Path]) -> None:
     if leftovers:
         with _partial_folder(folder, ".leftovers.") as temporary:
             for path in leftovers:
-                os.replace(path, temporary / path.name)
+                with suppress(FileNotFoundError):  # another process has removed it
+                    os.replace(path, temporary / path.name)
 
 
 @contextmanager

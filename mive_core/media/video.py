@@ -15,10 +15,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..types import Clip
 from .decode import decode_video, read_timing
-from .encode import DEFAULTS, VIDEO_SUFFIXES, Encoding, encoder
+from .encode import VIDEO_SUFFIXES, Encoding, encoder
 from .fit import as_rgb, check_frames
 from .images import IMAGE_SUFFIXES, folder_frames, read_animation, read_image, write_image
-from .paths import atomic_folder, atomic_write, check_input, check_output, check_output_folder
+from .paths import atomic_folder, atomic_write, check_input, check_output, check_output_folder, remove_partials_of
 from .sound import add_sound
 
 DEFAULT_FPS = 24.0  # of a folder of frames, or of a file without a frame rate
@@ -79,12 +79,12 @@ def write_video(path: str | os.PathLike, clip: Clip, *, sound: Path | None = Non
     """Clip -> a file of the format that `encoding` names, by default the suffix's (see encode.DEFAULTS), written completely or not at all.
 
     A path without a suffix becomes a folder of PNG. `sound` is a source as `read_clip` takes it, whose sound the file gets, see `add_sound`.
-    Raises UserError for odd sizes, non-finite pixels and paths that cannot be written.
+    Raises UserError for odd sizes in H.264, non-finite pixels and paths that cannot be written.
     """
     path = check_video_output(path, encoding)
     frames = check_frames(clip.frames, f"output {str(path)!r}")
     height, width = frames.shape[1:3]
-    if (height % 2 or width % 2) and DEFAULTS.get(path.suffix.lower()) == "h264":
+    if (height % 2 or width % 2) and path.suffix and encoding.codec_of(path) == "h264":
         raise UserError("H.264 in yuv420p needs even sizes", where=path, got=f"{width}x{height}")
     return _write(path, frames, (width, height), clip.fps, sound, encoding)
 
@@ -117,6 +117,7 @@ def check_video_output(path: str | os.PathLike, encoding: Encoding = Encoding())
 
 
 def _write(path: Path, frames: Iterable[Tensor], size: tuple[int, int], fps: float, sound: Path | None, encoding: Encoding) -> Path:
+    remove_partials_of(path)
     if not path.suffix:
         with atomic_folder(path) as partial:
             for index, frame in enumerate(frames):

@@ -69,7 +69,7 @@ def all_finite(tensors: Iterable[Tensor], processes: ProcessGroup = ProcessGroup
     return all(processes.gather(all(bool(torch.isfinite(tensor.detach()).all()) for tensor in local)))
 
 
-def check_finite(tensors: Iterable[Tensor], step: int, processes: ProcessGroup = ProcessGroup()) -> None:
+def check_weights(tensors: Iterable[Tensor], step: int, processes: ProcessGroup = ProcessGroup()) -> None:
     """Raises NotFinite unless `all_finite`."""
     if not all_finite(tensors, processes):
         raise NotFinite("the weights are no longer finite, so they are not saved", step)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from . import checkpoints
 from .distributed import ProcessGroup, full_tensor
-from .finite import StepGuard, all_finite, check_finite
+from .finite import StepGuard, all_finite, check_weights
 from .log import Log
 from .recipe import Recipe, defaults_of, fingerprint
 from .throughput import ThroughputMeter, Workload, peak_flops
@@ -140,7 +140,7 @@ def run(
             is_time = processes.broadcast(time.monotonic() - saved_at > recipe.checkpoint_every_s) and is_taken
             if interruption or due or step == recipe.num_steps - 1 or is_time:
                 if interruption is None:
-                    check_finite(_saved(task, averages), step, processes)
+                    check_weights(_saved(task, averages), step, processes)
                 if interruption is None or all_finite(_saved(task, averages), processes):
                     checkpoints.save(folder, step, task.modules, averages, task.optimizers, recipe_fields, recipe.num_checkpoints, processes, resumed.changes)
                 saved_at = time.monotonic()
@@ -150,7 +150,7 @@ def run(
                 _validate(task, averages, validation, step, processes, log)
                 meter.restart()
     if last == recipe.num_steps:
-        check_finite(_saved(task, averages), recipe.num_steps - 1, processes)
+        check_weights(_saved(task, averages), recipe.num_steps - 1, processes)
         _swap_averages(task, averages)
         if processes.is_first or _is_sharded(task):
             task.export(Path(recipe.export))
@@ -173,7 +173,7 @@ def export_newest(task: Task, path: Path) -> int:
     """Exports the newest checkpoint of an unfinished run; returns its number of finished steps."""
     averages = _initial_averages(task)
     num_steps = _restore(task, averages, checkpoint_fields(task.recipe, ProcessGroup())).step
-    check_finite(_saved(task, averages), num_steps - 1)
+    check_weights(_saved(task, averages), num_steps - 1)
     _swap_averages(task, averages)
     task.export(path)
     return num_steps

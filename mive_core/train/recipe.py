@@ -112,7 +112,7 @@ def read_recipe(path: str | Path) -> dict:
         raise UserError("no such recipe", where=path, fix="the recipes of the embedded models are in configs/")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # its constructors raise what they meet
         raise UserError("not YAML", where=path, got=str(error)) from error
     if not isinstance(values, dict) or "task" not in values:
         raise UserError("a recipe is a mapping with the key 'task'", where=path, got=type(values).__name__)
@@ -128,7 +128,7 @@ def parse_recipe(cls: type[AnyRecipe], values: Mapping, where: object = None) ->
             raise UserError(f"the recipe has {name} and {new}, which are the same key", where=where, fix=f"keep {new}")
         warnings.warn(f"{where or 'recipe'}: the key {name} is now called {new}; the old name will be refused from version 0.3 on", stacklevel=2)
     values = rename_keys(values, known)
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(map(str, set(values) - set(known)))
     if unknown:
         raise UserError("unknown keys in the recipe", where=where, got=", ".join(unknown), expected=", ".join(known))
     missing = [name for name, field in known.items() if field.default is MISSING and name not in values]

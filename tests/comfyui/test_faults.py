@@ -1,13 +1,32 @@
 """Faults in the middle of a run: memory that gives out, numbers that are none, a user who presses Cancel. The next run is as if nothing had been."""
 
+import shutil
+import subprocess
 import sys
 import types
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 STEPS = 3
+ONE_PROMPT = """
+import sys, tempfile
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from load import FOLDERS, ROOT, prompt_of
+from serving import Server
+with tempfile.TemporaryDirectory() as base:
+    for folder in FOLDERS:
+        (Path(base) / folder).mkdir(parents=True)
+    (Path(base) / "custom_nodes" / "mive").symlink_to(ROOT, target_is_directory=True)
+    server = Server.start(Path(sys.argv[2]), Path(base))
+    try:
+        assert server.run(prompt_of(0)[0])["status"]["status_str"] == "success"
+    finally:
+        server.stop()
+"""
 
 
 def sample(pack, loaded, **changed) -> torch.Tensor:
@@ -145,3 +164,12 @@ def test_transformers_that_cannot_read_qwen3_vl(pack, monkeypatch, found):
     with pytest.raises(ValueError) as caught:
         pack.run("MiVELoadVLM", model="Qwen3-VL-random")
     assert "transformers>=4.57" in str(caught.value) and "pip install" in str(caught.value)
+
+
+def test_without_a_network_a_server_runs_the_whole_graph(comfyui):
+    """In a network namespace of its own, which holds nothing but this machine's own address."""
+    alone = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("the system lets nobody take the network away")
+    run = subprocess.run([*alone, sys.executable, "-c", ONE_PROMPT, str(Path(__file__).parent), str(comfyui)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]

@@ -30,6 +30,7 @@ def test_a_trend_is_told_from_a_jump():
     assert trend([1000 + 20 * i + (27_000 if i > 18 else 0) for i in range(40)]) < MOST_KB_A_PROMPT
     assert trend([1000 + 150 * i for i in range(40)]) > MOST_KB_A_PROMPT
     assert trend([1000 + 450 * (i // 3) for i in range(40)]) > MOST_KB_A_PROMPT  # a leak at every third prompt
+    assert trend([1000 + 150 * i + (27_000 if 10 < i < 20 else 0) for i in range(40)]) == 150  # an arena that comes and goes
 
 
 def test_a_long_row_is_summed_up_after_its_warm_up():
@@ -37,6 +38,6 @@ def test_a_long_row_is_summed_up_after_its_warm_up():
     rows = [(1000 * i, 30, 20) for i in range(LONG_WARM_UP)]
     rows += [(500_000 + 3 * i + (9000 if i >= 300 else 0), 30 + i % 2, 20) for i in range(500)]
     figures = summary(rows)
-    assert figures["prompts"] == 600 and figures["kb_a_prompt_without_the_largest_jump"] == 3.0
+    assert figures["prompts"] == 600 and figures["kb_a_prompt_without_the_largest_jumps"] == 3.0
     assert figures["kb_a_prompt"] == 3.0 + 9000 / 400  # from the middle of the first fifth to that of the last
     assert figures["threads"] == [30, 31] and figures["files"] == [20, 20]

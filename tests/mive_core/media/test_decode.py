@@ -132,6 +132,38 @@ def test_a_varying_rate_is_read_at_a_constant_one(tmp_path):
         assert shown(read_clip(path, num_frames=4)) == [0, 1, 2, 2]
 
 
+def telecined(path, num_frames: int):
+    """MPEG-2 as a DVD of a film holds it: progressive frames whose flags ask for two and for three fields in turn."""
+    options = {"flags": "+ilme+ildct", "bf": "0"}
+    write(path.with_suffix(".m2v"), counting(num_frames), "yuv420p", codec="mpeg2video", rate=Fraction(30_000, 1001), options=options)
+    data, at, picture = bytearray(path.with_suffix(".m2v").read_bytes()), 0, 0
+    while (at := data.find(b"\0\0\1\xb5", at)) >= 0:
+        at += 4
+        if data[at] >> 4 == 8:  # a picture coding extension (ISO/IEC 13818-2, 6.2.3.1)
+            top_first, repeat = ((1, 1), (0, 0), (0, 1), (1, 0))[picture % 4]
+            data[at + 3] = data[at + 3] & 0x7C | top_first << 7 | repeat << 1 | 1
+            data[at + 4] |= 0x80  # a progressive frame
+            picture += 1
+    path.with_suffix(".m2v").write_bytes(data)
+    with av.open(str(path.with_suffix(".m2v"))) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".ts"])
+@pytest.mark.parametrize("num_frames", [20, 22])
+def test_film_in_soft_telecine_is_read_at_its_own_rate(tmp_path, suffix, num_frames):
+    """Read at 30 a second, every fourth frame was there twice."""
+    path = telecined(tmp_path / f"dvd{suffix}", num_frames)
+    with pytest.warns(UserWarning, match=r"film in 2:3 pulldown \(soft telecine\); read at a constant 23.98 frames a second"):
+        clip = read_clip(path)
+    assert clip.fps == pytest.approx(24_000 / 1001) and shown(clip) == list(range(num_frames)) and read_num_frames(path) == num_frames
+
+
 def test_three_frames_at_uneven_times(tmp_path):
     path = write(tmp_path / "a.mp4", counting(3), "yuv420p", times=[0, 1000, 3000], time_base=Fraction(1, 30_000), options={"bf": "0"})
     with pytest.warns(UserWarning, match="its frame rate varies"):

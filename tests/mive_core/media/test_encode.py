@@ -89,3 +89,11 @@ def test_odd_sizes_are_written(tmp_path, clip, codec, suffix):
     odd = clip.frames[:, :-1, :-1]
     path = write_stream(tmp_path / f"a{suffix}", iter(odd), (191, 111), 24.0, encoding=Encoding(codec))
     assert read_clip(path).frames.shape == odd.shape
+
+
+def test_a_whole_clip_of_odd_size_goes_by_its_codec(tmp_path, clip):
+    """.mkv is H.264 by default, and FFV1 is not."""
+    odd = Clip((clip.frames[:, :-1, :-1] * 255).round() / 255, 24.0)
+    assert torch.equal(read_clip(write_video(tmp_path / "a.mkv", odd, encoding=Encoding("ffv1"))).frames, odd.frames)
+    with pytest.raises(UserError, match="needs even sizes; got 191x111"):
+        write_video(tmp_path / "b.mkv", odd)

@@ -1,5 +1,7 @@
 """Images and animations of the kinds that people have, each made here and read back."""
 
+import zlib
+
 import av
 import numpy as np
 import pytest
@@ -32,6 +34,33 @@ def save(path, array: np.ndarray, codec: str, pix_fmt: str):
 def test_sixteen_bits_are_read(tmp_path, suffix, codec):
     path = save(tmp_path / f"a{suffix}", (pixels() * 65535).round().astype(np.uint16), codec, "rgb48le")
     assert np.abs(read_image(path).numpy() - pixels()).max() < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["rgb48be", "rgba64be", "gray16be"])
+def test_png_keeps_sixteen_bits(tmp_path, layout):
+    """PIL reads 16 bits of red, green and blue as 8."""
+    array = (pixels() * 65535).round().astype(np.uint16)
+    array = array[..., 0] if layout == "gray16be" else np.dstack([array, np.full(array.shape[:2], 65535, np.uint16)]) if "a" in layout[3:4] else array
+    read = read_image(save(tmp_path / "a 100%d.png", array, "png", layout)).numpy()
+    assert np.abs(read - (pixels() if layout != "gray16be" else pixels()[..., :1])).max() < 1e-5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_deep_images_are_upright_too(tmp_path, orientation):
+    """As PIL turns the picture in 8 bits."""
+    array = (pixels() * 65535).round().astype(np.uint16)
+    array[:8, :20] = 0
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    eight = Image.fromarray((array >> 8).astype(np.uint8))
+    eight.save(tmp_path / "eight.png", exif=exif)
+    path = save(tmp_path / "a.png", array, "png", "rgb48be")
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    data = path.read_bytes()
+    path.write_bytes(data[:33] + (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + data[33:])
+    deep, upright = read_image(path), read_image(tmp_path / "eight.png")
+    assert deep.shape == upright.shape and (deep - upright).abs().max() < 1.01 / 255
+    assert float(deep.sum()) == pytest.approx(array.sum() / 65535, rel=1e-4)
 
 
 @pytest.mark.parametrize("suffix", [".bmp", ".tif", ".png", ".webp"])

@@ -63,6 +63,16 @@ def test_what_a_kill_left_is_removed(tmp_path):
     remove_partial_files(tmp_path)
 
 
+def test_a_video_takes_the_place_of_what_killed_runs_left_of_it(tmp_path):
+    """A killed `mive edit` left its unfinished file beside the output for ever."""
+    write(tmp_path, ".a.123.partial.mp4", "")
+    write(tmp_path, ".frames.123.ab_c1.partial/new/00000.png", "")
+    write(tmp_path, ".other.123.partial.mp4", "of another one, which may be running")
+    write_video(tmp_path / "a.mp4", Clip(torch.zeros(1, 32, 32, 3), 8.0))
+    write_video(tmp_path / "frames", Clip(torch.zeros(1, 32, 32, 3), 8.0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.123.partial.mp4", "a.mp4", "frames"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no permissions of this kind")
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_what_is_written_for_others_can_be_read_by_them(tmp_path, umask, mode):
