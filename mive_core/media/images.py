@@ -25,6 +25,7 @@ from .paths import check_input, describe
 DEEP_SUFFIXES = (".exr", ".dpx")  # which FFmpeg reads and PIL does not
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", *DEEP_SUFFIXES)
 EXPECTED = "PNG, JPEG, WebP, BMP, TIFF, EXR or DPX"
+MAX_HELD_BYTES = 2**29  # of an animation whose frames are repeated where they last longer
 ANIMATIONS = ("WEBP", "PNG")  # PIL's names of image formats that may be animated
 # what PIL's readers raise on damaged files
 PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, Image.DecompressionBombError)
@@ -72,6 +73,15 @@ def read_animation(path: Path, what: str, num_frames: int | None = None) -> tupl
     repeats = [max(round(duration / usual), 1) for duration in durations]
     if len(set(durations)) > 1:
         warnings.warn(f"{where}: its frame rate varies; read at a constant {1000 / usual:.4g} frames a second", stacklevel=3)
+    shown = sum(repeats) if num_frames is None else min(sum(repeats), num_frames)
+    if shown > len(frames) and shown * frames[0].nbytes > MAX_HELD_BYTES:
+        longest = max(durations)
+        raise UserError(
+            "a frame of the animation lasts so long that repeating it takes too much memory",
+            where=where,
+            got=f"{longest / 1000:.4g} s, where most last {usual / 1000:.4g} s",
+            fix="save it again as a video, or with a shorter duration",
+        )
     return torch.stack([frame for frame, times in zip(frames, repeats) for _ in range(times)][:num_frames]), 1000 / usual
 
 

@@ -128,6 +128,14 @@ def test_frames_of_an_animation_that_last_longer_are_repeated(tmp_path):
     assert (clip.frames[:, 0, 0, 0] * 255).round().tolist() == [0, 60, 120, 120, 120, 180]
 
 
+def test_a_frame_that_lasts_for_hours_is_refused(tmp_path):
+    images = [Image.new("RGB", (48, 32), (60 * index, 0, 0)) for index in range(3)]
+    images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], duration=[40, 40, 16_000_000], lossless=True)
+    with pytest.raises(UserError, match=r"lasts so long.*got 1.6e\+04 s, where most last 0.04 s"):
+        read_clip(tmp_path / "a.webp")
+    assert len(read_clip(tmp_path / "a.webp", num_frames=5).frames) == 5
+
+
 def test_a_phones_jpeg_with_a_second_view_is_its_first(tmp_path):
     Image.fromarray((pixels() * 255).astype(np.uint8)).save(
         tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (48, 32))], quality=95

@@ -20,6 +20,7 @@ CLASSES = {
     "dit": ("embedded.dit_task", "DiTRecipe"),
     "edit": ("train.edit_task", "EditRecipe"),
     "small_wan": ("study.small_wan", "SmallWanRecipe"),
+    "study_vlm": ("study.layers.vlm_task", "StudyVLMRecipe"),
 }
 
 
