@@ -3,6 +3,7 @@ import re
 import and how long they may be. Needs no ComfyUI."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
