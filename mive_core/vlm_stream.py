@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .formats.safetensors_file import is_quantization_key, read_dequantized, read_headers, resolve
+from .formats.quantized_file import is_quantization_key, read_dequantized
+from .formats.safetensors_file import read_headers, resolve
 from .formats.vlm_file import vlm_name
 from .vlm import VLM, WEIGHTS, check_folder, load_processor, new_model
 

@@ -16,19 +16,9 @@ from ..dit import MiVEDiT
 from ..errors import UserError
 from .float8 import MODES, Float8Linear
 from .quantized import format_name
+from .quantized_file import is_quantization_key, notes_of, read_dequantized, read_parts
 from .quantized_linear import QuantizedLinear, multiplied_where_possible
-from .safetensors_file import (
-    INDEX_SUFFIX,
-    check_finite,
-    family_of,
-    is_quantization_key,
-    notes_of,
-    read_dequantized,
-    read_headers,
-    read_parts,
-    resolve,
-    write_tensors,
-)
+from .safetensors_file import INDEX_SUFFIX, check_finite, family_of, read_headers, resolve, write_tensors
 from .untrained import describe_untrained, untrained_parts
 
 # key parts of the shared layers: Wan's, which are also ours -> those of diffusers' WanTransformer3DModel

@@ -19,20 +19,8 @@ from ..errors import UserError
 from ..layers import parse_layers
 from ..media.paths import check_input
 from .checkpoint import WAN_TO_DIFFUSERS, check_shapes, rename_keys, state_dict_shapes
-from .safetensors_file import (
-    DTYPES,
-    WAN_FAMILY,
-    WAN_I2V_FAMILY,
-    FileBytes,
-    TensorFile,
-    family_of,
-    file_bytes,
-    is_quantization_key,
-    read_dequantized,
-    read_headers,
-    resolve,
-    stream_tensors,
-)
+from .quantized_file import is_quantization_key, read_dequantized
+from .safetensors_file import DTYPES, WAN_FAMILY, WAN_I2V_FAMILY, FileBytes, TensorFile, family_of, file_bytes, read_headers, resolve, stream_tensors
 from .untrained import PATCH_KEY, untrained_metadata
 from .vlm_file import read_folder_shape, vlm_name
 

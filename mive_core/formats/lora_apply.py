@@ -14,7 +14,7 @@ from ..errors import UserError
 from .float8 import Float8Linear
 from .lora_file import LoRAFile, read_lora
 from .lora_fit import Fit, check_base, fit_lora
-from .safetensors_file import is_quantization_key
+from .quantized_file import is_quantization_key
 
 
 @dataclass(frozen=True)

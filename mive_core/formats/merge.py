@@ -13,20 +13,8 @@ from .checkpoint import check_dit_shapes, read_config
 from .lora_apply import changed_parameters, find_loras
 from .quantize import MATRIX, QuantizedLayer
 from .quantized import FORMATS, format_name
-from .safetensors_file import (
-    DTYPES,
-    FLOAT8,
-    FileBytes,
-    TensorFile,
-    file_bytes,
-    is_quantization_key,
-    notes_of,
-    read_dequantized,
-    read_headers,
-    read_metadata,
-    resolve,
-    stream_tensors,
-)
+from .quantized_file import is_quantization_key, notes_of, read_dequantized
+from .safetensors_file import DTYPES, FLOAT8, FileBytes, TensorFile, file_bytes, read_headers, read_metadata, resolve, stream_tensors
 from .untrained import UNTRAINED_KEY, still_untrained, untrained_metadata, untrained_parts
 
 MERGED_KEY = "mive.merged"  # in a checkpoint's metadata: JSON, the name and the strength of each LoRA that is in it

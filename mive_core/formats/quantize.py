@@ -16,7 +16,8 @@ from ..errors import UserError
 from . import gguf_file
 from .checkpoint import check_dit_shapes, read_config
 from .quantized import FORMATS, decode
-from .safetensors_file import DTYPES, FLOAT8, FileBytes, file_bytes, is_quantization_key, read_headers, read_metadata, read_tensor, resolve, stream_tensors
+from .quantized_file import is_quantization_key
+from .safetensors_file import DTYPES, FLOAT8, FileBytes, file_bytes, read_headers, read_metadata, read_tensor, resolve, stream_tensors
 
 KEPT_BLOCKS = {"nvfp4": 1}  # blocks kept at either end by default; `mive study formats` measures what each block's error makes of a forward
 ALIASES = {"fp8_scaled": "fp8"}  # earlier names

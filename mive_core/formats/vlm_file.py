@@ -13,7 +13,8 @@ from torch import Tensor
 from ..config import VLM_SIZES
 from ..errors import UserError
 from ..media.paths import check_input
-from .safetensors_file import VLM_FAMILY, is_quantization_key, read_dequantized, read_header
+from .quantized_file import is_quantization_key, read_dequantized
+from .safetensors_file import VLM_FAMILY, read_header
 
 # the same in every published Qwen3-VL
 IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END = 151655, 151656, 151652, 151653

@@ -19,8 +19,9 @@ from ...mive_core.config import METADATA_PREFIX
 from ...mive_core.errors import UserError
 from ...mive_core.formats.checkpoint import check_dit_shapes
 from ...mive_core.formats.quantized import format_name
+from ...mive_core.formats.quantized_file import notes_of
 from ...mive_core.formats.quantized_linear import can_multiply
-from ...mive_core.formats.safetensors_file import notes_of, read_header
+from ...mive_core.formats.safetensors_file import read_header
 from ...mive_core.formats.untrained import untrained_parts
 from .lora import HostedDynamicPatcher, HostedPatcher
 from .metadata import config_of

@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from mive_core.formats.quantize import MATRIX, quantize
 from mive_core.formats.quantized import FORMATS
-from mive_core.formats.safetensors_file import read_dequantized, read_header
+from mive_core.formats.quantized_file import read_dequantized
+from mive_core.formats.safetensors_file import read_header
 from mive_core.pipeline import EMBEDDED
 
 COMFY_NAMES = {"fp8": "float8_e4m3fn", "mxfp8": "mxfp8", "nvfp4": "nvfp4", "int8": "int8_tensorwise", "int8_unrotated": "int8_tensorwise"}

@@ -20,8 +20,9 @@ from mive_core.formats.checkpoint import load_dit, save_dit
 from mive_core.formats.merge import merge
 from mive_core.formats.quantize import MATRIX, quantize
 from mive_core.formats.quantized import FORMATS, decode, hadamard
+from mive_core.formats.quantized_file import note_of, notes_of, read_dequantized
 from mive_core.formats.quantized_linear import QuantizedLinear, can_multiply
-from mive_core.formats.safetensors_file import note_of, notes_of, read_dequantized, read_header
+from mive_core.formats.safetensors_file import read_header
 
 PRODUCT_ERROR = {"fp8": 0.04, "mxfp8": 0.04, "nvfp4": 0.12, "int8": 0.01, "int8_unrotated": 0.01}  # of normal weights and inputs
 CONFIG = replace(PRESETS["tiny"], num_blocks=3)
