@@ -31,7 +31,8 @@ def merge(base: str | Path, loras: Sequence[tuple[str | Path, float]], destinati
         raise UserError("unknown data type", where="dtype", got=storage, expected=" or ".join(STORAGES))
     path, destination = resolve(base, "dit.safetensors"), Path(destination)
     config = read_config(path)
-    files = {key: file for file in read_headers(path) for key in file.shapes}
+    headers = read_headers(path)
+    files = {key: file for file in headers for key in file.shapes}
     shapes = {key: file.shapes[key] for key, file in files.items() if not is_quantization_key(key)}
     check_dit_shapes(path, shapes, config)
     found = find_loras(loras, shapes, config, path.name)
@@ -44,7 +45,7 @@ def merge(base: str | Path, loras: Sequence[tuple[str | Path, float]], destinati
             warnings.warn(f"{lora.path.name}: {lora.fit}", stacklevel=2)
 
     dtypes = {key: dtype_of(files[key], key, storage) for key in shapes}
-    formats = {key: format_name(note) for key, note in notes_of(read_headers(path)).items()} if storage is None else {}
+    formats = {key: format_name(note) for key, note in notes_of(headers).items()} if storage is None else {}
     formats |= {key: "fp8" for key, dtype in dtypes.items() if dtype == torch.float8_e4m3fn and key not in formats}
     layers = {key: QuantizedLayer(key, shapes[key], name) for key, name in formats.items() if MATRIX.fullmatch(key) and FORMATS[name].fits(shapes[key])}
     layout = {name: entry for key in shapes for name, entry in (layers[key].layout if key in layers else {key: (dtypes[key], shapes[key])}).items()}

@@ -64,7 +64,7 @@ def decode(parts: Mapping[str, Tensor], note: Mapping[str, Any], dtype: torch.dt
 
 
 def rotate(weight: Tensor, group: int) -> Tensor:
-    """Multiplies each `group` of columns by a Hadamard matrix; symmetric and orthogonal, it is its own inverse."""
+    """(O, I) -> (O, I): multiplies each `group` of columns by a Hadamard matrix; symmetric and orthogonal, it is its own inverse."""
     return (weight.unflatten(1, (-1, group)) @ hadamard(group).to(weight)).flatten(1)
 
 
@@ -101,7 +101,8 @@ def _fp8(weight: Tensor) -> dict[str, Tensor]:
     return {"weight": quantised, "weight_scale": scale}
 
 
-def _int8(weight: Tensor) -> dict[str, Tensor]:
+def to_int8(weight: Tensor) -> dict[str, Tensor]:
+    """Rounds each row of float32 (O, I) to int8, with a scale of its own."""
     scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
 
@@ -138,8 +139,8 @@ FORMATS = {
         lambda o, i: {"weight": (torch.uint8, (o, i // 2)), "weight_scale": (torch.float8_e4m3fn, _tiled(o, i // 16)), "weight_scale_2": (torch.float32, ())},
         _nvfp4,
     ),
-    "int8": Format(INT8 | {"convrot": True, "convrot_groupsize": GROUP}, (1, GROUP), _row_scaled, lambda weight: _int8(rotate(weight, GROUP))),
-    "int8_unrotated": Format(INT8, (1, 1), _row_scaled, _int8),
+    "int8": Format(INT8 | {"convrot": True, "convrot_groupsize": GROUP}, (1, GROUP), _row_scaled, lambda weight: to_int8(rotate(weight, GROUP))),
+    "int8_unrotated": Format(INT8, (1, 1), _row_scaled, to_int8),
 }
 FLOATS = {"F32", "BF16", "F16"}
 STORED = {  # ComfyUI's name of a layout -> the dtypes, as files spell them, of a weight and its scales

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .quantized import INPUT_FACTOR, decode, format_name, hadamard, rotation_group
+from .quantized import INPUT_FACTOR, decode, format_name, rotate, rotation_group, to_int8
 
 # compute capability from which an NVIDIA card multiplies a format
 MIN_CAPABILITY = {"fp8": (8, 9), "int8": (7, 5), "int8_unrotated": (7, 5), "mxfp8": (10, 0), "nvfp4": (10, 0)}
@@ -43,13 +43,12 @@ class QuantizedLinear(nn.Module):
         if INPUT_FACTOR in self.names:
             rows = rows * self.pre_quant_scale.to(rows)
         if self.note.get("convrot"):
-            group = rotation_group(self.note)
-            rows = (rows.unflatten(1, (-1, group)) @ hadamard(group).to(rows)).flatten(1)
+            rows = rotate(rows, rotation_group(self.note))
         num_rows = len(rows)
         rows = F.pad(rows, (0, 0, 0, max(MIN_ROWS - num_rows, 0)))
-        scale = rows.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / 127
-        product = torch._int_mm((rows.float() / scale).round().to(torch.int8), self.weight.T)[:num_rows]
-        return (product.float() * scale[:num_rows] * self.weight_scale.float().view(1, -1)).to(rows.dtype)
+        rounded = to_int8(rows.float())
+        product = torch._int_mm(rounded["weight"], self.weight.T)[:num_rows]
+        return (product.float() * rounded["weight_scale"][:num_rows] * self.weight_scale.float().view(1, -1)).to(rows.dtype)
 
 
 def can_multiply(name: str, device: torch.device | str) -> bool:

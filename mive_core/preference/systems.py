@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.folder import abbreviate
 from ..data.manifest import ManifestEntry
 from ..errors import UserError
 from ..evaluation.before import EDITED, REPORT
 from ..media.encode import VIDEO_SUFFIXES
 from ..media.paths import check_input, numbered_name
-
-MAX_NAMED = 3  # clips in a message
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def read_systems(folders: Sequence[tuple[str, str]], entries: Sequence[ManifestE
         entry.check()
     found = {name: _find_videos(check_input(folder, f"system {name}"), entries) for name, folder in folders}
     missing = {name: [_title(index, entry) for index, entry in enumerate(entries) if videos[index] is None] for name, videos in found.items()}
-    lacking = [f"{name} lacks {len(titles)} of {len(entries)} ({_abbreviate(titles)})" for name, titles in missing.items() if titles]
+    lacking = [f"{name} lacks {len(titles)} of {len(entries)} ({abbreviate(titles)})" for name, titles in missing.items() if titles]
     if lacking:
         raise UserError("every system needs every clip", got="; ".join(lacking), fix="edit these, or leave their rows out of the manifest")
     return [System(name, tuple(path for path in videos if path is not None)) for name, videos in found.items()]
@@ -81,7 +80,3 @@ def _is_video(path: Path) -> bool:
 
 def _title(index: int, entry: ManifestEntry) -> str:
     return entry.name or f"row {index + 1}"
-
-
-def _abbreviate(names: Sequence[str]) -> str:
-    return ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
