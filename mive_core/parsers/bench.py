@@ -17,14 +17,11 @@ from ..commands.bench import (
 from ..commands.study import run_study_formats, run_study_from_wan, run_study_layers
 from ..config import VLM_SIZES
 from .options import BLOCKS_HELP, CARD_NAMES, DTYPES, FOLDER_HELP, PRESET_NAMES, add_fit, add_float8, add_machine, add_sampling
-from .parser import Parser, add_command, positive_float, positive_int, sentence, size, text
+from .parser import Parser, add_command, add_group, positive_float, positive_int, size, text
 
 
 def add_bench(commands) -> None:
-    summary = "measure speed and memory"
-    bench = commands.add_parser("bench", help=summary, description=sentence(summary, "Each benchmark prints JSON.")).add_subparsers(
-        required=True, title="benchmarks", metavar="WHAT", parser_class=Parser
-    )
+    bench = add_group(commands, "bench", "measure speed and memory", "benchmarks", "Each benchmark prints JSON.")
     dit = add_command(
         bench,
         "dit",
@@ -156,10 +153,7 @@ def add_stage(parser: Parser) -> None:
 
 
 def add_study(commands, main: Callable[[list[str]], int]) -> None:
-    summary = "run a whole experiment"
-    study = commands.add_parser("study", help=summary, description=sentence(summary)).add_subparsers(
-        required=True, title="studies", metavar="WHAT", parser_class=Parser
-    )
+    study = add_group(commands, "study", "run a whole experiment", "studies")
     from_wan = add_command(
         study,
         "from-wan",
@@ -169,10 +163,8 @@ def add_study(commands, main: Callable[[list[str]], int]) -> None:
     )
     from_wan.set_defaults(main=main)
     from_wan.add_argument("--output", required=True, type=text, metavar="DIR", help="folder for the report: JSON, curves and strips")
-    from_wan.add_argument("--work", required=True, type=text, metavar="DIR", help="folder for everything else; what is there is not made again")
+    add_runs(from_wan, "lora")
     from_wan.add_argument("--wan", type=text, metavar="DIR", help="diffusers folder of a small Wan; default: it is trained first")
-    from_wan.add_argument("--arm", action="append", default=[], type=text, metavar="NAME", help="only this arm, such as lora; can be repeated")
-    from_wan.add_argument("--seed", action="append", type=int, metavar="N", help="only this seed; can be repeated")
     from_wan.add_argument("--steps", type=positive_int, metavar="N", help="number of training steps of every arm; default 400")
     layers = add_command(
         study,
@@ -182,10 +174,8 @@ def add_study(commands, main: Callable[[list[str]], int]) -> None:
         "Trains a VLM by next-token prediction alone, then a small DiT on the states of each arm's layers. Takes hours on a CPU; an interrupted study resumes.",
     )
     layers.add_argument("--output", required=True, type=text, metavar="DIR", help="folder for the report: JSON, table, figure, strips and the VLM")
-    layers.add_argument("--work", required=True, type=text, metavar="DIR", help="folder for everything else; what is there is not made again")
+    add_runs(layers, "first_last")
     layers.add_argument("--vlm", type=text, metavar="DIR", help="folder of the study's VLM; default: it is trained first")
-    layers.add_argument("--arm", action="append", default=[], type=text, metavar="NAME", help="only this arm, such as first_last; can be repeated")
-    layers.add_argument("--seed", action="append", type=int, metavar="N", help="only this seed; can be repeated")
     layers.add_argument("--hours", type=positive_float, metavar="H", help="after so many hours, each process's counted, no further run begins; default 8")
     layers.add_argument("--processes", type=positive_int, default=1, metavar="N", help="number of runs at once, each on one CPU thread; default 1")
     layers.add_argument("--steps", type=positive_int, metavar="N", help="number of training steps of every run; default 1500")
@@ -201,3 +191,10 @@ def add_study(commands, main: Callable[[list[str]], int]) -> None:
     formats.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl", help="pairs with a target")
     formats.add_argument("--num", type=positive_int, default=8, metavar="N", help="number of pairs, the first of the manifest; default 8")
     formats.add_argument("--json", "--output", dest="output", required=True, type=text, metavar="FILE.json", help="report to write")
+
+
+def add_runs(study: Parser, example: str) -> None:
+    """Adds the work folder of a study that trains, and the choice of its runs."""
+    study.add_argument("--work", required=True, type=text, metavar="DIR", help="folder for everything else; what is there is not made again")
+    study.add_argument("--arm", action="append", default=[], type=text, metavar="NAME", help=f"only this arm, such as {example}; can be repeated")
+    study.add_argument("--seed", action="append", type=int, metavar="N", help="only this seed; can be repeated")

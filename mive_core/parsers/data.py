@@ -14,14 +14,11 @@ from ..commands.data import (
     run_data_synth,
 )
 from .options import add_device, add_drawn, add_executor, add_fit
-from .parser import Parser, add_command, bucket, finite_float, integer, positive_int, sentence, size, text
+from .parser import add_command, add_group, bucket, finite_float, integer, positive_int, size, text
 
 
 def add_data(commands) -> None:
-    summary = "make, rate and encode pairs of clips (before and after an edit) for training and evaluation"
-    data = commands.add_parser("data", help=summary, description=sentence(summary)).add_subparsers(
-        required=True, title="commands", metavar="WHAT", parser_class=Parser
-    )
+    data = add_group(commands, "data", "make, rate and encode pairs of clips (before and after an edit) for training and evaluation", "commands")
     add_published(data)
     add_score(data)
     add_compose(data)

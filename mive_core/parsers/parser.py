@@ -51,6 +51,12 @@ def add_command(commands, name: str, run, summary: str, details: str = "") -> Pa
     return parser
 
 
+def add_group(commands, name: str, summary: str, title: str, details: str = ""):
+    """Adds a command that has commands of its own, under that title in its --help -> what these are added to."""
+    parser = commands.add_parser(name, help=summary, description=sentence(summary, details))
+    return parser.add_subparsers(required=True, title=title, metavar="WHAT", parser_class=Parser)
+
+
 def sentence(summary: str, details: str = "") -> str:
     return f"{summary[0].upper()}{summary[1:]}. {details}".strip()
 

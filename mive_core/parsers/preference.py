@@ -3,14 +3,11 @@
 from pathlib import Path
 
 from ..commands.preference import run_preference_make, run_preference_report
-from .parser import Parser, add_command, integer, positive_float, positive_int, sentence, text
+from .parser import add_command, add_group, integer, positive_float, positive_int, text
 
 
 def add_preference(commands) -> None:
-    summary = "let people compare edits blindly"
-    preference = commands.add_parser("preference", help=summary, description=sentence(summary)).add_subparsers(
-        required=True, title="steps", metavar="WHAT", parser_class=Parser
-    )
+    preference = add_group(commands, "preference", "let people compare edits blindly", "steps")
     make = add_command(
         preference,
         "make",
