@@ -88,10 +88,15 @@ class Shard:
 
     def is_written(self) -> bool:
         """Whether the file exists with this fingerprint."""
-        if not self.path.is_file():
-            return False
-        with safe_open(self.path, framework="pt") as file:
-            return (file.metadata() or {}).get("fingerprint") == self.fingerprint
+        return is_current(self.path, self.fingerprint)
+
+
+def is_current(path: Path, fingerprint: str) -> bool:
+    """Whether a file of features exists with this fingerprint."""
+    if not path.is_file():
+        return False
+    with safe_open(str(path), framework="pt") as file:
+        return (file.metadata() or {}).get("fingerprint") == fingerprint
 
 
 def shards_of(bucket: Bucket, *, vae: str, vlm: str, config: MiVEConfig, seed: int, folder: str, objects: bool = False) -> list[Shard]:

@@ -1,6 +1,5 @@
 """Task vlm: trains the tiny Qwen3-VL to classify and localise edits. It is then frozen and provides hidden states for the DiT."""
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..formats.safetensors_file import write_tensors
 from ..train.loop import Task
+from ..train.optim import warmup_cosine
 from ..train.recipe import Recipe, parse_recipe
 from ..types import VLMInputs
 from ..vlm import VLM, WEIGHTS, collect_hidden_states, load_processor, new_model
@@ -120,10 +120,8 @@ class VLMTask(Task):
 
     def lr_factor(self, step: int) -> float:
         """Linear warmup, then a cosine decay to final_learning_rate_ratio."""
-        if step < self.recipe.num_warmup_steps:
-            return (step + 1) / self.recipe.num_warmup_steps
-        progress = (step - self.recipe.num_warmup_steps) / (self.recipe.num_steps - self.recipe.num_warmup_steps)
-        return self.recipe.final_learning_rate_ratio + (1 - self.recipe.final_learning_rate_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        recipe = self.recipe
+        return warmup_cosine(step, recipe.num_steps, recipe.num_warmup_steps, recipe.final_learning_rate_ratio)
 
     def loss(self, step: int, batch: VLMBatch, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns the losses of vlm_examples.losses and, as 'said', that of instructions without pictures."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..embedded.features import is_current
 from ..embedded.synthetic.background import Backdrop
 from ..embedded.synthetic.labels import PLACES, RGB
 from ..embedded.synthetic.random_scenes import clip_times, draw_scene
@@ -128,14 +129,6 @@ class CaptionedClips(Dataset):
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         chosen = torch.randint(len(self.latents), (self.batch_size,), generator=generator)
         return CaptionedLatents(self.latents[chosen].float(), self.states[chosen].float())
-
-
-def is_current(path: Path, fingerprint: str) -> bool:
-    """Whether the clips' file exists with this fingerprint."""
-    if not path.is_file():
-        return False
-    with safe_open(str(path), framework="pt") as file:
-        return (file.metadata() or {}).get("fingerprint") == fingerprint
 
 
 @torch.inference_mode()

@@ -1,9 +1,10 @@
-"""Optimizers that torch lacks: Muon, and torchao's AdamW with 8-bit moments.
+"""Optimizers that torch lacks: Muon, and torchao's AdamW with 8-bit moments; and a schedule of learning rates.
 
 Muon orthogonalises the momentum of each weight matrix, so that all singular values of an update are nearly equal. Convolution weights
 are flattened to (out, in * taps). Each step moves a weight by a fixed fraction of its own norm, so one learning rate fits layers of all sizes.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -85,3 +86,11 @@ def unflatten_8bit(name: str, parts: dict[str, Tensor]) -> Tensor:
     from torchao.optim.subclass_8bit import OptimState8bit
 
     return OptimState8bit(**parts, signed=name == "exp_avg", dtype=torch.float32)
+
+
+def warmup_cosine(step: int, num_steps: int, num_warmup_steps: int, final_ratio: float) -> float:
+    """The factor on a learning rate: linear warmup, then a cosine decay to `final_ratio`."""
+    if step < num_warmup_steps:
+        return (step + 1) / num_warmup_steps
+    progress = (step - num_warmup_steps) / (num_steps - num_warmup_steps)
+    return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

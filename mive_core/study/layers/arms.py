@@ -76,14 +76,17 @@ def arm_states(arm: Arm, clip: Mapping[str, Tensor]) -> Tensor:
 
 def with_other_clips(arm: Arm, states: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
     """Gives each clip the states of the next one with a prompt of as many tokens, if the arm asks for that."""
-    if arm.tokens != "other":
-        return list(states)
-    given = list(states)
+    return [states[j] for j in next_alike(lengths)] if arm.tokens == "other" else list(states)
+
+
+def next_alike(lengths: Sequence[int]) -> list[int]:
+    """For each clip the number of the next one of the same length, after the last the first; its own if there is no other."""
+    others = list(range(len(lengths)))
     for length in set(lengths):
         alike = [i for i, other in enumerate(lengths) if other == length]
         for i, j in zip(alike, alike[1:] + alike[:1]):
-            given[i] = states[j]
-    return given
+            others[i] = j
+    return others
 
 
 class LearnedWeights(nn.Module):

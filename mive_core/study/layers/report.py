@@ -1,13 +1,12 @@
 """The report of the layer study: study.json, one table, one figure and strips of what the arms draw. Raw edits only."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ...embedded.vae_network import read_whole_clip_vae
@@ -20,8 +19,9 @@ from ...formats.safetensors_file import read_tensors
 from ...media.paths import atomic_write
 from ...pipeline import EMBEDDED
 from ...preference.statistics import holm
+from ..report import to_bytes
 from .arms import ARMS, PAPER, Arm
-from .outcomes import WHAT, WHERE, Truth, decoded, measure
+from .outcomes import WHAT, WHERE, Classifier, Truth, decoded, measure
 from .sampling import AS_GIVEN, REPLACED
 from .statistics import Difference, answer, interval, paired_bootstrap, standardised_loss
 from .study import LayerStudy, run_name, runs_of
@@ -40,7 +40,7 @@ class Results:
     """The outcomes of all finished runs, measured once each and kept in the work folder."""
 
     def __init__(self, study: LayerStudy):
-        self.study = study
+        self.study, self.known = study, dict[Path, list[dict[str, Any]]]()
         self.finished = [run for run in runs_of(()) if study.samples(*run).exists()]
 
     @cached_property
@@ -51,27 +51,31 @@ class Results:
     def vae(self):
         return read_whole_clip_vae(EMBEDDED["tiny"] / "vae.safetensors")
 
+    @cached_property
+    def classifier(self) -> Classifier:
+        return self.study.classifier()
+
+    def measured(self, path: Path, edited: Callable[[], Sequence[Tensor]]) -> list[dict[str, Any]]:
+        """The outcomes of each held-out clip, from the file; if it is not there, of the clips that `edited` returns, which then go into it."""
+        if path not in self.known:
+            if not path.exists():
+                write_json(path, {"clips": measure(edited(), self.truths, self.classifier)})
+            self.known[path] = json.loads(path.read_text(encoding="utf-8"))["clips"]
+        return self.known[path]
+
     def rows(self, name: str, seed: int, condition: str = AS_GIVEN) -> list[dict[str, Any]]:
-        """The outcomes of each held-out clip in one run."""
-        path = self.study.samples(name, seed).with_name(f"outcomes_{condition.replace(' ', '_').replace(chr(39), '')}.json")
-        if not path.exists():
-            latents = read_tensors(self.study.samples(name, seed))[condition]
-            write_json(path, {"clips": measure(decoded(self.vae, latents), self.truths, self.study.classifier())})
-        return json.loads(path.read_text(encoding="utf-8"))["clips"]
+        """The outcomes of one run."""
+        samples = self.study.samples(name, seed)
+        path = samples.with_name(f"outcomes_{condition.replace(' ', '_').replace(chr(39), '')}.json")
+        return self.measured(path, lambda: decoded(self.vae, read_tensors(samples)[condition]))
 
     def ceiling(self) -> list[dict[str, Any]]:
         """The outcomes of the true edits after the VAE."""
-        path = self.study.work / "ceiling.json"
-        if not path.exists():
-            write_json(path, {"clips": measure([truth.ceiling for truth in self.truths], self.truths, self.study.classifier())})
-        return json.loads(path.read_text(encoding="utf-8"))["clips"]
+        return self.measured(self.study.work / "ceiling.json", lambda: [truth.ceiling for truth in self.truths])
 
     def unedited(self) -> list[dict[str, Any]]:
         """The outcomes of the source after the VAE, as if nothing were edited."""
-        path = self.study.work / "unedited.json"
-        if not path.exists():
-            write_json(path, {"clips": measure([truth.source for truth in self.truths], self.truths, self.study.classifier())})
-        return json.loads(path.read_text(encoding="utf-8"))["clips"]
+        return self.measured(self.study.work / "unedited.json", lambda: [truth.source for truth in self.truths])
 
     def arm(self, name: str, outcome: str, kind: str | None = None, condition: str = AS_GIVEN) -> np.ndarray:
         """An outcome of an arm's finished runs, (seeds, clips of the kind)."""
@@ -269,8 +273,3 @@ def write_strips(results: Results, path: Path) -> None:
 def short(arm: Arm) -> str:
     """An arm's title as short as a strip's margin."""
     return {"no VLM tokens": "no tokens", "[1, -1], text tokens only": "text only", "mean of all, layer-normalised": "mean"}.get(arm.title, arm.title)
-
-
-def to_bytes(frames: Tensor) -> np.ndarray:
-    """(..., 3) in 0..1 -> uint8."""
-    return (frames.clamp(0, 1) * 255).round().to(torch.uint8).numpy()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...attention import get_attention, torch_attention
+from ...attention import get_attention
 from ...dit import MiVEDiT
 from ...evaluation.attention_share import layer_shares, record_attention, rows_of
 from ...evaluation.evaluate import write_json
@@ -15,7 +15,7 @@ from ...flow import euler, schedule
 from ...formats.safetensors_file import write_tensors
 from ...train.loop import step_seed
 from ...train.objective import EditFeatures
-from .arms import ARMS
+from .arms import ARMS, next_alike
 from .dit_task import DIT, load_dit, read_arm_clips
 from .states import read_clips
 
@@ -35,10 +35,8 @@ def replaced_states(states: Sequence[Tensor], types: Sequence[Tensor], stack: in
     """
     if how == "by another clip's":
         given = [state.clone() for state in states]
-        for length in {len(one) for one in types}:
-            alike = [i for i, one in enumerate(types) if len(one) == length]
-            for i, j in zip(alike, alike[1:] + alike[:1]):
-                given[i][stack] = states[j][stack]
+        for state, j in zip(given, next_alike([len(one) for one in types])):
+            state[stack] = states[j][stack]
         return given
     pictures = torch.stack([state[stack].float()[kind > 0] for state, kind in zip(states, types)]).mean(dim=0)
     words = torch.cat([state[stack].float()[kind == 0] for state, kind in zip(states, types)]).mean(dim=0)
@@ -87,7 +85,7 @@ def write_samples(arm_name: str, weights: Path, heldout: Sequence[Path], path: P
             states = replaced_states([clip.states for clip in clips], types, stack, how)
             made[name] = sample_clips(model, [with_states(clip, given) for clip, given in zip(clips, states)])
     if not arm.variant and arm.tokens != "none":
-        write_json(path.with_name("attention.json"), attention_of(load_dit(arm, weights, torch_attention), clips))
+        write_json(path.with_name("attention.json"), attention_of(model, clips))
     write_tensors(path, made, {"mive.arm": arm_name})
 
 

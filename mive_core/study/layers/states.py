@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...embedded.features import latents_of
+from ...embedded.features import is_current, latents_of
 from ...embedded.synthetic import REVISION, PairedEdits, SyntheticEdit
 from ...embedded.vae_network import read_whole_clip_vae
 from ...embedded.vae_patch_matrix import Encoder, encoder_of
@@ -25,7 +25,7 @@ from ...formats.safetensors_file import write_tensors
 from ...pipeline import EMBEDDED
 from ...prompt import build_inputs, build_prompt
 from ...types import VLMInputs
-from ...vlm import VLM, WEIGHTS, collect_hidden_states, model_arguments
+from ...vlm import VLM, WEIGHTS, collect_hidden_states
 from .vlm_task import CONFIG, EDITS, FPS, KINDS, NUM_FRAMES, NUM_LAYERS, SIZE, one_shot
 
 PER_SHARD = 128
@@ -63,24 +63,22 @@ def without_deepstack(model: nn.Module) -> Iterator[None]:
         del text._deepstack_process
 
 
-def state_before_norm(model: nn.Module, inputs: VLMInputs) -> Tensor:
-    """The last decoder layer's output (B, S, D_vlm)."""
+def all_states(model: nn.Module, inputs: VLMInputs) -> dict[str, Tensor]:
+    """The states (B, S, D_vlm) of LAYERS and BEFORE_NORM, by one pass."""
     found: list[Tensor] = []
     hook = model.language_model.norm.register_forward_pre_hook(lambda _, args: found.append(args[0]))
     try:
-        model(**model_arguments(model, inputs), use_cache=False)
+        states = collect_hidden_states(model, inputs, tuple(range(NUM_LAYERS + 1)))
     finally:
         hook.remove()
-    return found[0]
+    return {**{name: states[k] for k, name in enumerate(LAYERS)}, BEFORE_NORM: found[0]}
 
 
 def stacks_of(edit: SyntheticEdit, vlm: VLM) -> dict[str, Tensor]:
     """Returns each of STACKS, (S, D_vlm), and `types` (S,): 0 text, 1 reference, 2 source. bf16: some channels are far larger than the rest."""
     request = edit.pair.request
     inputs = build_inputs(request, vlm.processor, CONFIG)
-    states = collect_hidden_states(vlm.model, inputs, tuple(range(NUM_LAYERS + 1)))
-    stacks = {name: states[k][0] for k, name in enumerate(LAYERS)}
-    stacks[BEFORE_NORM] = state_before_norm(vlm.model, inputs)[0]
+    stacks = {name: states[0] for name, states in all_states(vlm.model, inputs).items()}
     with without_deepstack(vlm.model):
         stacks[WITHOUT_DEEPSTACK] = collect_hidden_states(vlm.model, inputs, (LAST,))[LAST][0]
     words = build_prompt(request.instruction, vlm.processor, CONFIG.max_instruction_tokens).partition(vlm.processor.image_token)[0]
@@ -117,14 +115,6 @@ def features(edit: SyntheticEdit, vlm: VLM, encode: Encoder) -> dict[str, Tensor
     latents: dict[str, Any] = latents_of(edit.pair, encode)
     del latents["reference_frames"]
     return latents | stacks_of(edit, vlm)
-
-
-def is_current(path: Path, fingerprint: str) -> bool:
-    """Whether a shard exists with this fingerprint."""
-    if not path.is_file():
-        return False
-    with safe_open(str(path), framework="pt") as file:
-        return (file.metadata() or {}).get("fingerprint") == fingerprint
 
 
 def read_clips(paths: list[Path], names: tuple[str, ...]) -> list[dict[str, Tensor]]:

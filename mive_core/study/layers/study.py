@@ -1,6 +1,7 @@
 """The layer study: the VLM, the clips, the arms and their samples, each made once in a work folder; a killed study goes on with what is missing."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,7 +17,6 @@ from ...embedded.vae_network import read_whole_clip_vae
 from ...errors import UserError
 from ...evaluation.evaluate import write_json
 from ...formats.safetensors_file import read_tensors, write_tensors
-from ...media.paths import atomic_write
 from ...pipeline import EMBEDDED
 from .arms import ARMS
 from .outcomes import FIELDS, FRAMES, Classifier, Truth, decoded, expected, train_classifier, truths_of
@@ -214,10 +214,6 @@ def runs_of(names: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def keep_vlm(study: LayerStudy, output: Path) -> None:
-    """Copies the study's VLM beside its report."""
-    for source in sorted(study.vlm_folder.iterdir()):
-        path = output / "vlm" / source.name
-        if not path.exists() or path.read_bytes() != source.read_bytes():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as partial:
-                partial.write_bytes(source.read_bytes())
+    """Copies the study's VLM beside its report, unless it was read from there."""
+    if study.vlm_folder.resolve() != (output / "vlm").resolve():
+        shutil.copytree(study.vlm_folder, output / "vlm", dirs_exist_ok=True)

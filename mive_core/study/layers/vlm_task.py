@@ -5,7 +5,6 @@ conversation stands before the pictures, where the instruction of an edit stands
 B batch, S tokens in the sequence, A tokens of answers in the batch, V vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from ...embedded.vlm_folder import MODEL, write_tiny_folder
 from ...formats.safetensors_file import write_tensors
 from ...prompt import build_inputs, sample_frames
 from ...train.loop import Task
-from ...train.optim import Muon
+from ...train.optim import Muon, warmup_cosine
 from ...train.recipe import Recipe, parse_recipe
 from ...types import VLMInputs
 from ...vlm import WEIGHTS, load_processor, model_arguments, new_model
@@ -188,10 +187,7 @@ class StudyVLMTask(Task):
     def lr_factor(self, step: int) -> float:
         """Linear warmup, then a cosine decay to final_learning_rate_ratio."""
         recipe = self.recipe
-        if step < recipe.num_warmup_steps:
-            return (step + 1) / recipe.num_warmup_steps
-        progress = (step - recipe.num_warmup_steps) / max(recipe.num_steps - recipe.num_warmup_steps, 1)
-        return recipe.final_learning_rate_ratio + (1 - recipe.final_learning_rate_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        return warmup_cosine(step, recipe.num_steps, recipe.num_warmup_steps, recipe.final_learning_rate_ratio)
 
     def loss(self, step: int, batch: DialogueBatch, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns the cross entropy of the answers' tokens, and the share of them that is foretold."""

@@ -18,7 +18,7 @@ from mive_core.study.layers.dit_task import new_dit
 from mive_core.study.layers.outcomes import Classifier, Truth, centroid_distance, edge_band, where
 from mive_core.study.layers.report import write_report
 from mive_core.study.layers.sampling import REPLACED, replaced_states
-from mive_core.study.layers.states import BEFORE_NORM, LAYERS, SEPARATE, STACKS, WITHOUT_DEEPSTACK, ClipSet, features, state_before_norm
+from mive_core.study.layers.states import BEFORE_NORM, LAYERS, SEPARATE, STACKS, WITHOUT_DEEPSTACK, ClipSet, all_states, features
 from mive_core.study.layers.statistics import Difference, answer, paired_bootstrap, standardised_loss
 from mive_core.study.layers.study import STUDY_VLM, LayerStudy, Plan, runs_of, train_recipe
 from mive_core.study.layers.vlm_report import vlm_report
@@ -102,9 +102,9 @@ def test_without_deepstack_is_undone(vlm, edits):
     inputs = dialogue(edits[0], vlm.processor, np.random.default_rng(1), 1, True).inputs
     inputs = replace(inputs, pixel_values=inputs.pixel_values.float() / 255, pixel_values_videos=inputs.pixel_values_videos.float() / 255)
     with torch.inference_mode():
-        before = state_before_norm(vlm.model, inputs)
+        before = all_states(vlm.model, inputs)[BEFORE_NORM]
         features(edits[1], vlm, lambda frames: torch.zeros(1, 16, 1, 8, 8))
-        assert torch.equal(state_before_norm(vlm.model, inputs), before)
+        assert torch.equal(all_states(vlm.model, inputs)[BEFORE_NORM], before)
 
 
 def random_clip(num_text: int = 4, num_pictures: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
