@@ -11,7 +11,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0
-	$(BIN)/python -m pip install --quiet --editable ".[train,data,dev]" gguf
+	$(BIN)/python -m pip install --quiet --editable ".[train,data,formats,dev]" gguf
 	$(BIN)/python -m pip install --quiet --editable ".[ray]" || echo "ray is not to be had here: its tests will be skipped"
 	touch $@
 

@@ -24,14 +24,10 @@ from mive_core.formats.quantized_file import note_of, notes_of, read_dequantized
 from mive_core.formats.quantized_linear import QuantizedLinear, can_multiply
 from mive_core.formats.safetensors_file import read_header
 
+pytest.importorskip("comfy_kitchen")  # of the extra `formats`; half of the formats need it
+
 PRODUCT_ERROR = {"fp8": 0.04, "mxfp8": 0.04, "nvfp4": 0.12, "int8": 0.01, "int8_unrotated": 0.01}  # of normal weights and inputs
 CONFIG = replace(PRESETS["tiny"], num_blocks=3)
-
-
-@pytest.fixture(autouse=True)
-def kitchen(request):
-    if request.node.get_closest_marker("parametrize") or "made" in request.fixturenames:
-        pytest.importorskip("comfy_kitchen")
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +110,6 @@ def test_kept_in_its_format_a_model_computes_what_scaling_back_computes(name, ma
 
 @pytest.mark.parametrize("name", ["int8", "int8_unrotated"])
 def test_int8_is_multiplied_as_comfy_kitchen_multiplies_it(name):
-    import comfy_kitchen  # noqa: F401
-
     torch.manual_seed(0)
     weight, bias, x, form = torch.randn(96, 512), torch.randn(96), torch.randn(2, 5, 512), FORMATS[name]
     parts = form.encode(weight)
