@@ -126,7 +126,7 @@ def visit_hidden_states(model: nn.Module, inputs: VLMInputs, layers: tuple[int, 
         hooks.append(layer.register_forward_hook(lambda _, args, out, k=k: seen(k, out)))
     hooks.append(text.norm.register_forward_hook(lambda _, args, out: seen(len(text.layers), out)))
     try:
-        model(**model_arguments(model, inputs), use_cache=False)
+        model(**model_arguments(model.forward, inputs), use_cache=False)
     except _StopForward:
         pass
     finally:
@@ -134,9 +134,9 @@ def visit_hidden_states(model: nn.Module, inputs: VLMInputs, layers: tuple[int, 
             hook.remove()
 
 
-def model_arguments(model: nn.Module, inputs: VLMInputs) -> dict[str, Tensor | None]:
-    """The inputs that model.forward takes, by name; transformers 4.57 determines the token types by itself."""
-    known = inspect.signature(model.forward).parameters
+def model_arguments(function: Callable, inputs: VLMInputs) -> dict[str, Tensor | None]:
+    """The inputs that a function of the model takes, by name; transformers 4.57 determines the token types by itself."""
+    known = inspect.signature(function).parameters
     return {name: value for name, value in vars(inputs).items() if name in known}
 
 

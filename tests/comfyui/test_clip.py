@@ -62,7 +62,7 @@ def inputs(pack, clip, request_):
 
 
 def test_positions_are_transformers(pack, reference, inputs):
-    given = model_arguments(reference, inputs)
+    given = model_arguments(reference.forward, inputs)
     expected, _ = reference.get_rope_index(given["input_ids"], given["mm_token_type_ids"], inputs.image_grid_thw, inputs.video_grid_thw)
     assert torch.equal(pack.submodule("nodes.bridge.clip").positions(inputs), expected[:, 0])
     assert (inputs.input_ids == VIDEO_TOKEN).sum() > (inputs.input_ids == IMAGE_TOKEN).sum() > 0 and inputs.video_grid_thw[0, 0] > 1

@@ -25,7 +25,7 @@ def hidden_states(vlm, inputs):
     plain = text._deepstack_process
     text._deepstack_process = lambda states, *rest: plain(states.clone(), *rest)
     try:
-        return vlm.model(**model_arguments(vlm.model, inputs), output_hidden_states=True).hidden_states
+        return vlm.model(**model_arguments(vlm.model.forward, inputs), output_hidden_states=True).hidden_states
     finally:
         del text._deepstack_process
 

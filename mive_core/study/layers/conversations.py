@@ -93,14 +93,11 @@ class Conversation:
             return name
         return f"{labels.pick if body is self.scenes.before else OPPOSITE[labels.pick]} {name}"
 
-    def turns(self, num: int, first: str | None) -> Iterator[Turn]:
-        """Yields `num` turns on different topics as far as there are; `first`, if given, is the edit's instruction and comes first."""
-        topics = [topic for topic in QUESTIONS if topic != "asked"]
-        if first is not None:
-            yield Turn("asked", first, self.change())
-            num -= 1
-        for topic in self.rng.permutation(topics)[:num]:
-            yield self.turn(str(topic))
+    def turns(self, num: int, instruction: str, first: str | None = None) -> Iterator[Turn]:
+        """Yields `num` turns on different topics, as far as there are: on `first`, if given, then on others. On "asked" only as the first."""
+        others = [str(topic) for topic in self.rng.permutation([topic for topic in QUESTIONS if topic not in ("asked", first)])]
+        for topic in [first, *others][:num] if first else others[:num]:
+            yield Turn(topic, instruction, self.change()) if topic == "asked" else self.turn(topic)
 
     def turn(self, topic: str) -> Turn:
         """Draws a question on a topic and answers it."""

@@ -43,10 +43,10 @@ class Plan:
 # as configs/study_vlm.yaml
 STUDY_VLM: dict[str, Any] = {
     "task": "study_vlm",
-    "num_steps": 2000,
+    "num_steps": 4000,
     "seed": 28,
     "batch_size": 16,
-    "num_new_clips": 4,
+    "num_new_clips": 8,
     "replay_steps": 400,
     "num_turns": 8,
     "learning_rate": 1.2e-3,

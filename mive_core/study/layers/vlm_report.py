@@ -1,4 +1,4 @@
-"""How well the study's VLM answers questions about held-out clips.
+"""How well the study's VLM answers questions about held-out clips, each asked alone where an edit's instruction stands.
 
 An answer is right if each of its tokens is the likeliest one after those before it, which is what greedy decoding would write.
 """
@@ -18,9 +18,8 @@ from ...vlm import VLM
 from .conversations import QUESTIONS
 from .vlm_task import Dialogue, DialogueBatch, batch_of, dialogue, next_token_logits
 
-BATCH = 8
+BATCH = 32
 SEED = 28
-NUM_TURNS = len(QUESTIONS)
 
 
 @torch.inference_mode()
@@ -31,7 +30,7 @@ def vlm_report(folder: Path, edits: Sequence[SyntheticEdit]) -> dict[str, Any]:
     """
     vlm = VLM.load(folder)
     rng = np.random.default_rng(SEED)
-    made = [dialogue(edit, vlm.processor, rng, NUM_TURNS, instructed=True) for edit in edits]
+    made = [dialogue(edit, vlm.processor, rng, 1, topic=topic) for topic in QUESTIONS for edit in edits]
     swapped = [replace(one, inputs=with_pictures(one, other)) for one, other in zip(made, made[1:] + made[:1])]
     own, blind = (accuracy(vlm, dialogues) for dialogues in (made, swapped))
     return {"clips": len(edits), "topics": {topic: {**values, "other_pictures": blind[topic]["right"]} for topic, values in own.items()}}

@@ -1,7 +1,8 @@
 """Task study_vlm: trains the layer study's own Qwen3-VL by next-token prediction of answers about drawn clips, and by nothing else.
 
-No loss reads a hidden state, a mask or a label: what its layers hold, they hold because it helps the next word. The first question of a
-conversation stands before the pictures, where the instruction of an edit stands.
+No loss reads a hidden state, a mask or a label: what its layers hold, they hold because it helps the next word. The first question about a
+clip stands before the pictures, where the instruction of an edit stands, the others behind them. Each turn sees the first question and the
+pictures but no other turn: else answers are copied from earlier answers instead of read from the pictures.
 B batch, S tokens in the sequence, A tokens of answers in the batch, V vocabulary.
 """
 
@@ -63,10 +64,11 @@ class StudyVLMRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation about a clip, tokenized."""
+    """Questions and answers about a clip, tokenized."""
 
     inputs: VLMInputs  # pixel values uint8
     labels: Tensor  # (1, S) int64: the tokens of answers, IGNORED elsewhere
+    turns: Tensor  # (1, S) int64: 0 for the first question and the pictures, which all turns see, then the number of the turn
     topics: tuple[tuple[str, int, int], ...]  # of each turn: topic, first token of the answer, number of its tokens
 
 
@@ -76,6 +78,7 @@ class DialogueBatch:
 
     inputs: VLMInputs
     labels: Tensor  # (B, S)
+    turns: Tensor  # (B, S)
     topics: tuple[tuple[tuple[str, int, int], ...], ...]  # see Dialogue, of each
 
 
@@ -86,21 +89,22 @@ def one_shot(edits: PairedEdits, index: int) -> SyntheticEdit:
     return edit
 
 
-def dialogue(edit: SyntheticEdit, processor: Any, rng: np.random.Generator, num_turns: int, instructed: bool, config: MiVEConfig = CONFIG) -> Dialogue:
-    """Asks about a clip; `instructed`: the edit's instruction is the first question."""
+def dialogue(edit: SyntheticEdit, processor: Any, rng: np.random.Generator, num_turns: int, topic: str | None = None, config: MiVEConfig = CONFIG) -> Dialogue:
+    """Asks about a clip, first on `topic` if it is given: of "asked" the question is the edit's instruction."""
     request = edit.pair.request
     frames = sample_frames(len(request.source.frames), request.source.fps, config.video_fps, processor.video_processor)
-    instruction = as_typed(request.instruction, int(rng.integers(3))) if instructed else None
-    turns = list(Conversation(edit, frames, rng).turns(num_turns, instruction))
-    inputs = build_inputs(replace(request, instruction=turns[0].question), processor, config)
+    instruction = as_typed(request.instruction, int(rng.integers(3)))
+    asked = list(Conversation(edit, frames, rng).turns(num_turns, instruction, topic))
+    inputs = build_inputs(replace(request, instruction=asked[0].question), processor, config)
     ids, labels, topics = inputs.input_ids, torch.full_like(inputs.input_ids, IGNORED), []
-    for number, turn in enumerate(turns):
-        asked = f"<|im_start|>user\n{turn.question}<|im_end|>\n<|im_start|>assistant\n" if number else ""
-        ids, labels = extended(ids, labels, processor, asked, spoken=False)
+    turns = torch.zeros_like(ids)
+    for number, turn in enumerate(asked, 1):
+        question = f"<|im_start|>user\n{turn.question}<|im_end|>\n<|im_start|>assistant\n" if number > 1 else ""
+        ids, labels = extended(ids, labels, processor, question, spoken=False)
         first = ids.shape[1]
         ids, labels = extended(ids, labels, processor, f"{turn.answer}<|im_end|>", spoken=True)
         topics.append((turn.topic, first, ids.shape[1] - first))
-        ids, labels = extended(ids, labels, processor, "\n", spoken=False)
+        turns = F.pad(turns, (0, ids.shape[1] - turns.shape[1]), value=number)
     added = ids.shape[1] - inputs.input_ids.shape[1]
     inputs = replace(
         inputs,
@@ -110,7 +114,7 @@ def dialogue(edit: SyntheticEdit, processor: Any, rng: np.random.Generator, num_
         pixel_values=to_byte(inputs.pixel_values),
         pixel_values_videos=to_byte(inputs.pixel_values_videos),
     )
-    return Dialogue(inputs, labels, tuple(topics))
+    return Dialogue(inputs, labels, turns, tuple(topics))
 
 
 def extended(ids: Tensor, labels: Tensor, processor: Any, text: str, spoken: bool) -> tuple[Tensor, Tensor]:
@@ -125,13 +129,31 @@ def batch_of(dialogues: Sequence[Dialogue], pad_token: int) -> DialogueBatch:
     assert inputs.pixel_values_videos is not None  # every dialogue is about a clip
     inputs = replace(inputs, pixel_values=inputs.pixel_values.float() / HALF - 1, pixel_values_videos=inputs.pixel_values_videos.float() / HALF - 1)
     longest = inputs.input_ids.shape[1]
-    labels = torch.cat([F.pad(one.labels, (0, longest - one.labels.shape[1]), value=IGNORED) for one in dialogues])
-    return DialogueBatch(inputs, labels, tuple(one.topics for one in dialogues))
+    labels, turns = (
+        torch.cat([F.pad(value, (0, longest - value.shape[1]), value=IGNORED) for value in values])
+        for values in ([one.labels for one in dialogues], [one.turns for one in dialogues])
+    )
+    return DialogueBatch(inputs, labels, turns, tuple(one.topics for one in dialogues))
+
+
+def seen(turns: Tensor) -> Tensor:
+    """-> (B, 1, S, S) True where a token (the first S) sees another: those before it of its own turn and of what all turns see."""
+    same = turns[:, :, None] == turns[:, None]
+    return ((same | (turns == 0)[:, None]).tril())[:, None]
+
+
+def positions(model: nn.Module, batch: DialogueBatch) -> Tensor:
+    """-> (3, B, S) the model's positions, where each turn begins right behind the pictures."""
+    found, _ = model.get_rope_index(**model_arguments(model.get_rope_index, batch.inputs))
+    starts = (batch.turns[:, :, None] == batch.turns[:, None]).int().argmax(-1)  # the first token of each token's turn
+    common = (batch.turns == 0).sum(1, keepdim=True)
+    return found - torch.where(batch.turns > 0, starts - common, 0)
 
 
 def next_token_logits(model: nn.Module, batch: DialogueBatch) -> tuple[Tensor, Tensor]:
     """Returns logits (A, V) of the answers' tokens, each read from the state before it, and these tokens (A,), in the order of the batch."""
-    states = model(**model_arguments(model, batch.inputs), use_cache=False).last_hidden_state
+    arguments = {**model_arguments(model.forward, batch.inputs), "attention_mask": seen(batch.turns), "position_ids": positions(model, batch)}
+    states = model(**arguments, use_cache=False).last_hidden_state
     spoken = batch.labels[:, 1:] != IGNORED
     return F.linear(states[:, :-1][spoken], model.get_input_embeddings().weight), batch.labels[:, 1:][spoken]
 
@@ -151,7 +173,7 @@ class Dialogues(Dataset):
         earlier = [clip for number, clips in self.drawn.items() if number != step for clip in clips] or self.new(step)
         repeated = [earlier[int(rng.integers(len(earlier)))] for _ in range(recipe.batch_size - recipe.num_new_clips)]
         clips = [*self.new(step), *repeated]
-        made = [dialogue(clip, self.processor, rng, recipe.num_turns, bool(rng.uniform() < recipe.instruction_ratio)) for clip in clips]
+        made = [dialogue(clip, self.processor, rng, recipe.num_turns, "asked" if rng.uniform() < recipe.instruction_ratio else None) for clip in clips]
         return batch_of(made, self.processor.tokenizer.pad_token_id)
 
     def new(self, step: int) -> list[SyntheticEdit]:

@@ -22,9 +22,9 @@ from mive_core.study.layers.states import BEFORE_NORM, LAYERS, SEPARATE, STACKS,
 from mive_core.study.layers.statistics import Difference, answer, paired_bootstrap, standardised_loss
 from mive_core.study.layers.study import STUDY_VLM, LayerStudy, Plan, runs_of, train_recipe
 from mive_core.study.layers.vlm_report import vlm_report
-from mive_core.study.layers.vlm_task import IGNORED, KINDS, NUM_LAYERS, StudyVLMRecipe, StudyVLMTask, dialogue, write_folder
+from mive_core.study.layers.vlm_task import IGNORED, KINDS, NUM_LAYERS, StudyVLMRecipe, StudyVLMTask, batch_of, dialogue, next_token_logits, write_folder
 from mive_core.train.recipe import read_recipe
-from mive_core.vlm import VLM
+from mive_core.vlm import VLM, model_arguments
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FRAMES = (0, 5, 11, 16)
@@ -59,6 +59,22 @@ def test_clips_take_turns_in_kind_and_splits_do_not_meet(edits):
     assert all(len(edit.shots) == 1 and not edit.keyframes for edit in edits)
 
 
+def test_a_turn_sees_the_pictures_and_no_other_turn(vlm, edits):
+    """Behind other turns an answer is foretold as it is right behind the pictures."""
+    made = dialogue(edits[0], vlm.processor, np.random.default_rng(1), num_turns=5)
+    for turn in (1, 4):
+        kept = (made.turns[0] == 0) | (made.turns[0] == turn)
+        inputs = replace(made.inputs, **{name: getattr(made.inputs, name)[:, kept] for name in ("input_ids", "attention_mask", "mm_token_type_ids")})
+        alone = replace(made, inputs=inputs, labels=made.labels[:, kept], turns=made.turns[:, kept])
+        with torch.inference_mode():
+            (among, _), (single, tokens) = (next_token_logits(vlm.model, batch_of([one], 0)) for one in (made, alone))
+            plain = vlm.model(**model_arguments(vlm.model.forward, batch_of([alone], 0).inputs), use_cache=False).last_hidden_state[:, :-1]
+        first = sum(count for *_, count in made.topics[: turn - 1])
+        assert len(tokens) == made.topics[turn - 1][2] and torch.allclose(among[first : first + len(tokens)], single, atol=1e-4)
+        plain = torch.nn.functional.linear(plain[alone.labels[:, 1:] != IGNORED], vlm.model.get_input_embeddings().weight)
+        assert torch.allclose(single, plain, atol=1e-4)
+
+
 @pytest.mark.parametrize("index", range(8))
 def test_answers_are_true_of_the_pixels(edits, index):
     edit = edits[index]
@@ -78,7 +94,7 @@ def test_answers_are_true_of_the_pixels(edits, index):
 
 
 def test_only_answers_are_learnt(vlm, edits):
-    made = dialogue(edits[0], vlm.processor, np.random.default_rng(1), num_turns=4, instructed=True)
+    made = dialogue(edits[0], vlm.processor, np.random.default_rng(1), num_turns=4, topic="asked")
     spoken = made.labels[0] != IGNORED
     text = vlm.processor.tokenizer.decode(made.inputs.input_ids[0][spoken])
     assert text.count("<|im_end|>") == 4 == len(made.topics) and "?" not in text and "user" not in text
@@ -99,7 +115,7 @@ def test_each_stack_is_what_its_name_says(vlm, edits):
 
 
 def test_without_deepstack_is_undone(vlm, edits):
-    inputs = dialogue(edits[0], vlm.processor, np.random.default_rng(1), 1, True).inputs
+    inputs = dialogue(edits[0], vlm.processor, np.random.default_rng(1), 1).inputs
     inputs = replace(inputs, pixel_values=inputs.pixel_values.float() / 255, pixel_values_videos=inputs.pixel_values_videos.float() / 255)
     with torch.inference_mode():
         before = all_states(vlm.model, inputs)[BEFORE_NORM]
