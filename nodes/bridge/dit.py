@@ -3,6 +3,10 @@
 B batch, C latent channels, T x Y x X latent grid; R references, N_c condition tokens, L tokens, d head width.
 """
 
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
+
 import comfy.ldm.common_dit
 import comfy.patcher_extension
 import torch
@@ -20,6 +24,27 @@ from ...mive_core.reference import fix_first_frame, within_window
 
 class MissingPart(UserError, AttributeError):
     """A patch asks the DiT for a part that other models have."""
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """What the sequence consists of, for ComfyUI's BlockSparseAttention (0.35 and later): the rows before "video" stay exact, for every query.
+
+    That node reads it where the core's MiniMax-H3 leaves its own.
+    """
+
+    KEY: ClassVar[str] = "minimax_h3_layout"
+    segments: tuple[tuple[int, int, str], ...]  # first row, row after the last, kind
+
+    @property
+    def seq_len(self) -> int:
+        return self.segments[-1][1]
+
+    @classmethod
+    def of(cls, num_condition: int, num_reference: int, num_target: int) -> "SequenceLayout":
+        """The layout of so many rows of each kind, in the order of the sequence."""
+        ends = list(accumulate((num_condition, num_reference, num_target)))
+        return cls(tuple(zip((0, *ends), ends, ("text", "reference", "video"))))
 
 
 class HostedDiT(MiVEDiT):
@@ -71,8 +96,10 @@ class HostedDiT(MiVEDiT):
         return fix_first_frame(velocity, x, t, source, reference) if self.config.fix_first_frame and starts_clip else velocity
 
     def _velocity(self, x, t, source, reference, condition, reference_times, transformer_options={}):
-        transformer_options = {**transformer_options, "total_blocks": len(self.blocks), "block_type": "double"}
-        padded = (comfy.ldm.common_dit.pad_to_patch_size(latents, self.patch_size) for latents in (x, source, reference))  # an area may have odd sides
+        padded = [comfy.ldm.common_dit.pad_to_patch_size(latents, self.patch_size) for latents in (x, source, reference)]  # an area may have odd sides
+        rows = padded[0].shape[3] * padded[0].shape[4] // (self.patch_size[1] * self.patch_size[2])  # in a frame
+        layout = SequenceLayout.of(condition.shape[1], reference.shape[2] * rows, x.shape[2] * rows)
+        transformer_options = {**transformer_options, "total_blocks": len(self.blocks), "block_type": "double", SequenceLayout.KEY: layout}
         velocity = super().forward(*padded, condition, t, reference_times, transformer_options=transformer_options)
         return velocity[..., : x.shape[3], : x.shape[4]]
 
