@@ -16,6 +16,7 @@ from ...embedded.synthetic.scene import Body
 from ..captioned_clips import describe_backdrop
 
 CELLS = 10  # per axis
+ROUGH_CELLS = 4  # per axis, of the questions that go through the whole frame
 OUTSIDE = "outside"
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 OPPOSITE = dict(zip(PICKS[1:], ("right", "left", "lower", "upper", "smaller", "larger")))
@@ -25,6 +26,8 @@ QUESTIONS = {
     "count": ("how many shapes are in the first frame?", "how many shapes are there at first?"),
     "colour": ("what colour is the {shape}?", "which colour has the {shape}?"),
     "shape": ("which shape is {colour}?", "what is the shape that is {colour}?"),
+    "rows": ("which {kind} are there, row by row?", "the {kind} of the first frame, row by row"),
+    "place": ("where is the {name} {when}?", "at which place is the {name} {when}?"),
     "where": ("where is the {name}?", "locate the {name}", "find the {name} in every frame"),
     "moves": ("how does the {name} move?", "where does the {name} go?"),
     "what": ("what is at {place} in the first frame?", "which shape is at {place} at first?"),
@@ -116,7 +119,7 @@ class Conversation:
         return f"{start} goes" if self.after is None else f"{start} becomes a {self.after.name}"
 
     def _caption(self, thing: Thing | None) -> tuple[dict, str]:
-        parts = [f"a {one.body.colour} {one.body.shape} from {one.place(0)} to {one.place(-1)}" for one in self.things]
+        parts = [f"a {one.body.colour} {one.body.shape} from {one.place(0)} to {one.place(-1)}" for one in sorted(self.things, key=lambda one: one.track[0, 0])]
         backdrop = self.scenes.backdrop
         return {}, ", ".join([*parts, f"over {'a filmed view' if isinstance(backdrop, Footage) else describe_backdrop(backdrop)}"])
 
@@ -131,6 +134,16 @@ class Conversation:
         alike = sorted({one.body.shape for one in self.things if one.body.colour == thing.body.colour})
         return {"colour": thing.body.colour}, " and ".join(alike)
 
+    def _rows(self, thing: Thing) -> tuple[dict, str]:
+        kind = str(self.rng.choice(("colour", "shape")))
+        points = [(np.array([column, row]) + 0.5) * self.size / ROUGH_CELLS for row in range(ROUGH_CELLS) for column in range(ROUGH_CELLS)]
+        found = [self.at(point) for point in points]
+        return {"kind": f"{kind}s"}, " ".join("nothing" if one is None else getattr(one.body, kind) for one in found)
+
+    def _place(self, thing: Thing) -> tuple[dict, str]:
+        frame, when = ((0, "at first"), (-1, "at last"))[int(self.rng.integers(2))]
+        return {"name": thing.name, "when": when}, thing.place(frame)
+
     def _where(self, thing: Thing) -> tuple[dict, str]:
         return {"name": thing.name}, thing.path(self.frames)
 
@@ -141,15 +154,16 @@ class Conversation:
         inside = [one for one in self.things if one.place(0) != OUTSIDE]
         if not inside or self.rng.uniform() < 0.2:
             place = f"{self.rng.integers(CELLS)}{self.rng.integers(CELLS)}"
-            near = [one for one in inside if np.hypot(*(one.track[0, :2] - self.centre(place))) < one.track[0, 2]]
-            return {"place": place}, f"a {near[0].name}" if near else "nothing"
+            front = self.at((np.array([int(place[0]), int(place[1])]) + 0.5) * self.size / CELLS)
+            return {"place": place}, "nothing" if front is None else f"a {front.name}"
         one = inside[int(self.rng.integers(len(inside)))]
-        front = next(other for other in inside if np.hypot(*(one.track[0, :2] - other.track[0, :2])) < other.track[0, 2])
+        front = self.at(one.track[0, :2])
+        assert front is not None  # itself, or what covers it
         return {"place": one.place(0)}, f"a {front.name}"
 
-    def centre(self, place: str) -> np.ndarray:
-        """The centre of a cell, in pixels."""
-        return (np.array([int(place[0]), int(place[1])]) + 0.5) * self.size / CELLS
+    def at(self, point: np.ndarray) -> Thing | None:
+        """What is at a point of the first frame, x and y in pixels; the front one of several."""
+        return next((one for one in self.things if np.hypot(*(one.track[0, :2] - point)) < one.track[0, 2]), None)
 
     def _differs(self, thing: Thing | None) -> tuple[dict, str]:
         if (self.edit.pair.request.reference == self.edit.pair.request.source.frames[0]).all():

@@ -43,7 +43,7 @@ class Plan:
 # as configs/study_vlm.yaml
 STUDY_VLM: dict[str, Any] = {
     "task": "study_vlm",
-    "num_steps": 4000,
+    "num_steps": 3000,
     "seed": 28,
     "batch_size": 16,
     "num_new_clips": 8,

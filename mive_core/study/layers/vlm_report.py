@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ...embedded.synthetic import SyntheticEdit
 from ...vlm import VLM
-from .conversations import QUESTIONS
+from .conversations import CELLS, QUESTIONS
 from .vlm_task import Dialogue, DialogueBatch, batch_of, dialogue, next_token_logits
 
 BATCH = 32
@@ -26,7 +26,7 @@ SEED = 28
 def vlm_report(folder: Path, edits: Sequence[SyntheticEdit]) -> dict[str, Any]:
     """Returns, by topic, the share of right answers, with the clips' own pictures and with those of the next clip.
 
-    For answers with places also `within_one_cell`: the share of digits of places that are at most one off, each read after the true ones before it.
+    For answers with places also `within_one_cell`: the share of answers of whose first place, which no earlier one tells, no digit is more than one off.
     """
     vlm = VLM.load(folder)
     rng = np.random.default_rng(SEED)
@@ -53,7 +53,8 @@ def accuracy(vlm: VLM, dialogues: Sequence[Dialogue]) -> dict[str, dict[str, flo
             for topic, _, count in topics:
                 guess, truth = (found[first : first + count].tolist() for found in (guesses, tokens))
                 right[topic].append(guess == truth)
-                close[topic] += [g in digits and abs(digits[g] - digits[t]) <= 1 for g, t in zip(guess, truth) if t in digits]
+                first_place = [(digits.get(g, -CELLS), digits[t]) for g, t in zip(guess, truth) if t in digits][:2]
+                close[topic] += [all(abs(g - t) <= 1 for g, t in first_place)] if first_place else []
                 first += count
     return {
         topic: {"answers": len(found), "right": float(np.mean(found)), "within_one_cell": float(np.mean(close[topic])) if close[topic] else None}
