@@ -57,3 +57,15 @@ def run_study_formats(arguments: argparse.Namespace) -> None:
     chosen = [pairs[index] for index in range(min(arguments.num, len(pairs)))]
     measure_formats(chosen, lambda report: write_json(Path(output), {"command": arguments.command_line, **report}))
     sys.stdout.write(f"{output}\n")
+
+
+def run_study_sizes(arguments: argparse.Namespace) -> None:
+    from ..data.manifest import ManifestPairs, read_manifest
+    from ..evaluation.evaluate import write_json
+    from ..media.paths import check_output
+    from ..study.sizes import measure_sizes
+
+    output = check_output(arguments.output, "output", (".json",))
+    pairs = ManifestPairs(read_manifest(arguments.manifest), full_size=True)
+    measure_sizes(pairs, arguments.num, lambda report: write_json(Path(output), {"command": arguments.command_line, **report}), arguments.models)
+    sys.stdout.write(f"{output}\n")

@@ -48,6 +48,7 @@ KINDS = tuple(KIND_EDITS)
 MIN_GAP = 1.6  # between the centres of bodies that cross, in the first frame and in mean radii
 MIN_RATIO = 1.3  # of their sizes, to tell them apart by these
 MIN_VISIBLE = 0.4  # share of the edited region that must change visibly
+MAX_CANDIDATES = 300  # drawn for one clip
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,22 @@ class ChallengePairs:
         return (self.sample(index) for index in range(num_pairs))
 
     def sample(self, index: int) -> tuple[PairedEdit, dict[str, str]]:
-        """Draws until the edit is visible, and shown by frame 0 unless it enters late."""
+        """Draws until the edit is visible, and shown by frame 0 unless it enters late. Raises UserError where that never comes true."""
         cycle, turn = divmod(index, len(self.turns))
         kind, edit, position = self.turns[turn]
         rng = np.random.default_rng([self.seed, index - position])
         look = tuple(LOOKS)[cycle % len(LOOKS)] if kind == LOOK_STRENGTHS else choice(rng, tuple(LOOKS))
         strength = STRENGTHS[position] if kind == LOOK_STRENGTHS else float(rng.uniform(0.3, 1))
-        while (pair := self._draw(rng, kind, edit, look, strength)) is None:
-            pass
+        candidates = (self._draw(rng, kind, edit, look, strength) for _ in range(MAX_CANDIDATES))
+        pair = next((pair for pair in candidates if pair is not None), None)
+        if pair is None:
+            width, height = self.size
+            raise UserError(
+                f"no clip of the kind {kind!r} and the edit {edit!r} can be drawn so",
+                where="challenge",
+                got=f"{self.num_frames} frames of {width}x{height}",
+                fix="take more frames, or leave the kind out",
+            )
         return replace(pair, name=f"challenge-{self.seed}-{index}"), {"kind": kind, "edit": look if kind == LOOK_STRENGTHS else edit}
 
     def _draw(self, rng: np.random.Generator, kind: str, edit: str, look: str, strength: float) -> PairedEdit | None:

@@ -11,7 +11,7 @@ import torch
 
 from mive_core.cli import main
 from mive_core.embedded import challenge, synthetic
-from mive_core.embedded.challenge import KINDS, ChallengePairs
+from mive_core.embedded.challenge import KINDS, ChallengePairs, pairs
 from mive_core.embedded.challenge.backdrops import draw_backdrop
 from mive_core.embedded.challenge.instructions import PICKS, SENTENCES
 from mive_core.embedded.challenge.looks import LOOKS, STRENGTHS, apply_look
@@ -167,3 +167,10 @@ def _help(capsys) -> str:
     with pytest.raises(SystemExit):
         main(["data", "challenge", "--help"])
     return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+def test_a_clip_that_cannot_be_drawn_is_refused(monkeypatch):
+    """In nine frames of 192x192 bodies that cross are never apart at first: it went on drawing for ever."""
+    monkeypatch.setattr(pairs, "MAX_CANDIDATES", 3)
+    with pytest.raises(UserError, match="no clip of the kind 'two alike' and the edit 'recolour' can be drawn so; got 9 frames of 192x192; take more frames"):
+        ChallengePairs(5, (192, 192), 9).sample(2)
