@@ -5,6 +5,7 @@ L tokens of the DiT's sequence.
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,7 +135,9 @@ def float8_product(a: torch.Tensor) -> Callable[[], torch.Tensor]:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that new tensors can take: on a GPU with what torch has reserved and does not use; None if the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        with suppress(RuntimeError):  # a card that has failed tells nothing any more
+            return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return None
     table = Path("/proc/meminfo")
     lines = table.read_text().splitlines() if table.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
