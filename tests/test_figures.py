@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mive_core.bench.card_goals import GOALS, attention_share, operations
+from mive_core.train.throughput import PEAK_TFLOPS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "README.md"
 CARD = ROOT / "mive_core" / "assets" / "tiny" / "README.md"
@@ -188,6 +191,18 @@ def test_the_formats_of_quantised_files():
         assert [size, share] == [f"{variant['bytes'] / 1e6:.1f} MB", f"{100 * variant['share']:.0f} %"]
         assert error == f"{100 * variant['forward_error']:.1f} %" and psnr == edited_and_kept(variant)
         assert lost == f"{variant['lost_psnr_edited']:.2f} / {variant['lost_psnr_kept']:.2f}"
+
+
+def test_a_cards_figures_are_counted_and_measured():
+    """The last column is the first report's in results/card/, or says that there is none."""
+    reports = sorted((ROOT / "results" / "card").glob("*.json"))
+    measured = [entry.get("text", "not measured") for entry in json.loads(reports[0].read_text())["goals"]] if reports else ["not yet"] * len(GOALS)
+    rows = table(ROOT / "docs" / "performance.md", "what", "counted from shapes", "goal", "measured")
+    assert rows == [[goal.what, goal.counted(), goal.limit_text, cell] for goal, cell in zip(GOALS, measured, strict=True)]
+    text = " ".join((ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split())
+    peak_seconds = 28 * operations() / (1e12 * PEAK_TFLOPS["H100"])
+    assert f"240 s need {rounded(100 * peak_seconds / 240)} % of that peak" in text and f"attention is {rounded(100 * attention_share())} % of" in text
+    assert rounded(2 / (1 - attention_share())) == 9  # "fp8 matrices alone save a ninth"
 
 
 # Figures in running text: page, the words around them, their file, and what of it they are

@@ -7,6 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -67,15 +68,21 @@ def run_part(part: str, work: Workload, remaining: float) -> dict:
     """The part's figures and the seconds that the measurement took, or the reason why it has none."""
     if remaining <= 0:
         return {"skipped": "the time was used up"}
+    return attempt(lambda: PARTS[part](work), work.device, gradients=part == "training_block")
+
+
+def attempt(measure_part: Callable[[], dict], device: torch.device, *, gradients: bool = False) -> dict:
+    """The figures, or why there are none, such as no memory left or a missing package; whatever it is, other parts go on. Then frees memory."""
     start = time.perf_counter()
     try:
-        with torch.inference_mode(part != "training_block"):
-            figures = PARTS[part](work)
-    except RuntimeError as error:
-        figures = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        with torch.inference_mode(not gradients):
+            figures = measure_part()
+    except Exception as error:
+        figures = {"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
     gc.collect()
-    if work.device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # a card that has failed once may fail here again
+            torch.cuda.empty_cache()
     return figures | {"seconds_to_measure": time.perf_counter() - start}
 
 

@@ -31,7 +31,7 @@ FLOAT8 = torch.float8_e4m3fn
 STD = 0.02  # standard deviation of random weights
 ATTENTION_RANGE = "mive attention"  # name of attention in a profile
 TINY_VLM, TINY_VAE = EMBEDDED["tiny"] / "vlm", EMBEDDED["tiny"] / "vae.safetensors"
-QWEN3_VL_8B = {
+QWEN3_VL_8B: dict[str, dict] = {
     "text_config": {
         "vocab_size": 151_936,
         "hidden_size": 4096,
@@ -56,6 +56,11 @@ QWEN3_VL_8B = {
         "num_position_embeddings": 2304,
         "deepstack_visual_indexes": DEEPSTACK[27],
     },
+}
+QWEN3_VL_2B = {
+    "text_config": QWEN3_VL_8B["text_config"] | {"hidden_size": 2048, "num_hidden_layers": 28, "intermediate_size": 6144, "num_attention_heads": 16},
+    "vision_config": QWEN3_VL_8B["vision_config"]
+    | {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2048, "deepstack_visual_indexes": DEEPSTACK[24]},
 }
 
 
@@ -90,10 +95,10 @@ class Workload:
 
     @property
     def vlm_config(self) -> dict:
-        """The values of the Qwen3VLConfig: the embedded model's for presets that read it, otherwise Qwen3-VL-8B's."""
+        """The values of the Qwen3VLConfig: the embedded model's for presets that read it, otherwise Qwen3-VL-2B's or 8B's."""
         if self.config.vlm_width == PRESETS["tiny"].vlm_width:
             return json.loads((TINY_VLM / "config.json").read_text())
-        return {**QWEN3_VL_8B, **special_tokens()}
+        return {**(QWEN3_VL_2B if self.config.vlm_width == 2048 else QWEN3_VL_8B), **special_tokens()}
 
     @property
     def description(self) -> dict:
@@ -138,15 +143,18 @@ def workload(
     return Workload(config, size, num_frames, torch.device(device), dtype, repeats, attention, compiled)
 
 
-def random_dit(work: Workload, float8: bool = False) -> MiVEDiT:
-    """A DiT with random weights on the device. For float8 its matrices are converted layer by layer, so that they never all exist in 16 bits."""
+def random_dit(work: Workload, float8: bool = False, multiplied: bool = True) -> MiVEDiT:
+    """A DiT with random weights on the device. For float8 its matrices are converted layer by layer, so that they never all exist in 16 bits.
+
+    `multiplied`: the matrices are multiplied in float8 too; otherwise they are scaled back at each use.
+    """
     attention = get_attention(work.attention)
     with torch.device("meta"):
         model = MiVEDiT(work.config, operations=nn, attention=attention if work.compiled else with_profiler_range(attention), dtype=work.dtype)
     for name, layer in [*model.named_modules()]:
         if float8 and isinstance(layer, nn.Linear) and MATRIX.fullmatch(f"{name}.weight"):
             layer = fill_random(layer, work)
-            model.set_submodule(name, Float8Linear(*to_float8(layer.weight.float(), FLOAT8), layer.bias, multiplied=True))
+            model.set_submodule(name, Float8Linear(*to_float8(layer.weight.float(), FLOAT8), layer.bias, multiplied))
     model = fill_random(model, work).eval()
     return model.compile_blocks() if work.compiled else model
 

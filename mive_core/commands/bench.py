@@ -9,6 +9,8 @@ from functools import partial
 from ..errors import UserError
 from .arguments import dtype_of, machine_options, settings_of
 
+CARD_DEFAULTS = {"preset": "14b", "size": (1280, 720), "frames": 81, "dtype": "bf16", "blocks": None, "parts": "", "repeats": 3}  # of `mive bench card`
+
 
 def run_bench_dit(arguments: argparse.Namespace) -> None:
     if arguments.size is not None:
@@ -107,6 +109,11 @@ def run_bench_long(arguments: argparse.Namespace) -> None:
 
 
 def run_bench_card(arguments: argparse.Namespace) -> None:
+    if arguments.all:
+        run_bench_card_all(arguments)
+        return
+    if given := [f"--{name}" for name in ("scale", "budget") if getattr(arguments, name) is not None]:
+        raise UserError(f"{' and '.join(given)} need --all", fix="add --all, or leave them out")
     from ..bench.card import bench_card
 
     parts = tuple(part for part in arguments.parts.split(",") if part)
@@ -123,6 +130,22 @@ def run_bench_card(arguments: argparse.Namespace) -> None:
             parts=parts,
         ),
     )
+
+
+def run_bench_card_all(arguments: argparse.Namespace) -> None:
+    from ..bench.card_all import BUDGET, bench_card_all
+    from ..bench.card_goals import print_lines
+
+    if given := [f"--{name}" for name, default in CARD_DEFAULTS.items() if getattr(arguments, name) != default]:
+        raise UserError(f"--all has shapes of its own and takes no {', '.join(given)}", fix="leave one of them out")
+
+    def measure() -> dict:
+        report = bench_card_all(arguments.device, scale=arguments.scale or "real", budget=arguments.budget or BUDGET)
+        for line in print_lines(report["goals"]):
+            sys.stderr.write(f"mive: {line}\n")
+        return report
+
+    _report(arguments, measure)
 
 
 def run_bench_cache(arguments: argparse.Namespace) -> None:

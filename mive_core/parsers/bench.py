@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from ..commands.bench import (
+    CARD_DEFAULTS,
     run_bench_cache,
     run_bench_card,
     run_bench_convert,
@@ -82,20 +83,24 @@ def add_bench(commands) -> None:
         "measure every stage of an edit at full size on a graphics card",
         "Uses random weights and compares each stage with the card's own measured peak speed.",
     )
-    card.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="size of the models; default 14b")
-    card.add_argument("--size", type=size, default=(1280, 720), metavar="WxH", help="size in pixels, multiples of 16; default 1280x720")
-    card.add_argument("--frames", type=positive_int, default=81, metavar="N", help="number of frames, 4n+1; default 81")
+    default = CARD_DEFAULTS
+    card.add_argument("--all", action="store_true", help="measure all models, sizes and formats, a training step and an edit, beside the goals for them")
+    card.add_argument("--scale", choices=("real", "small"), help="with --all: real shapes, or small ones that a CPU measures in a minute; default real")
+    card.add_argument("--budget", type=positive_float, metavar="S", help="with --all: seconds; what no longer fits is left out; default 460")
+    card.add_argument("--preset", default=default["preset"], choices=PRESET_NAMES, help="size of the models; default 14b")
+    card.add_argument("--size", type=size, default=default["size"], metavar="WxH", help="size in pixels, multiples of 16; default 1280x720")
+    card.add_argument("--frames", type=positive_int, default=default["frames"], metavar="N", help="number of frames, 4n+1; default 81")
     card.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="device to measure; default cuda")
-    card.add_argument("--dtype", default="bf16", choices=DTYPES, help="data type of weights and arithmetic; default bf16")
+    card.add_argument("--dtype", default=default["dtype"], choices=DTYPES, help="data type of weights and arithmetic; default bf16")
     card.add_argument("--blocks", type=positive_int, metavar="N", help=BLOCKS_HELP)
     card.add_argument(
         "--parts",
         type=text,
-        default="",
+        default=default["parts"],
         metavar="A,B",
         help="measure only these of speed, attention, dit, dit_fp8, vlm, training_block, vae, dit_1.3b, compiled; default: all",
     )
-    card.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="number of measurements; default 3")
+    card.add_argument("--repeats", type=positive_int, default=default["repeats"], metavar="N", help="number of measurements; default 3")
     cache = add_command(
         bench,
         "cache",

@@ -344,10 +344,26 @@ def test_a_stage_is_measured_from_the_command_line(work, capsys):
     assert (figures["attention"], figures["dtype"], figures["stage"]) == ("matmul", "bfloat16", "dit")
 
 
+def test_a_cards_goals_are_printed_beside_its_report(work, capsys, monkeypatch):
+    from mive_core.bench import card_all
+
+    monkeypatch.setattr(card_all, "plan", lambda scale, base: {})
+    assert main(["bench", "card", "--all", "--scale", "small", "--device", "cpu", "--budget", "60", "--json", "card.json"]) == 0
+    out, err = capsys.readouterr()
+    written = json.loads((work / "card.json").read_text())
+    assert written == json.loads(out) | {"command": "mive bench card --all --scale small --device cpu --budget 60 --json card.json"}
+    assert err.count("\nmive: open: ") + err.startswith("mive: open: ") == len(written["goals"]) == 10
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
         (["dit", "--size", "64x64", "--tokens", "512"], "two benchmarks"),
+        (["card", "--all", "--device", "cpu", "--scale", "huge"], "invalid choice: 'huge'"),
+        (["card", "--all", "--device", "cpu", "--scale", "small", "--budget", "5"], "the budget is too small to measure anything; got 5 s"),
+        (["card", "--all", "--device", "cpu", "--budget", "0"], "expected more than 0"),
+        (["card", "--all", "--device", "cpu", "--preset", "tiny", "--frames", "5"], "takes no --preset, --frames"),
+        (["card", "--device", "cpu", "--scale", "small", "--budget", "60"], "--scale and --budget need --all"),
         (["dit", "--dtype", "bf16"], "fp32 on a CPU"),
         (["vae", "--frames", "6"], "the size does not fit"),
         (["dit", "--attention", "sage"], "needs the package sageattention"),
