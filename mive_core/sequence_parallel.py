@@ -127,7 +127,7 @@ class SharedBlocks:
         for block in dit.blocks:
             block.self_attn.attention = torch.compiler.disable(UlyssesAttention(block.self_attn.attention, ranks))
         if not ranks.rank:
-            dit.run_block = self.run_block  # type: ignore[method-assign]
+            dit.run_block = self.run_block  # type: ignore[assignment, method-assign]
 
     def run_block(self, index: int, sequence: Tensor, time: Modulation, rotary: Tensor) -> Tensor:
         """MiVEDiT.run_block of rank 0. The first block takes (B, L, D), the last one returns it; between them there are (B, L_r, D)."""

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,7 +34,6 @@ def run_edit(arguments: argparse.Namespace) -> None:
             follow(ranks, partial(_load_shared_dit, arguments, ranks))
         else:
             _edit(arguments, ranks)
-    _exit_at_once()
 
 
 def _edit(arguments: argparse.Namespace, ranks: "Ranks | None" = None) -> None:
@@ -107,11 +105,17 @@ def _edit_many(arguments: argparse.Namespace, ranks: "Ranks | None") -> None:
 
 
 def _pipeline_loader(arguments: argparse.Namespace, ranks: "Ranks | None") -> "Callable[[], Pipeline]":
-    """Returns what loads the models, with blocks that all ranks run, if there are several. Raises UserError for LoRAs that are not there, and ranks that do not fit."""
+    """Returns what loads the models, with blocks that all ranks run, if there are several.
+
+    Raises UserError for LoRAs that are not there, and for processes that do not fit the model or have nothing to share.
+    """
     from ..pipeline import Pipeline, find_config
+    from ..train.launcher import num_processes
 
     load = partial(Pipeline.load, arguments.models, arguments.layers, **machine_options(arguments), loras=loras_of(arguments))
     if ranks is None:
+        if num_processes() > 1:
+            raise UserError("each process would write the same files", got=f"{num_processes()} processes", fix="add --sequence-parallel, or start one process")
         return load
     from ..sequence_parallel import SharedBlocks, prepare_ranks
 
@@ -133,13 +137,6 @@ def _load_shared_dit(arguments: argparse.Namespace, ranks: "Ranks") -> "MiVEDiT"
     warnings.simplefilter("ignore")
     prepare_ranks(ranks, find_config(arguments.models))
     return load_with_loras(arguments.models, fitting_loras(arguments.models, loras_of(arguments)), **machine_options(arguments))
-
-
-def _exit_at_once() -> None:
-    """Ends one of several processes whose files are all written. A normal exit can abort: tensor-exchanging threads have been seen to crash the shutdown."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -181,12 +178,9 @@ def run_train(arguments: argparse.Namespace) -> None:
         raise UserError("only a plan takes that", got=given[0], fix="add --plan")
     from ..media.paths import check_input
     from ..study.tasks import TASKS
-    from ..train.launcher import num_processes
     from ..train.tasks import train
 
     train(check_input(arguments.config, "config"), TASKS)
-    if num_processes() > 1:
-        _exit_at_once()
 
 
 def _plan(arguments: argparse.Namespace) -> None:
