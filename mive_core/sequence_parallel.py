@@ -105,7 +105,9 @@ class UlyssesAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs) -> Tensor:
         """q, k, v (B, L_r, H*d), mask None or the same for all heads -> (B, L_r, H*d)."""
         q, k, v = (self.to_all_tokens(x) for x in (q, k, v))
-        return self.to_all_heads(self.function(q, k, v, heads // self.ranks.size, mask, **kwargs))
+        attended = self.function(q, k, v, heads // self.ranks.size, mask, **kwargs)
+        del q, k, v
+        return self.to_all_heads(attended)
 
     def to_all_tokens(self, x: Tensor) -> Tensor:
         """(B, L_r, H*d) -> (B, L, H/N*d)."""
