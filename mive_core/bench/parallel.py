@@ -25,7 +25,8 @@ def parallel_report(
     """
     if num_frames % 4 != 1 or any(side % 16 or not side for side in size):
         raise UserError("the size does not fit", got=f"{size[0]}x{size[1]}x{num_frames}", expected="multiples of 16, 4n+1 frames")
-    config, rows = PRESETS[preset], []
+    config = PRESETS[preset]
+    rows: list[dict] = []
     layout, speed, link = clip_layout(size, num_frames, config), PEAK_TFLOPS[card] * 1e12 * share_of_peak, LINKS.get(card, PCIE)
     weights, outside = weight_bytes(config, ITEMSIZE), non_block_flops(config, layout, ours=True)
     blocks = config.num_blocks * block_flops(config, layout.num_tokens)

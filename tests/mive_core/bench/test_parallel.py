@@ -1,6 +1,7 @@
 """The estimate of edits over several cards."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -18,7 +19,7 @@ def test_cards_share_the_work():
     peak = 989e12 * report["assumed_share_of_peak"]
     assert rows[0]["seconds_a_forward"] == pytest.approx(dit_flops(PRESETS["14b"], clip_layout((1280, 720), 81)) / peak)
     assert all(1 < row["speedup"] < row["cards"] for row in rows[1:])
-    for less, more in zip(rows, rows[1:]):
+    for less, more in pairwise(rows):
         assert more["memory_bytes"]["first"] < less["memory_bytes"]["first"] and more["seconds_a_forward"] < less["seconds_a_forward"]
         assert report["weight_bytes"] < more["memory_bytes"]["others"] < more["memory_bytes"]["first"]
 
