@@ -183,10 +183,16 @@ def failure(error: BaseException, ranks: Ranks) -> UserError:
 
 @contextmanager
 def connected(device: str) -> Iterator[Ranks]:
-    """Connects the processes that torchrun has started; at the end rank 0 lets the others go. Raises UserError without torchrun."""
+    """Connects the processes that torchrun has started; at the end rank 0 lets the others go.
+
+    Raises UserError without torchrun, and for a forward that failed.
+    """
     if num_processes() == 1:
         raise UserError("sequence parallelism takes several processes", where="--sequence-parallel", got="one", fix=f"start it with {HOW_TO_START}")
-    distributed.init_process_group("gloo")
+    try:
+        distributed.init_process_group("gloo")
+    except ValueError as error:  # a variable of the environment is missing
+        raise UserError("the processes cannot find one another", where="--sequence-parallel", got=str(error), fix=f"start it with {HOW_TO_START}") from error
     local = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
     ranks = Ranks(distributed.get_rank(), distributed.get_world_size(), local, distributed.new_group(backend="gloo", timeout=BETWEEN_FORWARDS))
     try:

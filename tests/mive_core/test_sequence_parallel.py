@@ -229,11 +229,13 @@ def test_a_rank_that_dies(work, random_models, killed):
     "processes, options, says",
     [
         ("1", ["--sequence-parallel"], "takes several processes; got one; start it with `torchrun --nproc-per-node N -m mive_core edit"),
+        ("2", ["--sequence-parallel"], "the processes cannot find one another; got Error initializing torch.distributed"),
         ("2", ["--sequence-parallel", "--ray", "local"], "got --sequence-parallel and --ray; leave one out"),
         ("2", [], "each process would write the same files; got 2 processes; add --sequence-parallel"),
     ],
 )
 def test_options_that_do_not_fit_the_launcher(work, random_models, capsys, monkeypatch, processes, options, says):
+    """Of torchrun's variables the test sets one alone."""
     monkeypatch.setenv("WORLD_SIZE", processes)
     before = {*work.rglob("*")}
     assert main(edit(random_models, "out.mkv", *options)) == 2
