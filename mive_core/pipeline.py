@@ -20,7 +20,7 @@ from .dit import MiVEDiT
 from .errors import UserError
 from .flow import classifier_free_guidance, euler, schedule
 from .formats.checkpoint import load_dit, read_config, resolve, state_dict_shapes
-from .formats.lora_apply import apply_loras, changed_parameters, find_loras
+from .formats.lora_apply import LoRA, apply_loras, changed_parameters, find_loras
 from .formats.untrained import describe_untrained, still_untrained, untrained_parts
 from .layers import check_layers, parse_layers
 from .reference import check_keyframes, fix_first_frame, latent_times
@@ -65,22 +65,16 @@ class Pipeline:
         check_device(device)
         if compiled:
             check_compiler(device)
-        function = get_attention(attention)
+        get_attention(attention)
         folder, config = EMBEDDED.get(str(models), Path(models)), find_config(models)
-        found = find_loras(loras, state_dict_shapes(config), config, folder / "dit.safetensors")
-        for lora in found:
-            if lora.fit.num_fitting < lora.fit.num_keys:
-                warnings.warn(f"{lora.path.name}: {lora.fit}", stacklevel=2)
-        if untrained := still_untrained(untrained_parts(resolve(folder, "dit.safetensors")), changed_parameters(found)):
-            warnings.warn(describe_untrained(untrained), stacklevel=2)
+        found = fitting_loras(models, loras)
         if layers is not None:
             config = choose_layers(config, layers)
         vlm = VLM.load(folder / "vlm", dtype=dtype, device=device)
         check_vlm(vlm, config, folder)
         vae = VAE.load(resolve(folder, "vae.safetensors"), dtype=dtype, device=device)
-        dit = load_dit(folder, attention=function, dtype=dtype, device=device, float8=float8)
-        apply_loras(dit, found)
-        return cls(vlm, vae, dit.compile_blocks() if compiled else dit, config)
+        dit = load_with_loras(models, found, dtype=dtype, device=device, attention=attention, compiled=compiled, float8=float8)
+        return cls(vlm, vae, dit, config)
 
     def edit(self, request: EditRequest, **settings) -> Clip:
         """EditRequest of F = 4n+1 frames, sizes multiples of 16 -> the edited Clip of the same shape and rate; settings as in `run`."""
@@ -164,6 +158,27 @@ def find_config(models: str | Path) -> MiVEConfig:
         expected = f"{' or '.join(EMBEDDED)}, or a folder with dit.safetensors, vae.safetensors and vlm/"
         raise UserError("no such folder of models", where=models, expected=expected)
     return read_config(resolve(folder, "dit.safetensors"))
+
+
+def fitting_loras(models: str | Path, loras: Sequence[tuple[str | Path, float]]) -> tuple[LoRA, ...]:
+    """LoRA files and strengths -> LoRAs for the DiT of `models`. Warns of those that fit in part, and of parts of the DiT that stay untrained."""
+    path, config = EMBEDDED.get(str(models), Path(models)) / "dit.safetensors", find_config(models)
+    found = find_loras(loras, state_dict_shapes(config), config, path)
+    for lora in found:
+        if lora.fit.num_fitting < lora.fit.num_keys:
+            warnings.warn(f"{lora.path.name}: {lora.fit}", stacklevel=3)
+    if untrained := still_untrained(untrained_parts(resolve(path.parent, "dit.safetensors")), changed_parameters(found)):
+        warnings.warn(describe_untrained(untrained), stacklevel=3)
+    return found
+
+
+def load_with_loras(
+    models: str | Path, loras: Sequence[LoRA], *, dtype: torch.dtype, device: torch.device | str, attention: str, compiled: bool, float8: str
+) -> MiVEDiT:
+    """Loads the DiT of `models` with LoRAs applied; the other arguments as in Pipeline.load."""
+    dit = load_dit(EMBEDDED.get(str(models), Path(models)), attention=get_attention(attention), dtype=dtype, device=device, float8=float8)
+    apply_loras(dit, loras)
+    return dit.compile_blocks() if compiled else dit
 
 
 def choose_layers(config: MiVEConfig, spec: str) -> MiVEConfig:

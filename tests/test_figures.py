@@ -135,6 +135,16 @@ def test_training_on_paper():
             assert int(cells[first + 1]) == round(found[cards, width, False]["seconds_a_step"]), (cards, width)
 
 
+def test_several_cards_on_paper():
+    figures = report("results/speed/parallel_14b.json")["rows"]
+    rows = table(ROOT / "docs" / "performance.md", "cards", "first card")
+    assert len(rows) == len(figures) == 4
+    for row, cells in zip(figures, rows):
+        shared = [f"{row['memory_bytes']['others'] / 1e9:.1f} GB", f"{row['seconds']['exchanging']:.2f} s"] if row["cards"] > 1 else ["-", "-"]
+        expected = [str(row["cards"]), f"{row['memory_bytes']['first'] / 1e9:.1f} GB", *shared]
+        assert cells == [*expected, f"{row['seconds_a_forward']:.1f} s", f"{row['seconds_of_28']:.0f} s"], row["cards"]
+
+
 def test_from_wan():
     figures = report("results/from_wan/from_wan.json")
     runs, arms = figures["runs"].values(), {title: arm for arm, title in figures["arms"].items()}

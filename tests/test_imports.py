@@ -38,6 +38,7 @@ LADDER = (  # each may import only what stands before it
     "data",
     "preference",
     "train",
+    "sequence_parallel",
     "embedded",
     "bench",
     "study",

@@ -176,6 +176,13 @@ def run_bench_scale(arguments: argparse.Namespace) -> None:
     _report(arguments, lambda: scaling_report(arguments.preset, card=arguments.card, share_of_peak=arguments.share, num_frames=arguments.frames))
 
 
+def run_bench_parallel(arguments: argparse.Namespace) -> None:
+    from ..bench.parallel import parallel_report
+
+    sizes = {"size": arguments.size, "num_frames": arguments.frames}
+    _report(arguments, lambda: parallel_report(arguments.preset, **sizes, card=arguments.card, share_of_peak=arguments.share))
+
+
 def _report(arguments: argparse.Namespace, measure: Callable[[], dict]) -> None:
     """Runs measure() and prints its figures; writes them to --output, if given, whose path is checked before the measurement."""
     from ..media.paths import check_output

@@ -2,25 +2,48 @@
 
 import argparse
 import json
-import os
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .arguments import dtype_of, entries_of, executor_of, loras_of, machine_options, report_done, settings_of
+
+if TYPE_CHECKING:
+    from ..dit import MiVEDiT
+    from ..pipeline import Pipeline
+    from ..sequence_parallel import Ranks
 
 PLAN_OPTIONS = ("preset", "vlm", "bucket", "states", "pairs", "card", "cards", "share", "output")  # of `mive train --plan`
 
 
 def run_edit(arguments: argparse.Namespace) -> None:
+    if not arguments.sequence_parallel:
+        _edit(arguments)
+        return
+    if arguments.ray:
+        raise UserError("the work is distributed by one of them", got="--sequence-parallel and --ray", fix="leave one out")
+    from ..sequence_parallel import connected, follow
+
+    with connected(arguments.device) as ranks:
+        if ranks.rank:
+            follow(ranks, partial(_load_shared_dit, arguments, ranks))
+        else:
+            _edit(arguments, ranks)
+
+
+def _edit(arguments: argparse.Namespace, ranks: "Ranks | None" = None) -> None:
     given = [f"--{name}" for name in ("source", "reference", "instruction") if getattr(arguments, name) is not None]
     if arguments.manifest is not None or arguments.benchmark is not None:
         many = "--manifest" if arguments.manifest is not None else "--benchmark"
         given += [f"--{name}" for name in ("fps", "mask") if getattr(arguments, name) is not None] + ["--keyframe"] * bool(arguments.keyframe)
         if given:
             raise UserError(f"a {many[2:]} says all of that", got=f"{many} and {given[0]}", fix="`mive edit --help` lists what it takes")
-        _edit_many(arguments)
+        _edit_many(arguments, ranks)
         return
     missing = [name for name in ("--source", "--reference", "--instruction") if name not in given]
     if arguments.folder is not None or arguments.references is not None:
@@ -40,30 +63,25 @@ def run_edit(arguments: argparse.Namespace) -> None:
     keyframes = tuple((number, check_input(path, f"keyframe {number}")) for number, path in arguments.keyframe)
     if output.exists() and any(output.samefile(path) for path in (source, reference, mask, *(path for _, path in keyframes)) if path is not None):
         raise UserError("the output would replace an input", where=f"output {str(output)!r}", fix="choose another name")
-    from ..pipeline import Pipeline, find_config
+    from ..pipeline import find_config
 
+    config, load = find_config(arguments.models), _pipeline_loader(arguments, ranks)
     options = FileOptions(arguments.size, arguments.frames, arguments.detail, arguments.anchor, mask, arguments.register, encoding)
     entry = ManifestEntry(source, reference, arguments.instruction, fps=arguments.fps or DEFAULT_FPS, keyframes=keyframes)
-    loras = loras_of(arguments)
-    prepared = prepare(entry, find_config(arguments.models), options)
-    pipeline = Pipeline.load(arguments.models, arguments.layers, **machine_options(arguments), loras=loras)
-    path, _ = edit_file(pipeline, prepared, output, settings_of(arguments), options)
+    prepared = prepare(entry, config, options)
+    path, _ = edit_file(load(), prepared, output, settings_of(arguments), options)
     sys.stdout.write(f"{path}\n")
 
 
-def _edit_many(arguments: argparse.Namespace) -> None:
+def _edit_many(arguments: argparse.Namespace, ranks: "Ranks | None") -> None:
     from ..media.paths import check_output_folder
 
     output, entries = check_output_folder(arguments.output, "output"), entries_of(arguments)
-    from functools import partial
-
     from ..data.edit_file import FileOptions
     from ..data.edits import JOURNAL, edit_all
     from ..media.encode import Encoding
-    from ..pipeline import Pipeline
 
-    options, loras = machine_options(arguments), loras_of(arguments)
-    load = partial(Pipeline.load, arguments.models, arguments.layers, **options, loras=loras)
+    options, loras, load = machine_options(arguments), loras_of(arguments), _pipeline_loader(arguments, ranks)
     identity: tuple[object, ...] = (arguments.models, arguments.layers, sorted((key, str(value)) for key, value in options.items()))
     if loras:
         identity += ([(str(path), path.stat().st_mtime_ns, strength) for path, strength in loras],)
@@ -84,6 +102,41 @@ def _edit_many(arguments: argparse.Namespace) -> None:
         executor=executor_of(arguments),
     )
     report_done(output / JOURNAL, outcomes)
+
+
+def _pipeline_loader(arguments: argparse.Namespace, ranks: "Ranks | None") -> "Callable[[], Pipeline]":
+    """Returns what loads the models, with blocks that all ranks run, if there are several.
+
+    Raises UserError for LoRAs that are not there, and for processes that do not fit the model or have nothing to share.
+    """
+    from ..pipeline import Pipeline, find_config
+    from ..train.launcher import num_processes
+
+    load = partial(Pipeline.load, arguments.models, arguments.layers, **machine_options(arguments), loras=loras_of(arguments))
+    if ranks is None:
+        if num_processes() > 1:
+            raise UserError("each process would write the same files", got=f"{num_processes()} processes", fix="add --sequence-parallel, or start one process")
+        return load
+    from ..sequence_parallel import SharedBlocks, prepare_ranks
+
+    prepare_ranks(ranks, find_config(arguments.models))
+
+    def load_shared() -> Pipeline:
+        pipeline = load()
+        SharedBlocks(pipeline.dit, ranks)
+        return pipeline
+
+    return load_shared
+
+
+def _load_shared_dit(arguments: argparse.Namespace, ranks: "Ranks") -> "MiVEDiT":
+    """Returns the DiT of a rank that only runs blocks. Warns of nothing, for rank 0 does."""
+    from ..pipeline import find_config, fitting_loras, load_with_loras
+    from ..sequence_parallel import prepare_ranks
+
+    warnings.simplefilter("ignore")
+    prepare_ranks(ranks, find_config(arguments.models))
+    return load_with_loras(arguments.models, fitting_loras(arguments.models, loras_of(arguments)), **machine_options(arguments))
 
 
 def run_eval(arguments: argparse.Namespace) -> None:
@@ -125,15 +178,9 @@ def run_train(arguments: argparse.Namespace) -> None:
         raise UserError("only a plan takes that", got=given[0], fix="add --plan")
     from ..media.paths import check_input
     from ..study.tasks import TASKS
-    from ..train.launcher import num_processes
     from ..train.tasks import train
 
     train(check_input(arguments.config, "config"), TASKS)
-    if num_processes() > 1:
-        # All files are written. A normal exit can abort here: tensor-exchanging threads have been seen to crash the shutdown.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _plan(arguments: argparse.Namespace) -> None:

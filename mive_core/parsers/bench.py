@@ -11,6 +11,7 @@ from ..commands.bench import (
     run_bench_growth,
     run_bench_load,
     run_bench_long,
+    run_bench_parallel,
     run_bench_scale,
     run_bench_stage,
     run_bench_train,
@@ -138,6 +139,20 @@ def add_bench(commands) -> None:
         "--share", type=positive_float, default=0.45, metavar="X", help="assumed fraction of the card's peak speed that is reached; default 0.45"
     )
     scaling.add_argument("--frames", type=positive_int, default=81, metavar="N", help="number of frames, 4n+1; default 81")
+    parallel = add_command(
+        bench,
+        "parallel",
+        run_bench_parallel,
+        "estimate memory and time of `mive edit --sequence-parallel` on 1, 2, 4 and 8 cards",
+        "Computed from shapes, not measured. In bf16, the DiT alone.",
+    )
+    parallel.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="size of the DiT; default 14b")
+    parallel.add_argument("--size", type=size, default=(1280, 720), metavar="WxH", help="size in pixels, multiples of 16; default 1280x720")
+    parallel.add_argument("--frames", type=positive_int, default=81, metavar="N", help="number of frames, 4n+1; default 81")
+    parallel.add_argument("--card", default="H100", choices=CARD_NAMES, help="graphics card; default H100")
+    parallel.add_argument(
+        "--share", type=positive_float, default=0.45, metavar="X", help="assumed fraction of the card's peak speed that is reached; default 0.45"
+    )
     for command in bench.choices.values():
         command.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the results to this file")
 

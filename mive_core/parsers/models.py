@@ -154,6 +154,11 @@ def add_edit(commands) -> None:
     add_float8(edit)
     add_loras(edit)
     add_executor(edit)
+    edit.add_argument(
+        "--sequence-parallel",
+        action="store_true",
+        help="share the tokens of each edit among the processes of `torchrun --nproc-per-node N -m mive_core edit ...`, one GPU each with --device cuda",
+    )
 
 
 def add_demo(commands) -> None:
