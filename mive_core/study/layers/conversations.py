@@ -34,6 +34,7 @@ QUESTIONS = {
     "differs": ("what differs between the image and the first frame?", "compare the image with the first frame", "what was changed in the image?"),
     "asked": ("what was asked?", "which change was asked for?", "how will the video change?"),
 }
+UNNAMED = ("caption", "count", "rows", "differs")  # topics whose questions tell nothing about the clip, so that what an instruction names helps none
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,14 @@ class Conversation:
             return name
         return f"{labels.pick if body is self.scenes.before else OPPOSITE[labels.pick]} {name}"
 
-    def turns(self, num: int, instruction: str, first: str | None = None) -> Iterator[Turn]:
-        """Yields `num` turns on different topics, as far as there are: on `first`, if given, then on others. On "asked" only as the first."""
-        others = [str(topic) for topic in self.rng.permutation([topic for topic in QUESTIONS if topic not in ("asked", first)])]
-        for topic in [first, *others][:num] if first else others[:num]:
-            yield Turn(topic, instruction, self.change()) if topic == "asked" else self.turn(topic)
+    def turns(self, num: int, instruction: str | None) -> Iterator[Turn]:
+        """Yields `num` turns on different topics, as far as there are. With an instruction the first is what it asks for, and none names a thing."""
+        topics = [str(topic) for topic in self.rng.permutation([topic for topic in QUESTIONS if topic != "asked"])]
+        if instruction is not None:
+            yield Turn("asked", instruction, self.change())
+            topics, num = [topic for topic in topics if topic in UNNAMED], num - 1
+        for topic in topics[:num]:
+            yield self.turn(topic)
 
     def turn(self, topic: str) -> Turn:
         """Draws a question on a topic and answers it."""

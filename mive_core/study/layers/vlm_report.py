@@ -1,4 +1,4 @@
-"""How well the study's VLM answers questions about held-out clips, each asked alone where an edit's instruction stands.
+"""How well the study's VLM answers questions about held-out clips, each asked alone.
 
 An answer is right if each of its tokens is the likeliest one after those before it, which is what greedy decoding would write.
 """
@@ -30,7 +30,7 @@ def vlm_report(folder: Path, edits: Sequence[SyntheticEdit]) -> dict[str, Any]:
     """
     vlm = VLM.load(folder)
     rng = np.random.default_rng(SEED)
-    made = [dialogue(edit, vlm.processor, rng, 1, topic=topic) for topic in QUESTIONS for edit in edits]
+    made = [dialogue(edit, vlm.processor, rng, 1, topic == "asked", None if topic == "asked" else topic) for topic in QUESTIONS for edit in edits]
     swapped = [replace(one, inputs=with_pictures(one, other)) for one, other in zip(made, made[1:] + made[:1])]
     own, blind = (accuracy(vlm, dialogues) for dialogues in (made, swapped))
     return {"clips": len(edits), "topics": {topic: {**values, "other_pictures": blind[topic]["right"]} for topic, values in own.items()}}

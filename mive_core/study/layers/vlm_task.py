@@ -1,8 +1,8 @@
 """Task study_vlm: trains the layer study's own Qwen3-VL by next-token prediction of answers about drawn clips, and by nothing else.
 
-No loss reads a hidden state, a mask or a label: what its layers hold, they hold because it helps the next word. The first question about a
-clip stands before the pictures, where the instruction of an edit stands, the others behind them. Each turn sees the first question and the
-pictures but no other turn: else answers are copied from earlier answers instead of read from the pictures.
+No loss reads a hidden state, a mask or a label: what its layers hold, they hold because it helps the next word. An edit's
+instruction stands before the pictures, as in an edit, and questions behind them. Each turn sees instruction and pictures but no other turn:
+else answers are copied from earlier answers instead of read from the pictures.
 B batch, S tokens in the sequence, A tokens of answers in the batch, V vocabulary.
 """
 
@@ -54,7 +54,7 @@ class StudyVLMRecipe(Recipe):
     num_new_clips: int = 8  # newly drawn clips per step; the others are repeated from earlier steps, with other questions
     replay_steps: int = 200  # number of previous steps whose clips may be repeated
     num_turns: int = 5  # questions and answers about a clip
-    instruction_ratio: float = 0.5  # part of the conversations whose first question is the edit's instruction
+    instruction_ratio: float = 0.5  # part of the conversations that begin with the edit's instruction
     learning_rate: float = 1.2e-3  # peak learning rate of AdamW
     muon_learning_rate: float = 0.0  # peak learning rate of Muon on the layers' matrices, a fraction of their norm; 0: AdamW for all
     final_learning_rate_ratio: float = 0.04  # final learning rate, relative to the peak
@@ -68,7 +68,7 @@ class Dialogue:
 
     inputs: VLMInputs  # pixel values uint8
     labels: Tensor  # (1, S) int64: the tokens of answers, IGNORED elsewhere
-    turns: Tensor  # (1, S) int64: 0 for the first question and the pictures, which all turns see, then the number of the turn
+    turns: Tensor  # (1, S) int64: 0 for instruction and pictures, which all turns see, then the number of the turn
     topics: tuple[tuple[str, int, int], ...]  # of each turn: topic, first token of the answer, number of its tokens
 
 
@@ -89,17 +89,20 @@ def one_shot(edits: PairedEdits, index: int) -> SyntheticEdit:
     return edit
 
 
-def dialogue(edit: SyntheticEdit, processor: Any, rng: np.random.Generator, num_turns: int, topic: str | None = None, config: MiVEConfig = CONFIG) -> Dialogue:
-    """Asks about a clip, first on `topic` if it is given: of "asked" the question is the edit's instruction."""
+def dialogue(
+    edit: SyntheticEdit, processor: Any, rng: np.random.Generator, num_turns: int, instructed: bool, topic: str | None = None, config: MiVEConfig = CONFIG
+) -> Dialogue:
+    """Asks about a clip, on one topic alone if it is given; `instructed`: what the edit's instruction, before the pictures, asks for, comes first."""
     request = edit.pair.request
     frames = sample_frames(len(request.source.frames), request.source.fps, config.video_fps, processor.video_processor)
-    instruction = as_typed(request.instruction, int(rng.integers(3)))
-    asked = list(Conversation(edit, frames, rng).turns(num_turns, instruction, topic))
-    inputs = build_inputs(replace(request, instruction=asked[0].question), processor, config)
+    instruction = as_typed(request.instruction, int(rng.integers(3))) if instructed else None
+    talk = Conversation(edit, frames, rng)
+    asked = list(talk.turns(num_turns, instruction)) if topic is None else [talk.turn(topic)]
+    inputs = build_inputs(replace(request, instruction=instruction or ""), processor, config)
     ids, labels, topics = inputs.input_ids, torch.full_like(inputs.input_ids, IGNORED), []
     turns = torch.zeros_like(ids)
     for number, turn in enumerate(asked, 1):
-        question = f"<|im_start|>user\n{turn.question}<|im_end|>\n<|im_start|>assistant\n" if number > 1 else ""
+        question = "" if turn.topic == "asked" else f"<|im_start|>user\n{turn.question}<|im_end|>\n<|im_start|>assistant\n"
         ids, labels = extended(ids, labels, processor, question, spoken=False)
         first = ids.shape[1]
         ids, labels = extended(ids, labels, processor, f"{turn.answer}<|im_end|>", spoken=True)
@@ -173,7 +176,7 @@ class Dialogues(Dataset):
         earlier = [clip for number, clips in self.drawn.items() if number != step for clip in clips] or self.new(step)
         repeated = [earlier[int(rng.integers(len(earlier)))] for _ in range(recipe.batch_size - recipe.num_new_clips)]
         clips = [*self.new(step), *repeated]
-        made = [dialogue(clip, self.processor, rng, recipe.num_turns, "asked" if rng.uniform() < recipe.instruction_ratio else None) for clip in clips]
+        made = [dialogue(clip, self.processor, rng, recipe.num_turns, bool(rng.uniform() < recipe.instruction_ratio)) for clip in clips]
         return batch_of(made, self.processor.tokenizer.pad_token_id)
 
     def new(self, step: int) -> list[SyntheticEdit]:

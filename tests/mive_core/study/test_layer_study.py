@@ -13,7 +13,7 @@ from mive_core.cli import main
 from mive_core.embedded.synthetic import COLOURS, SHAPES
 from mive_core.errors import UserError
 from mive_core.study.layers.arms import ARMS, arm_states, with_other_clips
-from mive_core.study.layers.conversations import CELLS, OUTSIDE, QUESTIONS, Conversation
+from mive_core.study.layers.conversations import CELLS, OUTSIDE, QUESTIONS, UNNAMED, Conversation
 from mive_core.study.layers.dit_task import new_dit
 from mive_core.study.layers.outcomes import Classifier, Truth, centroid_distance, edge_band, where
 from mive_core.study.layers.report import write_report
@@ -61,7 +61,7 @@ def test_clips_take_turns_in_kind_and_splits_do_not_meet(edits):
 
 def test_a_turn_sees_the_pictures_and_no_other_turn(vlm, edits):
     """Behind other turns an answer is foretold as it is right behind the pictures."""
-    made = dialogue(edits[0], vlm.processor, np.random.default_rng(1), num_turns=5)
+    made = dialogue(edits[0], vlm.processor, np.random.default_rng(1), num_turns=5, instructed=False)
     for turn in (1, 4):
         kept = (made.turns[0] == 0) | (made.turns[0] == turn)
         inputs = replace(made.inputs, **{name: getattr(made.inputs, name)[:, kept] for name in ("input_ids", "attention_mask", "mm_token_type_ids")})
@@ -94,14 +94,14 @@ def test_answers_are_true_of_the_pixels(edits, index):
 
 
 def test_only_answers_are_learnt(vlm, edits):
-    made = dialogue(edits[0], vlm.processor, np.random.default_rng(1), num_turns=4, topic="asked")
+    made = dialogue(edits[0], vlm.processor, np.random.default_rng(1), num_turns=4, instructed=True)
     spoken = made.labels[0] != IGNORED
     text = vlm.processor.tokenizer.decode(made.inputs.input_ids[0][spoken])
     assert text.count("<|im_end|>") == 4 == len(made.topics) and "?" not in text and "user" not in text
     assert spoken.sum() == sum(count for *_, count in made.topics)
     assert (made.labels[0][spoken] == made.inputs.input_ids[0][spoken]).all()
     start = made.inputs.mm_token_type_ids[0].argmax()  # the first token of the reference
-    assert made.topics[0][0] == "asked" and not spoken[: start + 1].any()
+    assert made.topics[0][0] == "asked" and not spoken[: start + 1].any() and {topic for topic, *_ in made.topics[1:]} < set(UNNAMED)
 
 
 def test_each_stack_is_what_its_name_says(vlm, edits):
@@ -115,7 +115,7 @@ def test_each_stack_is_what_its_name_says(vlm, edits):
 
 
 def test_without_deepstack_is_undone(vlm, edits):
-    inputs = dialogue(edits[0], vlm.processor, np.random.default_rng(1), 1).inputs
+    inputs = dialogue(edits[0], vlm.processor, np.random.default_rng(1), 1, True).inputs
     inputs = replace(inputs, pixel_values=inputs.pixel_values.float() / 255, pixel_values_videos=inputs.pixel_values_videos.float() / 255)
     with torch.inference_mode():
         before = all_states(vlm.model, inputs)[BEFORE_NORM]
