@@ -68,8 +68,16 @@ class VAE:
         """
         frames = frames[None] if frames.ndim == 4 else frames
         _check_frames(frames)
-        video = frames.permute(0, 4, 1, 2, 3).to(self.mean) * 2 - 1
-        return (self.network.encode(video).latent_dist.mode() - self.mean) / self.std
+        video = frames.permute(0, 4, 1, 2, 3)
+        if self.network.use_tiling:
+            return (self.network.encode(video.to(self.mean) * 2 - 1).latent_dist.mode() - self.mean) / self.std
+        return (self._run_encoder(video).chunk(2, dim=1)[0] - self.mean) / self.std
+
+    def _run_encoder(self, video: Tensor) -> Tensor:
+        """AutoencoderKLWan's own loop over latent frames, each converted when it is its turn -> (B, 2 C, T, Y, X), mean and log-variance."""
+        caches = _caches(self.network.encoder)
+        pieces = video.tensor_split(tuple(range(1, video.shape[2], TEMPORAL_FACTOR)), dim=2)
+        return self.network.quant_conv(torch.cat([self.network.encoder(x.to(self.mean) * 2 - 1, feat_cache=caches, feat_idx=[0]) for x in pieces], dim=2))
 
     def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
         """(1, C, T, Y, X) -> the frames of one latent frame after the other, (1, H, W, 3), then (4, H, W, 3), as `decode` returns them.
@@ -97,9 +105,14 @@ class VAE:
 
     def _run_decoder(self, latents: Tensor) -> Iterator[Tensor]:
         """AutoencoderKLWan's own loop over latent frames, with the convolutions' caches held here: it concatenates all frames."""
-        caches = [None] * sum(isinstance(module, nn.Conv3d) for module in self.network.decoder.modules())
+        caches = _caches(self.network.decoder)
         for index, latent in enumerate(self.network.post_quant_conv(latents).split(1, dim=2)):
             yield self.network.decoder(latent, feat_cache=caches, feat_idx=[0], first_chunk=not index)
+
+
+def _caches(network: nn.Module) -> list[None]:
+    """Room for what each causal convolution remembers."""
+    return [None] * sum(isinstance(module, nn.Conv3d) for module in network.modules())
 
 
 def _to_frames(video: Tensor) -> Tensor:
