@@ -5,8 +5,9 @@ F pixel frames (4n+1) of H x W; B batch, C latent channels, T x Y x X latent gri
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from os import environ
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .formats.lora_apply import LoRA, apply_loras, changed_parameters, find_lora
 from .formats.untrained import describe_untrained, still_untrained, untrained_parts
 from .layers import check_layers, parse_layers
 from .reference import check_keyframes, fix_first_frame, latent_times
-from .stretches import edit_in_stretches
+from .stretches import EditStream
 from .types import Clip, Condition, EditLatents, EditRequest, EditResult
 from .vae import VAE
 from .vlm import VLM
@@ -80,8 +81,11 @@ class Pipeline:
         """EditRequest of F = 4n+1 frames, sizes multiples of 16 -> the edited Clip of the same shape and rate; settings as in `run`."""
         return self.run(request, **settings, with_round_trip=False).edited
 
-    @torch.inference_mode()
-    def run(
+    def run(self, request: EditRequest, **settings) -> EditResult:
+        """Edits, and decodes the source's latents too, which delivery.py compares the edit with; settings as in `stream`."""
+        return self.stream(request, **settings).collect()
+
+    def stream(
         self,
         request: EditRequest,
         *,
@@ -91,8 +95,8 @@ class Pipeline:
         seed: int = 0,
         progress: Callable[[Iterable], Iterable] = iter,
         with_round_trip: bool = True,
-    ) -> EditResult:
-        """Edits, and decodes the source's latents too, which delivery.py compares the edit with.
+    ) -> EditStream:
+        """Edits as the frames are asked for: each latent frame is decoded when its first frame is, beside that of the source's latents.
 
         None selects the checkpoint's own setting; `progress` wraps the iterable of steps. A clip longer than the checkpoint's edit_frames is
         edited in stretches, see stretches.py.
@@ -102,15 +106,22 @@ class Pipeline:
         check_cfg(cfg)
         self.check(request)
 
-        def edit_stretch(part: EditRequest, is_last: bool) -> EditResult:
+        @torch.inference_mode()
+        def edit_stretch(part: EditRequest, is_last: bool) -> tuple[Tensor, Tensor | None]:
             conditions = [self.vlm.condition(part, self.config)]
             if cfg != 1.0:
                 conditions.append(self.vlm.condition(replace(part, instruction=""), self.config))
             latents = self.encode(part)
-            edited = self.vae.decode(self.denoise(latents, conditions, times, cfg, seed, progress))
-            return EditResult(Clip(edited, part.source.fps), self.vae.decode(latents.source) if with_round_trip or not is_last else None)
+            edited = self.denoise(latents, conditions, times, cfg, seed, progress)
+            return edited, latents.source if with_round_trip or not is_last else None
 
-        return edit_in_stretches(request, self.config.edit_frames, edit_stretch)
+        @torch.inference_mode()
+        def decode(latents: tuple[Tensor, Tensor | None], is_last: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+            edited, source = latents
+            for piece, round_trip in zip(self.vae.decode_pieces(edited), repeat(None) if source is None else self.vae.decode_pieces(source)):
+                yield from zip(piece, repeat(None) if round_trip is None else round_trip)
+
+        return EditStream(request, self.config.edit_frames, edit_stretch, decode)
 
     def check(self, request: EditRequest) -> None:
         """Raises UserError for keyframes that cannot be, and for images of another size than the source's."""

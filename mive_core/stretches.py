@@ -6,16 +6,21 @@ there is one; the VLM reads the stretch alone, and the keyframes are those that 
 F frames of H x W pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, repeat
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from .config import TEMPORAL_FACTOR
 from .delivery import detailed_last_frame, find_shots
+from .detail import HALO
 from .types import Clip, EditRequest, EditResult
+
+Made = TypeVar("Made")
 
 
 def edit_in_stretches(request: EditRequest, length: int, edit: Callable[[EditRequest, bool], EditResult]) -> EditResult:
@@ -23,23 +28,51 @@ def edit_in_stretches(request: EditRequest, length: int, edit: Callable[[EditReq
 
     edit: a request of 4n+1 frames, and whether it is the clip's last stretch, which alone may lack a round trip -> its result.
     """
-    numbers = latent_order(request.source.frames, length)
-    kept = [place for place, number in enumerate(numbers) if not place or number != numbers[place - 1]]
-    request = at_frames(request, numbers)
-    reference = request.reference
-    edited: list[Tensor] = []
-    round_trips: list[Tensor] = []
-    for first, last in stretches(len(numbers), length):
-        part = cut_stretch(request, first, last, reference)
-        is_last, repeated = last == len(numbers), 1 if first else 0
-        result = edit(part, is_last)
-        edited.append(result.edited.frames[repeated:])
-        if result.round_trip is not None:
-            round_trips.append(result.round_trip[repeated:])
-            if not is_last:
-                reference = detailed_last_frame(part.source.frames, result.edited.frames, result.round_trip).to(request.reference)
-    round_trip = torch.cat(round_trips)[kept] if len(round_trips) == len(edited) else None
-    return EditResult(Clip(torch.cat(edited)[kept], request.source.fps), round_trip)
+    stream = EditStream(request, length, edit, lambda result, _: zip(result.edited.frames, repeat(None) if result.round_trip is None else result.round_trip))
+    return stream.collect()
+
+
+class EditStream(Generic[Made]):
+    """The frames of an edit, each beside the source's round trip, made as they are asked for: a stretch is edited when its first frame is.
+
+    What `edit` made of each stretch is kept, so that a second iteration decodes again and edits nothing.
+    """
+
+    def __init__(
+        self,
+        request: EditRequest,
+        length: int,
+        edit: Callable[[EditRequest, bool], Made],
+        decode: Callable[[Made, bool], Iterable[tuple[Tensor, Tensor | None]]],
+    ):
+        """edit, decode: a stretch's request, or what `edit` made of it, and whether it is the last, which alone may lack a round trip."""
+        numbers = latent_order(request.source.frames, length)
+        self.kept = [not place or number != numbers[place - 1] for place, number in enumerate(numbers)]
+        self.request, self.spans = at_frames(request, numbers), stretches(len(numbers), length)
+        self.edit, self.decode = edit, decode
+        self.made: list[Made] = []
+        self.references = [request.reference]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yields edited frame and round trip, (H, W, 3) each, for every frame of the clip."""
+        for index, (first, last) in enumerate(self.spans):
+            is_last, part = index == len(self.spans) - 1, cut_stretch(self.request, first, last, self.references[index])
+            if index == len(self.made):
+                self.made.append(self.edit(part, is_last))
+            tail: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=1 + HALO)
+            for place, pair in enumerate(self.decode(self.made[index], is_last), first):
+                tail.append(pair)
+                if self.kept[place] and (place > first or not index):
+                    yield pair
+            if not is_last and index + 1 == len(self.references):
+                edited, round_trip = (torch.stack(column) for column in zip(*tail))
+                self.references.append(detailed_last_frame(part.source.frames, edited, round_trip).to(self.request.reference))
+
+    def collect(self) -> EditResult:
+        """All frames in memory."""
+        edited, round_trips = zip(*self)
+        round_trip = None if any(frame is None for frame in round_trips) else torch.stack(round_trips)
+        return EditResult(Clip(torch.stack(edited), self.request.source.fps), round_trip)
 
 
 def find_stretches(frames: Tensor, length: int) -> list[tuple[int, int]]:

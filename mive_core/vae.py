@@ -7,6 +7,7 @@ T = (F - 1) / 4 + 1 latent frames, Y = H / 8, X = W / 8.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,23 +68,68 @@ class VAE:
         """
         frames = frames[None] if frames.ndim == 4 else frames
         _check_frames(frames)
-        video = frames.permute(0, 4, 1, 2, 3).to(self.mean) * 2 - 1
-        return (self.network.encode(video).latent_dist.mode() - self.mean) / self.std
+        video = frames.permute(0, 4, 1, 2, 3)
+        if self.network.use_tiling:
+            return (self.network.encode(video.to(self.mean) * 2 - 1).latent_dist.mode() - self.mean) / self.std
+        return (self._run_encoder(video).chunk(2, dim=1)[0] - self.mean) / self.std
+
+    def _run_encoder(self, video: Tensor) -> Tensor:
+        """AutoencoderKLWan's own loop over latent frames, each converted when it is its turn -> (B, 2 C, T, Y, X), mean and log-variance."""
+        caches = _caches(self.network.encoder)
+        pieces = video.tensor_split(tuple(range(1, video.shape[2], TEMPORAL_FACTOR)), dim=2)
+        return self.network.quant_conv(torch.cat([self.network.encoder(x.to(self.mean) * 2 - 1, feat_cache=caches, feat_idx=[0]) for x in pieces], dim=2))
+
+    def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
+        """(1, C, T, Y, X) -> the frames of one latent frame after the other, (1, H, W, 3), then (4, H, W, 3), as `decode` returns them.
+
+        Memory holds one piece and what the causal convolutions remember of the one before. Several clips may be decoded in turns.
+        Raises UserError as `decode` does.
+        """
+        _check_one_clip(latents)
+        return (piece[0] for piece in self._decode(latents))
 
     def decode(self, latents: Tensor) -> Tensor:
         """(1, C, T, Y, X) -> (F, H, W, 3) float32 in 0..1. Raises UserError for anything but one finite clip."""
-        if latents.ndim != 5 or len(latents) != 1:
-            raise UserError("not the latents of one clip", got=f"shape {tuple(latents.shape)}", expected="(1, 16, T, Y, X)")
+        _check_one_clip(latents)
         return self.decode_batch(latents)[0]
 
     def decode_batch(self, latents: Tensor) -> Tensor:
         """(B, C, T, Y, X) -> (B, F, H, W, 3) float32 in 0..1. Raises UserError for anything but finite latents."""
-        if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
-            raise UserError("not Wan 2.1 latents", got=f"shape {tuple(latents.shape)}", expected="(B, 16, T, Y, X)")
-        if not latents.isfinite().all():
-            raise UserError("the latents are not finite", got="NaN or infinity", fix="sample in float32 or bfloat16, or check the weights")
-        video = self.network.decode(latents.to(self.mean) * self.std + self.mean, return_dict=False)[0]
-        return (video.float().clamp(-1, 1) + 1).mul_(0.5).permute(0, 2, 3, 4, 1).contiguous()
+        return torch.cat(list(self._decode(latents)), dim=1)
+
+    def _decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """(B, C, T, Y, X) -> (B, 1, H, W, 3), then (B, 4, H, W, 3) for every further latent frame; in tiles all at once."""
+        _check_latents(latents)
+        latents = latents.to(self.mean) * self.std + self.mean
+        return map(_to_frames, [self.network.decode(latents, return_dict=False)[0]] if self.network.use_tiling else self._run_decoder(latents))
+
+    def _run_decoder(self, latents: Tensor) -> Iterator[Tensor]:
+        """AutoencoderKLWan's own loop over latent frames, with the convolutions' caches held here: it concatenates all frames."""
+        caches = _caches(self.network.decoder)
+        for index, latent in enumerate(self.network.post_quant_conv(latents).split(1, dim=2)):
+            yield self.network.decoder(latent, feat_cache=caches, feat_idx=[0], first_chunk=not index)
+
+
+def _caches(network: nn.Module) -> list[None]:
+    """Room for what each causal convolution remembers."""
+    return [None] * sum(isinstance(module, nn.Conv3d) for module in network.modules())
+
+
+def _to_frames(video: Tensor) -> Tensor:
+    """(B, 3, F, H, W) in -1..1 -> (B, F, H, W, 3) float32 in 0..1."""
+    return (video.float().clamp(-1, 1) + 1).mul_(0.5).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def _check_one_clip(latents: Tensor) -> None:
+    if latents.ndim != 5 or len(latents) != 1:
+        raise UserError("not the latents of one clip", got=f"shape {tuple(latents.shape)}", expected="(1, 16, T, Y, X)")
+
+
+def _check_latents(latents: Tensor) -> None:
+    if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS or 0 in latents.shape:
+        raise UserError("not Wan 2.1 latents", got=f"shape {tuple(latents.shape)}", expected="(B, 16, T, Y, X)")
+    if not latents.isfinite().all():
+        raise UserError("the latents are not finite", got="NaN or infinity", fix="sample in float32 or bfloat16, or check the weights")
 
 
 def _check_frames(frames: Tensor) -> None:

@@ -5,17 +5,22 @@ F frames; L tokens of the DiT's sequence.
 
 import re
 import statistics
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..cost.flops import dit_flops
+from ..delivery import deliver, deliver_stream
 from ..flow import schedule
-from ..vae import LATENT_CHANNELS
+from ..vae import LATENT_CHANNELS, VAE
 from .against_diffusers import make_forward, timed
 from .memory_counter import MemoryCounter
 from .models import ATTENTION_RANGE, Workload, make_request, make_vlm_inputs, random_dit, random_network, random_pipeline, random_vae, random_vlm, vlm_flops
@@ -146,19 +151,37 @@ def measure_vlm(work: Workload) -> dict:
 
 
 def measure_vae(work: Workload) -> dict:
-    """Encoding the source, and decoding whole and in tiles. Warms up on a single frame, because a large clip takes long."""
+    """Encoding the source, decoding whole, in pieces and in tiles, and delivering the decoded frames whole and in pieces.
+
+    Warms up on a single frame, because a large clip takes long.
+    """
     vae = random_vae(work)
     latents = torch.randn(1, LATENT_CHANNELS, *work.latent_grid, device=work.device)
     video = make_request(work).source.frames
+    source = partial(repeat, torch.rand(*work.size[::-1], 3), work.num_frames)
     vae.decode(latents[:, :, :1])
     cold = {"warm": False, "profiled": work.device.type == "cpu"}  # a profile takes one more call, half a minute at 720p on a GPU
     operations = vae_flops(work)
     figures = {
         "encode": measure(work, lambda: vae.encode(video), **cold) | {"flops": operations["encode"]},
         "decode": measure(work, lambda: vae.decode(latents), **cold) | {"flops": operations["decode"]},
+        "decode_in_pieces": measure(work, lambda: exhaust(vae.decode_pieces(latents)), warm=False),
+        "deliver": measure(work, lambda: exhaust(deliver(source(), vae.decode(latents), vae.decode(latents))), warm=False),
+        "deliver_in_pieces": measure(work, lambda: exhaust(deliver_stream(source(), decoded_pairs(vae, latents), work.num_frames)), warm=False),
     }
     vae.network.enable_tiling()
     return figures | {"decode_tiled": measure(work, lambda: vae.decode(latents), **cold)}
+
+
+def decoded_pairs(vae: VAE, latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Decodes an edit and a source, the same latents here, in turns."""
+    for edited, round_trip in zip(vae.decode_pieces(latents), vae.decode_pieces(latents)):
+        yield from zip(edited, round_trip)
+
+
+def exhaust(frames: Iterable) -> None:
+    """Takes every frame and keeps none."""
+    deque(frames, maxlen=0)
 
 
 def vae_flops(work: Workload) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """One edit from file to file: made at the size that the model knows best, delivered at the source's own size and length.
 
-Source and output are streamed; only frames of the edit's size are held for the whole clip.
+Source, edit and output are streamed: of the whole clip memory holds what the model reads, the source at the edit's size, and latents.
 """
 
 import math
 import time
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..config import MiVEConfig, latent_grid
-from ..delivery import EditedFrame, deliver
+from ..delivery import EditedFrame, deliver_stream
 from ..errors import UserError
 from ..evaluation.evaluate import EvaluationSettings, show_steps
 from ..media.encode import Encoding
 from ..media.fit import check_frames, check_request_frames, check_request_size, edit_size, fit_reference, resize, valid_num_frames
 from ..media.remote import local_copy
-from ..media.video import read_clip, read_fps, stream_clip, write_stream, write_video
+from ..media.video import read_clip, read_fps, stream_clip, write_stream
 from ..pipeline import Pipeline
 from ..reference import check_keyframes
 from ..reference_check import warn_of_references
@@ -121,17 +122,30 @@ def edit_file(
 ) -> tuple[Path, float]:
     """Edits and writes the video, with the source's sound -> its path, and the seconds that the edit took, delivery left out. Raises UserError."""
     keep_detail = options.detail == "auto"
-    start = time.perf_counter()
-    result = pipeline.run(prepared.request, **settings.sampling, progress=show_steps, with_round_trip=keep_detail)
-    seconds = time.perf_counter() - start
-    edited = result.edited.frames[: prepared.num_frames]
-    if not keep_detail or result.round_trip is None:
-        return write_video(output, replace(result.edited, frames=edited), sound=prepared.source, encoding=options.encoding), seconds
-    round_trip = result.round_trip[: prepared.num_frames]
-    source = islice(stream_clip(prepared.source, what="source"), prepared.num_frames)
-    frames = deliver(source, edited, round_trip, prepared.reference, prepared.mask, anchor=options.anchor, keyframes=prepared.keyframes)
-    fps = prepared.request.source.fps
-    return write_stream(output, frames, prepared.size, fps, sound=prepared.source, encoding=options.encoding), seconds
+    pairs = TimedPairs(pipeline.stream(prepared.request, **settings.sampling, progress=show_steps, with_round_trip=keep_detail))
+    if keep_detail:
+        source, size = islice(stream_clip(prepared.source, what="source"), prepared.num_frames), prepared.size
+        count, keyframes = prepared.num_frames, prepared.keyframes
+        frames = deliver_stream(source, pairs, count, prepared.reference, prepared.mask, anchor=options.anchor, keyframes=keyframes)
+    else:
+        height, width = prepared.request.source.frames.shape[1:3]
+        frames, size = (edited for edited, _ in islice(pairs, prepared.num_frames)), (width, height)
+    path = write_stream(output, frames, size, prepared.request.source.fps, sound=prepared.source, encoding=options.encoding)
+    return path, pairs.seconds
+
+
+class TimedPairs:
+    """Pairs of frames as they come, and the seconds that they took to come."""
+
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]):
+        self.pairs, self.seconds = pairs, 0.0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        iterator, start = iter(self.pairs), time.perf_counter()
+        for pair in iterator:
+            self.seconds += time.perf_counter() - start
+            yield pair
+            start = time.perf_counter()
 
 
 def _warn_of_many_tokens(request: EditRequest, config: MiVEConfig, where: str, options: FileOptions) -> None:

@@ -35,7 +35,7 @@ def add_bench(commands) -> None:
     add_stage(dit)
     for name, summary in (
         ("vlm", "time Qwen3-VL on the clip and instruction of an edit"),
-        ("vae", "time the VAE: encoding, decoding whole and in tiles"),
+        ("vae", "time the VAE: encoding, decoding whole, in pieces and in tiles, and delivery"),
         ("edit", "time a whole edit and each of its stages"),
     ):
         add_stage(add_command(bench, name, run_bench_stage, summary))

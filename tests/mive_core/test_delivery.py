@@ -1,5 +1,6 @@
 """Delivery: frames of the source's size, one by one, whatever comes in."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import mive_core
-from mive_core.delivery import CHUNK, EditedFrame, deliver, feathered, find_shots
+from mive_core.delivery import CHUNK, LARGEST_WINDOW, EditedFrame, deliver, deliver_stream, feathered, find_shots
 from mive_core.errors import UserError
 from mive_core.media.video import read_clip
 
@@ -158,3 +159,51 @@ def test_an_empty_mask_is_told_of(source):
     with pytest.warns(UserWarning, match="the mask is empty"):
         out = run(source[:2], small(night(source[:2])), small(source[:2]), None, torch.zeros(1, 8, 8))
     assert torch.equal(out, source[:2])
+
+
+class Pairs:
+    """Edit and round trip made anew frame by frame, at each iteration, and the largest number of pairs that were alive at once."""
+
+    def __init__(self, source: torch.Tensor):
+        self.source, self.alive, self.most, self.iterations, self.given = source, 0, 0, 0, 0
+
+    def __iter__(self):
+        self.iterations += 1
+        for frame in self.source:
+            pair = small(night(frame)[None])[0], small(frame[None])[0]
+            self.alive, self.given = self.alive + 1, self.given + 1
+            self.most = max(self.most, self.alive)
+            weakref.finalize(pair[0].untyped_storage(), self.die)
+            yield pair
+
+    def die(self):
+        self.alive -= 1
+
+
+@pytest.mark.parametrize("num_frames", [60, 119])
+def test_a_stream_is_delivered_from_a_window_of_pairs(source, num_frames):
+    """A still with a cut in it, at the length that chunks are fitted over and at twice that."""
+    frames = torch.cat([source[:1].expand(num_frames - 23, -1, -1, -1), 1 - source[-1:].expand(23, -1, -1, -1)])
+    pairs = Pairs(frames)
+    out = torch.stack([frame.clone() for frame in deliver_stream(iter(frames), pairs, num_frames, night(source)[0])])
+    assert pairs.iterations == 1 and CHUNK < pairs.most <= LARGEST_WINDOW + 2
+    assert torch.equal(out, run(frames, small(night(frames)), small(frames), night(source)[0]))
+
+
+def test_later_keyframes_are_learned_from_in_a_first_pass(source):
+    frames, number = source[:1].expand(70, -1, -1, -1), 40
+    pairs, keyframes = Pairs(frames), [EditedFrame(number, frames[number], night(frames)[number])]
+    out = torch.stack(list(deliver_stream(iter(frames), pairs, 70, keyframes=keyframes)))
+    assert pairs.iterations == 2 and 70 + number < pairs.given < 70 + number + 10 and pairs.most <= LARGEST_WINDOW + 2
+    assert torch.equal(out, run(frames, small(night(frames)), small(frames), keyframes=keyframes))
+    without = Pairs(frames)
+    list(deliver_stream(iter(frames), without, 70, keyframes=keyframes, anchor="off"))
+    assert without.iterations == 1
+
+
+def test_a_stream_with_a_broken_frame_is_named(source):
+    bad = small(source).clone()
+    bad[19] = torch.nan
+    delivered = deliver_stream(iter(source), list(zip(bad, small(source))), len(source))
+    with pytest.raises(UserError, match="NaN or infinite values; got frame 19"):
+        list(delivered)

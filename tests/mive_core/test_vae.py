@@ -5,8 +5,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 
+from mive_core.bench.memory_counter import MemoryCounter
 from mive_core.embedded.vae_network import WholeClipVAE, decode_clips, encode_clips
 from mive_core.errors import UserError
+from mive_core.pipeline import EMBEDDED
 from mive_core.vae import LATENTS_MEAN, LATENTS_STD, VAE, use_rsqrt_norms
 
 
@@ -198,3 +200,52 @@ def test_norms_by_a_reciprocal_root_equal_the_librarys():
     use_rsqrt_norms(network)
     assert (network.decode(latents, return_dict=False)[0] - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
     assert torch.isfinite(network.decode(torch.zeros(1, 16, 1, 4, 6), return_dict=False)[0]).all()
+
+
+@pytest.fixture(scope="module", params=["embedded", "random"])
+def either(request, vae):
+    """The embedded VAE, and a random one of another width."""
+    return VAE.load(EMBEDDED["tiny"] / "vae.safetensors") if request.param == "embedded" else vae
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_latent_frames", [1, 2, 5])
+def test_pieces_equal_the_librarys_whole_decode(either, num_latent_frames):
+    """Two clips in turns, for an edit and its source are decoded side by side."""
+    clips = torch.randn(2, 1, 16, num_latent_frames, 4, 6, generator=torch.Generator().manual_seed(num_latent_frames))
+    decoded = list(zip(*(either.decode_pieces(clip) for clip in clips)))
+    assert [len(piece) for piece, _ in decoded] == [1] + [4] * (num_latent_frames - 1)
+    for clip, pieces in zip(clips, zip(*decoded)):
+        whole = either.network.decode(clip * either.std + either.mean, return_dict=False)[0]
+        assert (torch.cat(pieces) - (whole[0].permute(1, 2, 3, 0) + 1) / 2).abs().max() < 1e-5
+        assert torch.equal(torch.cat(pieces), either.decode(clip))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_frames", [1, 5, 17])
+def test_encoding_equals_the_librarys(either, num_frames):
+    frames = torch.rand(2, num_frames, 32, 48, 3)
+    expected = either.network.encode(frames.permute(0, 4, 1, 2, 3) * 2 - 1).latent_dist.mode()
+    assert (either.encode(frames) - (expected - either.mean) / either.std).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_decoding_in_pieces_holds_no_more_for_a_longer_clip(vae):
+    """But for the latents; the whole decode holds all frames."""
+    peaks, clips = [], [torch.randn(1, 16, count, 4, 6) for count in (4, 24)]
+    for decode in (lambda latents: [None for _ in vae.decode_pieces(latents)], vae.decode):
+        for latents in clips:
+            with MemoryCounter() as counter:
+                decode(latents)
+            peaks.append(counter.peak)
+    latents, frames = (20 * size * 4 for size in (16 * 4 * 6, 4 * 3 * 32 * 48))  # bytes of what is longer
+    assert peaks[1] - peaks[0] <= 4 * latents and peaks[3] - peaks[2] > frames
+    assert peaks[1] < peaks[0] + 0.1 * frames * 4
+
+
+@torch.inference_mode()
+def test_pieces_are_refused_before_the_first_is_asked_for(vae):
+    with pytest.raises(UserError, match="not the latents of one clip"):
+        vae.decode_pieces(torch.zeros(2, 16, 1, 4, 6))
+    with pytest.raises(UserError, match="the latents are not finite"):
+        vae.decode_pieces(torch.full((1, 16, 1, 4, 6), torch.nan))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,19 @@ import torch
 from torch.nn import functional as F
 
 import mive_core
+from mive_core.config import TEMPORAL_FACTOR
 from mive_core.data.edit_file import FileOptions, edit_file, prepare
 from mive_core.data.manifest import ManifestEntry
+from mive_core.delivery import LARGEST_WINDOW, deliver
+from mive_core.detail import HALO
 from mive_core.errors import UserError
 from mive_core.evaluation.evaluate import EvaluationSettings
+from mive_core.media.encode import Encoding
 from mive_core.media.images import write_image
 from mive_core.media.video import read_clip, write_stream, write_video
 from mive_core.pipeline import Pipeline
 from mive_core.types import Clip
+from mive_core.vae import VAE
 
 SAMPLE = Path(mive_core.__file__).parent / "assets" / "samples" / "bigbuckbunny_33f.mp4"
 
@@ -134,6 +140,77 @@ def test_what_cannot_be(pipeline, entry):
         prepare(replace(entry, reference=None), pipeline.config)
     with pytest.warns(UserWarning, match="is distorted to 64x64"):
         prepare(entry, pipeline.config, FileOptions(size=(64, 64)))
+
+
+class CountingVAE(VAE):
+    """Counts the decoded frames that are alive, and can fail after some."""
+
+    alive = most = decodes = pieces = 0
+    fails_after = 10**9
+
+    def decode_pieces(self, latents):
+        self.decodes += 1
+        return map(self.count, super().decode_pieces(latents))
+
+    def count(self, piece):
+        self.pieces += 1
+        if self.pieces > self.fails_after:
+            raise KeyboardInterrupt
+        self.alive += len(piece)
+        self.most = max(self.most, self.alive)
+        weakref.finalize(piece.untyped_storage(), self.die, len(piece))
+        return piece
+
+    def die(self, count):
+        self.alive -= count
+
+
+@pytest.fixture
+def counted(pipeline):
+    """Edits in stretches of 33 frames."""
+    return replace(pipeline, vae=CountingVAE(pipeline.vae.network), config=replace(pipeline.config, edit_frames=33))
+
+
+@pytest.fixture
+def long_entry(tmp_path):
+    """Eighty-two frames, which is no 4n+1, in three stretches; and a keyframe."""
+    frames = torch.rand(1, 32, 48, 3) * torch.linspace(0.5, 1, 82).view(-1, 1, 1, 1)
+    write_video(tmp_path / "long.mp4", Clip(frames, 12.0))
+    write_image(tmp_path / "first.png", frames[0] * 0.5)
+    return ManifestEntry(tmp_path / "long.mp4", tmp_path / "first.png", "make it dark", keyframes=((45, tmp_path / "first.png"),))
+
+
+@pytest.mark.parametrize("detail", ["auto", "off"])
+def test_few_decoded_frames_are_alive_at_once(counted, long_entry, tmp_path, detail):
+    options, entry = FileOptions(size=(48, 32), detail=detail), replace(long_entry, keyframes=())
+    path, _ = edit_file(counted, prepare(entry, counted.config, options), tmp_path / "out.mp4", EvaluationSettings(steps=1), options)
+    assert len(read_clip(path).frames) == 82
+    most = 2 * (LARGEST_WINDOW + 2 * TEMPORAL_FACTOR + 1 + HALO) if detail == "auto" else 2 * (3 * TEMPORAL_FACTOR)
+    assert counted.vae.most <= most < 82 and not counted.vae.alive
+    assert counted.vae.decodes == (6 if detail == "auto" else 5)  # the last stretch's round trip is of no use then
+
+
+def test_an_anchor_with_a_late_keyframe_decodes_again_and_edits_once(counted, long_entry, tmp_path):
+    options = FileOptions(size=(48, 32), anchor="on")
+    prepared = prepare(long_entry, counted.config, options)
+    path, _ = edit_file(counted, prepared, tmp_path / "out.mkv", EvaluationSettings(steps=1), replace(options, encoding=Encoding("ffv1")))
+    assert counted.vae.decodes == 6 + 4 and counted.vae.most < 82  # the keyframe is in the second stretch
+    result = counted.run(prepared.request, steps=1)
+    edited, round_trip = (x[:82] for x in (result.edited.frames, result.round_trip))
+    source = read_clip(long_entry.source).frames
+    whole = deliver(iter(source), edited, round_trip, prepared.reference, anchor="on", keyframes=prepared.keyframes)
+    assert (read_clip(path).frames - torch.stack(list(whole))).abs().max() < 0.5 / 255 + 1e-5
+
+
+def test_an_interrupted_edit_leaves_the_old_file_and_no_half_one(counted, long_entry, tmp_path):
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "out.mp4"
+    write_video(output, Clip(torch.rand(5, 32, 48, 3), 12.0))
+    before, counted.vae.fails_after = output.read_bytes(), 25
+    options = FileOptions(size=(48, 32))
+    with pytest.raises(KeyboardInterrupt):
+        edit_file(counted, prepare(replace(long_entry, keyframes=()), counted.config, options), output, EvaluationSettings(steps=1), options)
+    assert list(output.parent.iterdir()) == [output] and output.read_bytes() == before
 
 
 @pytest.mark.slow
