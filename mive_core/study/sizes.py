@@ -35,7 +35,7 @@ def measure_sizes(pairs: ManifestPairs, num: int, save: Callable[[dict[str, Any]
     full = FullSizePairs(pairs)
     rows: dict[str, Any] = {}
     for fraction in fractions:
-        clips = []
+        clips: list[dict[str, Any]] = []
         for index in range(min(num, len(pairs))):
             pair = full.pairs[index]
             width, height = pair.request.source.frames.shape[2], pair.request.source.frames.shape[1]
@@ -47,9 +47,8 @@ def measure_sizes(pairs: ManifestPairs, num: int, save: Callable[[dict[str, Any]
             delivered = torch.stack(list(deliver(pair.request.source.frames, edited.frames, round_trip, pair.request.reference)))
             delivery_seconds = time.perf_counter() - start
             assert pair.target is not None
-            target = vae_round_trip(pipeline, torch.stack([resize(frame, size) for frame in pair.target]))
-            enlarge = lambda frames, to=(width, height): torch.stack([resize(frame, to) for frame in frames])
-            shown = {"enlarged": enlarge(edited.frames), "delivered": delivered, "ceiling": enlarge(target)}
+            target = vae_round_trip(pipeline, resized(pair.target, size))
+            shown = {"enlarged": resized(edited.frames, (width, height)), "delivered": delivered, "ceiling": resized(target, (width, height))}
             figures = {name: pair_psnr(frames, pair) for name, frames in shown.items()}
             clips.append({"name": pair.name, "size": size, "seconds": seconds, "delivery_seconds": delivery_seconds, **figures})
         means: dict[str, Any] = {name: {key: mean([clip[name][key] for clip in clips]) for key in FIGURES} for name in ("enlarged", "delivered", "ceiling")}
@@ -57,11 +56,16 @@ def measure_sizes(pairs: ManifestPairs, num: int, save: Callable[[dict[str, Any]
         save({"models": models, "clips": len(clips), "measured": rows, "counted": counted(fractions)})
 
 
+def resized(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(F, H, W, 3) -> (F, height, width, 3) for size (width, height)."""
+    return torch.stack([resize(frame, size) for frame in frames])
+
+
 def counted(fractions: Sequence[int]) -> dict[str, Any]:
     """FLOPs of one forward of PAPER at PAPER_SIZE, and at fractions of its side and at 832x480 the share of it, in all and of the attention."""
     config, (width, height) = PRESETS[PAPER], PAPER_SIZE
-    sizes = [(fraction, edit_size(PAPER_SIZE, width * height // fraction**2)) for fraction in fractions] + [("832x480", (832, 480))]
-    layouts = {str(name): (size, clip_layout(size, PAPER_FRAMES, config)) for name, size in sizes}
+    sizes = {str(fraction): edit_size(PAPER_SIZE, width * height // fraction**2) for fraction in fractions} | {"832x480": (832, 480)}
+    layouts = {name: (size, clip_layout(size, PAPER_FRAMES, config)) for name, size in sizes.items()}
     whole = clip_layout(PAPER_SIZE, PAPER_FRAMES, config)
     return {
         name: {

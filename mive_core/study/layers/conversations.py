@@ -1,4 +1,4 @@
-"""Questions and answers about paired edits, as a VLM is trained on: what is there, where, how many, which moves, what differs, what is asked.
+"""Questions and answers about scenes and paired edits, as a VLM is trained on: what is there, where, how many, which moves, what differs, what is asked.
 
 Places are cells of a grid of 10 x 10 over the frame, written as two digits, column and row from the upper left corner, as Qwen3-VL writes
 coordinates relative to the frame. A path is the places in the frames that the VLM samples.
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...embedded.synthetic import SyntheticEdit
-from ...embedded.synthetic.background import Footage
+from ...embedded.synthetic.background import Backdrop, Footage
 from ...embedded.synthetic.labels import COLOURS, NONE, PICKS, SHAPES
-from ...embedded.synthetic.scene import Body
+from ...embedded.synthetic.scene import Body, Scene
 from ..captioned_clips import describe_backdrop
 
 CELLS = 10  # per axis
@@ -71,40 +71,32 @@ class Thing:
 
 
 class Conversation:
-    """Asks and answers questions about one paired edit without a cut. `frames` are the numbers of the frames that the VLM samples."""
+    """Asks and answers questions about a scene. `frames` are the numbers of the frames that the VLM sees."""
 
-    def __init__(self, edit: SyntheticEdit, frames: Sequence[int], rng: np.random.Generator):
-        (shot,) = edit.shots
-        scenes, labels = shot.scenes, edit.labels
-        _, height, width, _ = edit.pair.request.source.frames.shape
-        self.edit, self.frames, self.rng, self.scenes = edit, frames, rng, scenes
-        self.size = (width, height)
-        bodies = list(scenes.others)
-        if scenes.before is not None:
-            bodies.insert(scenes.depth, scenes.before)
-        self.times = shot.times
+    topics: tuple[str, ...] = ("caption", "count", "colour", "shape", "rows", "place", "where", "moves", "what")
+
+    def __init__(
+        self,
+        backdrop: Backdrop | Footage,
+        bodies: Sequence[Body],  # from the back to the front
+        times: np.ndarray,
+        size: tuple[int, int],
+        frames: Sequence[int],
+        rng: np.random.Generator,
+    ):
+        self.times, self.size, self.frames, self.rng, self.backdrop = times, size, frames, rng, backdrop
         self.things = [self.thing(body, self.name_of(body)) for body in reversed(bodies)]  # from the front to the back
-        self.before = next((thing for thing in self.things if thing.body is scenes.before), None)
-        self.after = None if scenes.after is None else self.thing(scenes.after, f"{labels.new_colour} {labels.new_shape}")
 
     def thing(self, body: Body, name: str) -> Thing:
         return Thing(body, name, body.motion.track(self.times, self.size), self.size)
 
     def name_of(self, body: Body) -> str:
-        """Names a body of the source; two alike by what tells them apart."""
-        labels, name = self.edit.labels, f"{body.colour} {body.shape}"
-        if labels.pick == NONE or (body.colour, body.shape) != (labels.colour, labels.shape):
-            return name
-        return f"{labels.pick if body is self.scenes.before else OPPOSITE[labels.pick]} {name}"
+        """Names a body of the scene."""
+        return f"{body.colour} {body.shape}"
 
-    def turns(self, num: int, instruction: str | None) -> Iterator[Turn]:
-        """Yields `num` turns on different topics, as far as there are. With an instruction the first is what it asks for, and none names a thing."""
-        topics = [str(topic) for topic in self.rng.permutation([topic for topic in QUESTIONS if topic != "asked"])]
-        if instruction is not None:
-            yield Turn("asked", instruction, self.change())
-            topics, num = [topic for topic in topics if topic in UNNAMED], num - 1
-        for topic in topics[:num]:
-            yield self.turn(topic)
+    def turns(self, num: int) -> Iterator[Turn]:
+        """Yields `num` turns on different topics, as far as there are."""
+        return (self.turn(str(topic)) for topic in self.rng.permutation(self.topics)[:num])
 
     def turn(self, topic: str) -> Turn:
         """Draws a question on a topic and answers it."""
@@ -114,18 +106,10 @@ class Conversation:
         words, answer = getattr(self, f"_{topic}")(thing)
         return Turn(topic, str(self.rng.choice(QUESTIONS[topic])).format(**words), answer)
 
-    def change(self) -> str:
-        """What the instruction asks for."""
-        if self.before is None:
-            assert self.after is not None
-            return f"a {self.after.name} comes at {self.after.path(self.frames)}"
-        start = f"the {self.before.name} at {self.before.path(self.frames)}"
-        return f"{start} goes" if self.after is None else f"{start} becomes a {self.after.name}"
-
     def _caption(self, thing: Thing | None) -> tuple[dict, str]:
-        parts = [f"a {one.body.colour} {one.body.shape} from {one.place(0)} to {one.place(-1)}" for one in sorted(self.things, key=lambda one: one.track[0, 0])]
-        backdrop = self.scenes.backdrop
-        return {}, ", ".join([*parts, f"over {'a filmed view' if isinstance(backdrop, Footage) else describe_backdrop(backdrop)}"])
+        places = lambda one: f"at {one.place(0)}" if len(self.frames) == 1 else f"from {one.place(0)} to {one.place(-1)}"
+        parts = [f"a {one.body.colour} {one.body.shape} {places(one)}" for one in sorted(self.things, key=lambda one: one.track[0, 0])]
+        return {}, ", ".join([*parts, f"over {'a filmed view' if isinstance(self.backdrop, Footage) else describe_backdrop(self.backdrop)}"])
 
     def _count(self, thing: Thing | None) -> tuple[dict, str]:
         return {}, NUMBERS[sum(one.place(0) != OUTSIDE for one in self.things)]
@@ -168,6 +152,53 @@ class Conversation:
     def at(self, point: np.ndarray) -> Thing | None:
         """What is at a point of the first frame, x and y in pixels; the front one of several."""
         return next((one for one in self.things if np.hypot(*(one.track[0, :2] - point)) < one.track[0, 2]), None)
+
+
+class StillConversation(Conversation):
+    """Of the first frame alone."""
+
+    topics = ("caption", "count", "colour", "shape", "rows", "where", "what")
+
+    def __init__(self, scene: Scene, size: tuple[int, int], rng: np.random.Generator):
+        super().__init__(scene.backdrop, scene.bodies, np.zeros(1), size, (0,), rng)
+
+
+class EditConversation(Conversation):
+    """Of a paired edit without a cut."""
+
+    topics = (*Conversation.topics, "differs")
+
+    def __init__(self, edit: SyntheticEdit, frames: Sequence[int], rng: np.random.Generator):
+        (shot,) = edit.shots
+        scenes, labels = shot.scenes, edit.labels
+        _, height, width, _ = edit.pair.request.source.frames.shape
+        self.edit, self.edited = edit, scenes.before
+        bodies = list(scenes.others)
+        if scenes.before is not None:
+            bodies.insert(scenes.depth, scenes.before)
+        super().__init__(scenes.backdrop, bodies, shot.times, (width, height), frames, rng)
+        self.before = next((thing for thing in self.things if thing.body is scenes.before), None)
+        self.after = None if scenes.after is None else self.thing(scenes.after, f"{labels.new_colour} {labels.new_shape}")
+
+    def name_of(self, body: Body) -> str:
+        """Names a body of the source; two alike by what tells them apart."""
+        labels, name = self.edit.labels, super().name_of(body)
+        if labels.pick == NONE or (body.colour, body.shape) != (labels.colour, labels.shape):
+            return name
+        return f"{labels.pick if body is self.edited else OPPOSITE[labels.pick]} {name}"
+
+    def instructed_turns(self, num: int, instruction: str) -> Iterator[Turn]:
+        """Yields what the instruction asks for, and turns whose questions name nothing."""
+        yield Turn("asked", instruction, self.change())
+        yield from (self.turn(str(topic)) for topic in self.rng.permutation(UNNAMED)[: num - 1])
+
+    def change(self) -> str:
+        """What the instruction asks for."""
+        if self.before is None:
+            assert self.after is not None
+            return f"a {self.after.name} comes at {self.after.path(self.frames)}"
+        start = f"the {self.before.name} at {self.before.path(self.frames)}"
+        return f"{start} goes" if self.after is None else f"{start} becomes a {self.after.name}"
 
     def _differs(self, thing: Thing | None) -> tuple[dict, str]:
         if (self.edit.pair.request.reference == self.edit.pair.request.source.frames[0]).all():

@@ -43,11 +43,12 @@ class Plan:
 # as configs/study_vlm.yaml
 STUDY_VLM: dict[str, Any] = {
     "task": "study_vlm",
-    "num_steps": 3000,
+    "num_steps": 4000,
     "seed": 28,
     "batch_size": 16,
     "num_new_clips": 8,
     "replay_steps": 400,
+    "num_still_steps": 1500,
     "num_turns": 8,
     "learning_rate": 1.2e-3,
     "muon_learning_rate": 5.0e-3,

@@ -8,6 +8,7 @@ B batch, S tokens in the sequence, A tokens of answers in the batch, V vocabular
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from torch.utils.data import Dataset
 
 from ...config import PRESETS, MiVEConfig
 from ...embedded.synthetic import PairedEdits, SyntheticEdit
-from ...embedded.vlm_examples import HALF, as_typed, pad, to_byte, tokenizer_corpus
+from ...embedded.synthetic.random_scenes import draw_scene
+from ...embedded.synthetic.scene import Scene, render
+from ...embedded.vlm_examples import HALF, as_typed, to_byte, tokenizer_corpus
 from ...embedded.vlm_folder import MODEL, write_tiny_folder
 from ...formats.safetensors_file import write_tensors
-from ...prompt import build_inputs, sample_frames
+from ...prompt import build_image_inputs, build_inputs, sample_frames
 from ...train.loop import Task
 from ...train.optim import Muon, warmup_cosine
 from ...train.recipe import Recipe, parse_recipe
 from ...types import VLMInputs
 from ...vlm import WEIGHTS, load_processor, model_arguments, new_model
-from .conversations import Conversation, corpus
+from .conversations import EditConversation, StillConversation, Turn, corpus
 
 NUM_LAYERS = 8
 SIZE, NUM_FRAMES, FPS = (64, 64), 17, 8.0
@@ -36,6 +39,8 @@ KINDS = ("seen in reference", "two alike", "enters late", "instruction only")
 EDITS = ("recolour", "replace", "remove", "add")  # of single things, so that "where" has an answer
 CONFIG = replace(PRESETS["tiny"], vlm="study", vlm_num_layers=NUM_LAYERS, max_video_tokens=512)
 IGNORED = -100  # label of a token that is no answer, as in transformers
+MAX_BODIES = 3  # in a still image
+POSITION_STD = 0.5  # of the vision's embeddings of positions at first: beside what a patch shows, a smaller one is not heard for long
 NEXT_CLIP = 1_000_003  # added to the index of a clip with a cut, of which places in a path would be ambiguous
 
 # Eight layers of Qwen3-VL, whose DeepStack adds the states of three vision blocks after the first three decoder layers, as published
@@ -54,6 +59,9 @@ class StudyVLMRecipe(Recipe):
     num_new_clips: int = 8  # newly drawn clips per step; the others are repeated from earlier steps, with other questions
     replay_steps: int = 200  # number of previous steps whose clips may be repeated
     num_turns: int = 5  # questions and answers about a clip
+    num_still_steps: int = 0  # first steps that ask about still images instead, as VLMs learn images before videos
+    still_batch_size: int = 64  # images per step
+    num_still_turns: int = 4  # questions and answers about an image
     instruction_ratio: float = 0.5  # part of the conversations that begin with the edit's instruction
     learning_rate: float = 1.2e-3  # peak learning rate of AdamW
     muon_learning_rate: float = 0.0  # peak learning rate of Muon on the layers' matrices, a fraction of their norm; 0: AdamW for all
@@ -95,10 +103,24 @@ def dialogue(
     """Asks about a clip, on one topic alone if it is given; `instructed`: what the edit's instruction, before the pictures, asks for, comes first."""
     request = edit.pair.request
     frames = sample_frames(len(request.source.frames), request.source.fps, config.video_fps, processor.video_processor)
-    instruction = as_typed(request.instruction, int(rng.integers(3))) if instructed else None
-    talk = Conversation(edit, frames, rng)
-    asked = list(talk.turns(num_turns, instruction)) if topic is None else [talk.turn(topic)]
-    inputs = build_inputs(replace(request, instruction=instruction or ""), processor, config)
+    instruction = as_typed(request.instruction, int(rng.integers(3))) if instructed else ""
+    talk = EditConversation(edit, frames, rng)
+    if topic is not None and topic != "asked":
+        asked = [talk.turn(topic)]
+    else:
+        asked = list(talk.instructed_turns(num_turns, instruction) if instructed else talk.turns(num_turns))
+    return dialogue_of(build_inputs(replace(request, instruction=instruction), processor, config), asked, processor)
+
+
+def still_dialogue(scene: Scene, processor: Any, rng: np.random.Generator, num_turns: int, config: MiVEConfig = CONFIG) -> Dialogue:
+    """Asks about the first frame of a scene."""
+    asked = list(StillConversation(scene, SIZE, rng).turns(num_turns))
+    image = torch.from_numpy(render(scene, np.zeros(1), SIZE)[0])
+    return dialogue_of(build_image_inputs(image, "", processor, config), asked, processor)
+
+
+def dialogue_of(inputs: VLMInputs, asked: Sequence[Turn], processor: Any) -> Dialogue:
+    """Tokenizes turns behind a prompt."""
     ids, labels, topics = inputs.input_ids, torch.full_like(inputs.input_ids, IGNORED), []
     turns = torch.zeros_like(ids)
     for number, turn in enumerate(asked, 1):
@@ -115,7 +137,7 @@ def dialogue(
         attention_mask=torch.ones_like(ids),
         mm_token_type_ids=F.pad(inputs.mm_token_type_ids, (0, added)),
         pixel_values=to_byte(inputs.pixel_values),
-        pixel_values_videos=to_byte(inputs.pixel_values_videos),
+        pixel_values_videos=None if inputs.pixel_values_videos is None else to_byte(inputs.pixel_values_videos),
     )
     return Dialogue(inputs, labels, turns, tuple(topics))
 
@@ -127,16 +149,23 @@ def extended(ids: Tensor, labels: Tensor, processor: Any, text: str, spoken: boo
 
 
 def batch_of(dialogues: Sequence[Dialogue], pad_token: int) -> DialogueBatch:
-    """Collates dialogues."""
-    inputs = pad([one.inputs for one in dialogues], pad_token)
-    assert inputs.pixel_values_videos is not None  # every dialogue is about a clip
-    inputs = replace(inputs, pixel_values=inputs.pixel_values.float() / HALF - 1, pixel_values_videos=inputs.pixel_values_videos.float() / HALF - 1)
-    longest = inputs.input_ids.shape[1]
-    labels, turns = (
-        torch.cat([F.pad(value, (0, longest - value.shape[1]), value=IGNORED) for value in values])
-        for values in ([one.labels for one in dialogues], [one.turns for one in dialogues])
+    """Collates dialogues, all about clips or all about images."""
+    longest = max(one.labels.shape[1] for one in dialogues)
+    padded = lambda values, filler: torch.cat([F.pad(value, (0, longest - value.shape[1]), value=filler) for value in values])
+    inputs = [one.inputs for one in dialogues]
+    joined = lambda name: None if getattr(inputs[0], name) is None else torch.cat([getattr(one, name) for one in inputs])
+    scaled = lambda name: None if (pixels := joined(name)) is None else pixels.float() / HALF - 1
+    together = VLMInputs(
+        padded([one.input_ids for one in inputs], pad_token),
+        padded([one.attention_mask for one in inputs], 0),
+        padded([one.mm_token_type_ids for one in inputs], 0),
+        scaled("pixel_values"),
+        joined("image_grid_thw"),
+        scaled("pixel_values_videos"),
+        joined("video_grid_thw"),
     )
-    return DialogueBatch(inputs, labels, turns, tuple(one.topics for one in dialogues))
+    labels, turns = (padded([getattr(one, name) for one in dialogues], IGNORED) for name in ("labels", "turns"))
+    return DialogueBatch(together, labels, turns, tuple(one.topics for one in dialogues))
 
 
 def seen(turns: Tensor) -> Tensor:
@@ -162,7 +191,7 @@ def next_token_logits(model: nn.Module, batch: DialogueBatch) -> tuple[Tensor, T
 
 
 class Dialogues(Dataset):
-    """dataset[step]: newly drawn clips, and earlier ones with other questions; a function of the step alone."""
+    """dataset[step]: at first still images; then newly drawn clips, and earlier ones with other questions. A function of the step alone."""
 
     def __init__(self, recipe: StudyVLMRecipe, folder: Path):
         self.recipe, self.processor = recipe, load_processor(folder)
@@ -172,11 +201,22 @@ class Dialogues(Dataset):
     def __getitem__(self, step: int) -> DialogueBatch:
         recipe = self.recipe
         rng = np.random.default_rng((recipe.seed, step, 1))
+        if step < recipe.num_still_steps:
+            return self.stills(step, rng)
         self.drawn = {number: clips for number, clips in self.drawn.items() if number > step - recipe.replay_steps}
         earlier = [clip for number, clips in self.drawn.items() if number != step for clip in clips] or self.new(step)
         repeated = [earlier[int(rng.integers(len(earlier)))] for _ in range(recipe.batch_size - recipe.num_new_clips)]
         clips = [*self.new(step), *repeated]
         made = [dialogue(clip, self.processor, rng, recipe.num_turns, bool(rng.uniform() < recipe.instruction_ratio)) for clip in clips]
+        return batch_of(made, self.processor.tokenizer.pad_token_id)
+
+    def stills(self, step: int, rng: np.random.Generator) -> DialogueBatch:
+        """Returns dialogues about newly drawn images, of few bodies at first."""
+        recipe = self.recipe
+        most = 1 + int(MAX_BODIES * step / recipe.num_still_steps)
+        scenes = (draw_scene(rng, SIZE, int(rng.integers(1, most + 1))) for _ in count())
+        named = (scene for scene in scenes if len({(body.colour, body.shape) for body in scene.bodies}) == len(scene.bodies))
+        made = [still_dialogue(scene, self.processor, rng, recipe.num_still_turns) for scene in islice(named, recipe.still_batch_size)]
         return batch_of(made, self.processor.tokenizer.pad_token_id)
 
     def new(self, step: int) -> list[SyntheticEdit]:
@@ -198,6 +238,7 @@ class StudyVLMTask(Task):
         write_folder(self.folder)
         torch.manual_seed(recipe.seed)
         self.model = new_model(self.folder).train()
+        nn.init.normal_(self.model.visual.pos_embed.weight, std=POSITION_STD)
         self.modules = {"vlm": self.model}
         layers = [*self.model.language_model.layers.parameters(), *self.model.visual.blocks.parameters()]
         matrices = [p for p in layers if p.ndim == 2] if recipe.muon_learning_rate else []

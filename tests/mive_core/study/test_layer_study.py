@@ -11,9 +11,11 @@ import torch
 from mive_core.attention import torch_attention
 from mive_core.cli import main
 from mive_core.embedded.synthetic import COLOURS, SHAPES
+from mive_core.embedded.synthetic.random_scenes import draw_scene
+from mive_core.embedded.synthetic.scene import render
 from mive_core.errors import UserError
 from mive_core.study.layers.arms import ARMS, arm_states, with_other_clips
-from mive_core.study.layers.conversations import CELLS, OUTSIDE, QUESTIONS, UNNAMED, Conversation
+from mive_core.study.layers.conversations import CELLS, OUTSIDE, QUESTIONS, UNNAMED, EditConversation, StillConversation
 from mive_core.study.layers.dit_task import new_dit
 from mive_core.study.layers.outcomes import Classifier, Truth, centroid_distance, edge_band, where
 from mive_core.study.layers.report import write_report
@@ -22,7 +24,19 @@ from mive_core.study.layers.states import BEFORE_NORM, LAYERS, SEPARATE, STACKS,
 from mive_core.study.layers.statistics import Difference, answer, paired_bootstrap, standardised_loss
 from mive_core.study.layers.study import STUDY_VLM, LayerStudy, Plan, runs_of, train_recipe
 from mive_core.study.layers.vlm_report import vlm_report
-from mive_core.study.layers.vlm_task import IGNORED, KINDS, NUM_LAYERS, StudyVLMRecipe, StudyVLMTask, batch_of, dialogue, next_token_logits, write_folder
+from mive_core.study.layers.vlm_task import (
+    IGNORED,
+    KINDS,
+    NUM_LAYERS,
+    SIZE,
+    Dialogues,
+    StudyVLMRecipe,
+    StudyVLMTask,
+    batch_of,
+    dialogue,
+    next_token_logits,
+    write_folder,
+)
 from mive_core.train.recipe import read_recipe
 from mive_core.vlm import VLM, model_arguments
 
@@ -78,7 +92,7 @@ def test_a_turn_sees_the_pictures_and_no_other_turn(vlm, edits):
 @pytest.mark.parametrize("index", range(8))
 def test_answers_are_true_of_the_pixels(edits, index):
     edit = edits[index]
-    talk = Conversation(edit, FRAMES, np.random.default_rng(0))
+    talk = EditConversation(edit, FRAMES, np.random.default_rng(0))
     frames, (height, width) = edit.pair.request.source.frames, edit.pair.request.source.frames.shape[1:3]
     front = talk.things[0]
     place = front.place(FRAMES[-1])
@@ -285,3 +299,28 @@ def test_the_folder_is_qwens_layout(tmp_path):
     write_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["text_config"]["num_hidden_layers"] == NUM_LAYERS and len(config["vision_config"]["deepstack_visual_indexes"]) == 3
+
+
+def test_still_images_come_first_and_clips_then(folder, vlm):
+    recipe = StudyVLMRecipe(task="study_vlm", output_dir="", export="", num_steps=2, num_still_steps=1, still_batch_size=3, batch_size=2, num_new_clips=2)
+    dataset = Dialogues(recipe, folder)
+    stills, clips = dataset[0], dataset[1]
+    assert stills.inputs.pixel_values_videos is None and len(stills.labels) == 3 and len(clips.labels) == 2
+    assert {topic for topics in stills.topics for topic, *_ in topics} <= set(StillConversation.topics)
+    for batch in (stills, clips):
+        with torch.inference_mode():
+            logits, tokens = next_token_logits(vlm.model, batch)
+        assert logits.isfinite().all() and len(tokens) == sum(count for topics in batch.topics for *_, count in topics)
+
+
+def test_a_still_image_is_answered_by_its_pixels():
+    rng = np.random.default_rng(3)
+    scene = draw_scene(rng, SIZE, 2)
+    talk = StillConversation(scene, SIZE, rng)
+    image = render(scene, np.zeros(1), SIZE)[0]
+    front = talk.things[0]
+    place = talk.turn("where").answer
+    assert place in [thing.place(0) for thing in talk.things] and len(place) == 2
+    x, y = front.track[0, :2].astype(int)
+    assert np.abs(image[y, x] - np.array(front.body.rgb)).max() < 0.35 and talk.turn("count").answer == "two"
+    assert sorted(talk.turn("rows").answer.split()) != ["nothing"] * 16
