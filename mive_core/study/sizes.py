@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import PRESETS
+from ..config import PRESETS, SIZE_MULTIPLE
 from ..cost.flops import dit_flops
 from ..data.manifest import ManifestPairs
 from ..delivery import deliver
@@ -39,7 +39,7 @@ def measure_sizes(pairs: ManifestPairs, num: int, save: Callable[[dict[str, Any]
         for index in range(min(num, len(pairs))):
             pair = full.pairs[index]
             width, height = pair.request.source.frames.shape[2], pair.request.source.frames.shape[1]
-            size = edit_size((width, height), width * height // fraction**2)
+            size = size_at((width, height), fraction)
             fitted = FullSizePairs(pairs, size).fit(pair.request, pipeline.config.edit_pixels)
             edited, seconds = timed_edit(pipeline, fitted, settings)
             start = time.perf_counter()
@@ -61,10 +61,17 @@ def resized(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.stack([resize(frame, size) for frame in frames])
 
 
+def size_at(size: tuple[int, int], fraction: int) -> tuple[int, int]:
+    """(width, height) to deliver -> the size to edit at, in multiples of 16; the size itself where it is one."""
+    if fraction == 1 and not any(side % SIZE_MULTIPLE for side in size):
+        return size
+    return edit_size(size, size[0] * size[1] // fraction**2)
+
+
 def counted(fractions: Sequence[int]) -> dict[str, Any]:
     """FLOPs of one forward of PAPER at PAPER_SIZE, and at fractions of its side and at 832x480 the share of it, in all and of the attention."""
-    config, (width, height) = PRESETS[PAPER], PAPER_SIZE
-    sizes = {str(fraction): edit_size(PAPER_SIZE, width * height // fraction**2) for fraction in fractions} | {"832x480": (832, 480)}
+    config = PRESETS[PAPER]
+    sizes = {str(fraction): size_at(PAPER_SIZE, fraction) for fraction in fractions} | {"832x480": (832, 480)}
     layouts = {name: (size, clip_layout(size, PAPER_FRAMES, config)) for name, size in sizes.items()}
     whole = clip_layout(PAPER_SIZE, PAPER_FRAMES, config)
     return {
