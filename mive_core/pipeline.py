@@ -21,7 +21,7 @@ from .dit import MiVEDiT
 from .errors import UserError
 from .flow import classifier_free_guidance, euler, schedule
 from .formats.checkpoint import load_dit, read_config, resolve, state_dict_shapes
-from .formats.lora_apply import LoRA, apply_loras, changed_parameters, find_loras
+from .formats.lora_apply import LoRA, apply_loras, changed_parameters, find_loras, sampled_with
 from .formats.untrained import describe_untrained, still_untrained, untrained_parts
 from .layers import check_layers, parse_layers
 from .reference import check_keyframes, fix_first_frame, latent_times
@@ -61,7 +61,7 @@ class Pipeline:
 
         `layers` selects VLM layers other than those the DiT was trained with, in the same number; `attention` is one of attention.BACKENDS;
         `compiled` applies torch.compile to the DiT's blocks, which are compiled at the first step; `float8`, one of float8.MODES, selects
-        how the DiT's 8-bit matrices are handled; `loras` are LoRA files and their strengths.
+        how the DiT's 8-bit matrices are handled; `loras` are LoRA files and their strengths; a distilled one brings its sampling settings.
         """
         check_device(device)
         if compiled:
@@ -69,6 +69,7 @@ class Pipeline:
         get_attention(attention)
         folder, config = EMBEDDED.get(str(models), Path(models)), find_config(models)
         found = fitting_loras(models, loras)
+        config = sampled_with(config, found)
         if layers is not None:
             config = choose_layers(config, layers)
         vlm = VLM.load(folder / "vlm", dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 """Applies LoRA files to the weights of a DiT: to one parameter at a time, or to a loaded model. r rank."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,6 +49,14 @@ def find_loras(files: Sequence[tuple[str | Path, float]], shapes: dict[str, tupl
         parameters, fit = fit_lora(file, {key: shape for key, shape in shapes.items() if not is_quantization_key(key)}, Path(path))
         found.append(LoRA(Path(path), file, strength, parameters, fit))
     return tuple(found)
+
+
+def sampled_with(config: MiVEConfig, loras: Sequence[LoRA]) -> MiVEConfig:
+    """The config with the sampling settings that LoRAs of a strength other than 0 stand for; the last one's, if there are several."""
+    for lora in loras:
+        if lora.strength:
+            config = replace(config, **lora.file.sampling)
+    return config
 
 
 def changed_parameters(loras: Sequence[LoRA]) -> set[str]:

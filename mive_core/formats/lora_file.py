@@ -3,6 +3,8 @@
 Written under peft's and ComfyUI's keys, so that stock loaders apply all of it. r rank.
 """
 
+import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ PREFIX = "diffusion_model."  # prefix of the DiT's weights in ComfyUI
 PREFIXES = (PREFIX, f"model.{PREFIX}", "transformer.", "base_model.model.", "base_model.model.transformer.", "")
 FLAT_PREFIXES = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")  # kohya and musubi, Wan Fun, OneTrainer, SimpleTuner
 LORA_KEY, BASE_KEY, BASE_CONFIG_KEY, NEW_PARTS_KEY = "mive.lora", "mive.base", "mive.base_config", "mive.new_parts"  # in the metadata
+SAMPLING_KEY = "mive.sampling"  # what the base is to be sampled with under this LoRA, as JSON
+SAMPLING_FIELDS: dict[str, type] = {"steps": int, "shift": float, "cfg": float}  # of MiVEConfig
 MATRIX = re.compile(r"(?P<layer>.+)[._](?:lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up)(?:\.default)?(?:\.weight)?")
 DOWN = re.compile(r"lora_A|lora[_.]down")
 DIFFERENCES = {".diff": ".weight", ".diff_b": ".bias"}  # ending of a difference's key -> of the parameter's name
@@ -72,6 +76,26 @@ class LoRAFile:
         """The config of the checkpoint that the LoRA was trained on; None if the file does not say."""
         text = self.metadata.get(BASE_CONFIG_KEY)
         return None if text is None else MiVEConfig.from_metadata({METADATA_KEY: text})
+
+    @property
+    def sampling(self) -> dict[str, int | float]:
+        """Values of MiVEConfig's fields that a distilled LoRA stands for; none for others. Raises UserError for what they cannot be."""
+        text = self.metadata.get(SAMPLING_KEY)
+        if text is None:
+            return {}
+        try:
+            values = json.loads(text)
+            found = {name: kind(values[name]) for name, kind in SAMPLING_FIELDS.items()}
+            if min(found.values()) <= 0 or not all(map(math.isfinite, found.values())):
+                raise ValueError(text)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise UserError("the LoRA's sampling settings cannot be read", got=text[:80], fix="download it again") from error
+        return found
+
+
+def sampling_metadata(steps: int, shift: float, cfg: float) -> dict[str, str]:
+    """Returns the metadata of a LoRA that is to be sampled so."""
+    return {SAMPLING_KEY: json.dumps({"steps": steps, "shift": shift, "cfg": cfg})}
 
 
 def lora_metadata(rank: int, base: str, config: MiVEConfig, new_parts: Iterable[str] = ()) -> dict[str, str]:

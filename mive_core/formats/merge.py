@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .checkpoint import check_dit_shapes, read_config
-from .lora_apply import changed_parameters, find_loras
+from .lora_apply import changed_parameters, find_loras, sampled_with
 from .quantize import MATRIX, QuantizedLayer
 from .quantized import FORMATS, format_name
 from .quantized_file import is_quantization_key, notes_of, read_dequantized
@@ -25,7 +25,8 @@ def merge(base: str | Path, loras: Sequence[tuple[str | Path, float]], destinati
     """Reads a MiVE DiT (file, folder or sharded index), adds LoRA files at their strengths, writes one file, and returns a report.
 
     `storage`, one of STORAGES: the dtype of the new file; fp8 stores the blocks' matrices as `mive quantize` does and leaves the rest.
-    None keeps each tensor's own dtype or format. Sums are computed in float32. Holds one tensor at a time. Raises UserError for files that do not fit.
+    None keeps each tensor's own dtype or format. Sums are computed in float32, and a distilled LoRA's
+    sampling settings become the file's. Holds one tensor at a time. Raises UserError for files that do not fit.
     """
     if storage not in (None, *STORAGES):
         raise UserError("unknown data type", where="dtype", got=storage, expected=" or ".join(STORAGES))
@@ -39,7 +40,7 @@ def merge(base: str | Path, loras: Sequence[tuple[str | Path, float]], destinati
     inputs = (path, *(file.path for file in files.values()), *(lora.path for lora in found))
     if destination.exists() and any(destination.samefile(file) for file in inputs):
         raise UserError("the output would replace an input", where=destination, fix="choose another name")
-    changed = changed_parameters(found)
+    changed, config = changed_parameters(found), sampled_with(config, found)
     for lora in found:
         if lora.fit.num_fitting < lora.fit.num_keys:
             warnings.warn(f"{lora.path.name}: {lora.fit}", stacklevel=2)

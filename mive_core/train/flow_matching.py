@@ -168,13 +168,17 @@ class FlowMatchingTask(Task):
         """Returns a weight as the finished model has it."""
         return weight
 
+    def export_metadata(self) -> dict[str, str]:
+        """Returns what a LoRA's metadata says beyond lora_metadata."""
+        return {}
+
     def export(self, path: Path) -> None:
         """Writes a full MiVE checkpoint, or a LoRA with the differences of the new parts, if these were trained."""
         if self.recipe.lora_rank:
             changed = differences(self.new_parts, self.base) if self.new_parts else {}
             metadata = lora_metadata(self.recipe.lora_rank, Path(self.recipe.start_from).name, self.config, NEW_PARTS if changed else ())
             adapters = adapters_of(self.modules["lora"].state_dict())
-            write_lora(path, adapters, self.recipe.alpha / self.recipe.lora_rank, changed, metadata | self.recipe.metadata)
+            write_lora(path, adapters, self.recipe.alpha / self.recipe.lora_rank, changed, metadata | self.export_metadata() | self.recipe.metadata)
             return
         is_first = not distributed.is_initialized() or distributed.get_rank() == 0
         weights = {}

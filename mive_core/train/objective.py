@@ -71,7 +71,22 @@ def flow_matching_losses(
         n = len(predictions)
         path = from_predictions(path, predictions, batch.target[:n], noise[:n])
         error_scale[:n] = t[:n]
-    velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), t, reference_times(batch))
+    return velocity_losses(model, batch, states, path, edited_weight, channel_weights, error_scale, cauchy_scale)
+
+
+def velocity_losses(
+    model: MiVEDiT,
+    batch: EditFeatures,
+    states: Tensor,
+    path: FlowSample,
+    edited_weight: float,
+    channel_weights: Tensor | float = 1.0,
+    error_scale: Tensor | float = 1.0,
+    cauchy_scale: float = 0.0,
+) -> dict[str, Tensor]:
+    """The losses of `flow_matching_losses` for the model's velocity at a point, against the path's; `error_scale`, (B,) or one number, is a factor of it."""
+    velocity = model(path.x_t, batch.source, batch.reference, model.embed_condition(states), path.t, reference_times(batch))
+    error_scale = torch.as_tensor(error_scale, device=path.t.device).expand(len(path.t))
     error = error_scale.view(-1, 1, 1, 1).square() * (torch.as_tensor(channel_weights).view(-1, 1, 1, 1) * (velocity - path.velocity).square()).mean(dim=1)
     if cauchy_scale:
         loss = cauchy_loss(batch.mask, error, edited_weight, cauchy_scale)
@@ -82,7 +97,7 @@ def flow_matching_losses(
         "loss": loss,
         "edited": masked_mean(batch.mask, error),
         "kept": masked_mean(1 - batch.mask, error),
-        **loss_by_time(error.detach().flatten(1).mean(dim=1), t),
+        **loss_by_time(error.detach().flatten(1).mean(dim=1), path.t),
     }
 
 

@@ -22,7 +22,14 @@ def build_edit(values: dict, where: object = None) -> Task:
     return build(values, where)
 
 
-TASKS: Mapping[str, TaskBuilder] = {"edit": build_edit}
+def build_distill(values: dict, where: object = None) -> Task:
+    """Builds the task `distill`: a LoRA with which a DiT takes few steps without guidance."""
+    from .distill import build
+
+    return build(values, where)
+
+
+TASKS: Mapping[str, TaskBuilder] = {"edit": build_edit, "distill": build_distill}
 
 
 def train(recipe_path: str | Path, tasks: Mapping[str, TaskBuilder] = TASKS) -> None:

@@ -19,6 +19,7 @@ CLASSES = {
     "vlm": ("embedded.vlm_task", "VLMRecipe"),
     "dit": ("embedded.dit_task", "DiTRecipe"),
     "edit": ("train.edit_task", "EditRecipe"),
+    "distill": ("train.distill", "DistillRecipe"),
     "small_wan": ("study.small_wan", "SmallWanRecipe"),
     "study_vlm": ("study.layers.vlm_task", "StudyVLMRecipe"),
 }
