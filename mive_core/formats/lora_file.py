@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -78,7 +78,7 @@ class LoRAFile:
         return None if text is None else MiVEConfig.from_metadata({METADATA_KEY: text})
 
     @property
-    def sampling(self) -> dict[str, int | float]:
+    def sampling(self) -> dict[str, Any]:
         """Values of MiVEConfig's fields that a distilled LoRA stands for; none for others. Raises UserError for what they cannot be."""
         text = self.metadata.get(SAMPLING_KEY)
         if text is None:
