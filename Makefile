@@ -8,7 +8,7 @@ MOUNT := .venv/mount
 setup: $(STAMP)
 
 # torch, torchvision and torchaudio go together; requirements.txt leaves them to the machine.
-$(STAMP): pyproject.toml requirements.txt
+$(STAMP): Makefile pyproject.toml requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0
 	$(BIN)/python -m pip install --quiet --editable ".[train,data,formats,dev]" gguf

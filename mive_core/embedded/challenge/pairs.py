@@ -48,7 +48,7 @@ KINDS = tuple(KIND_EDITS)
 MIN_GAP = 1.6  # between the centres of bodies that cross, in the first frame and in mean radii
 MIN_RATIO = 1.3  # of their sizes, to tell them apart by these
 MIN_VISIBLE = 0.4  # share of the edited region that must change visibly
-MAX_CANDIDATES = 300  # drawn for one clip
+MAX_CANDIDATES = 4000  # drawn for one clip
 
 
 @dataclass(frozen=True)
