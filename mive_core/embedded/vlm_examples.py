@@ -111,14 +111,14 @@ def per_token(frames: Tensor) -> Tensor:
 
 
 def pad(inputs: Sequence[VLMInputs], pad_token: int) -> VLMInputs:
-    """Batches prompts with one image and one video each, padding the text on the right."""
+    """Batches prompts with one image each, and one video each or none at all, padding the text on the right."""
     longest = max(one.input_ids.shape[1] for one in inputs)
 
     def padded(name: str, value: int) -> Tensor:
         return torch.cat([F.pad(getattr(one, name), (0, longest - getattr(one, name).shape[1]), value=value) for one in inputs])
 
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(one, name) for one in inputs])
+    def joined(name: str) -> Tensor | None:
+        return None if getattr(inputs[0], name) is None else torch.cat([getattr(one, name) for one in inputs])
 
     return VLMInputs(
         padded("input_ids", pad_token),

@@ -13,6 +13,7 @@ from ..config import PRESETS, SIZE_MULTIPLE
 from ..cost.flops import dit_flops
 from ..data.manifest import ManifestPairs
 from ..delivery import deliver
+from ..errors import UserError
 from ..evaluation.evaluate import EvaluationSettings, pair_psnr, timed_edit, vae_round_trip
 from ..evaluation.full_size import FullSizePairs
 from ..evaluation.metrics import FIGURES, mean
@@ -32,12 +33,13 @@ def measure_sizes(pairs: ManifestPairs, num: int, save: Callable[[dict[str, Any]
     former), means over the clips; seconds of a clip's edit and of its delivery. Raises UserError for a pair without a target.
     """
     pipeline, settings = Pipeline.load(models), EvaluationSettings()
-    full = FullSizePairs(pairs)
     rows: dict[str, Any] = {}
     for fraction in fractions:
         clips: list[dict[str, Any]] = []
         for index in range(min(num, len(pairs))):
-            pair = full.pairs[index]
+            pair = pairs[index]
+            if pair.target is None:
+                raise UserError("the pair has no target", where=pair.name, fix="leave it out of the manifest")
             width, height = pair.request.source.frames.shape[2], pair.request.source.frames.shape[1]
             size = size_at((width, height), fraction)
             fitted = FullSizePairs(pairs, size).fit(pair.request, pipeline.config.edit_pixels)
@@ -46,7 +48,6 @@ def measure_sizes(pairs: ManifestPairs, num: int, save: Callable[[dict[str, Any]
             round_trip = vae_round_trip(pipeline, fitted.source.frames)
             delivered = torch.stack(list(deliver(pair.request.source.frames, edited.frames, round_trip, pair.request.reference)))
             delivery_seconds = time.perf_counter() - start
-            assert pair.target is not None
             target = vae_round_trip(pipeline, resized(pair.target, size))
             shown = {"enlarged": resized(edited.frames, (width, height)), "delivered": delivered, "ceiling": resized(target, (width, height))}
             figures = {name: pair_psnr(frames, pair) for name, frames in shown.items()}

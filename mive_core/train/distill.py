@@ -129,7 +129,7 @@ def check_distill_recipe(recipe: DistillRecipe, where: object) -> None:
     for name, value in default.items():
         if getattr(recipe, name) != value:
             raise UserError(f"a distillation has no use for {name}", where=where, fix="leave it out")
-    if recipe.trains_new_parts(False) and recipe.new_parts == "trained":
+    if recipe.new_parts == "trained":
         raise UserError("a distillation trains a LoRA alone", where=where, got="new_parts: trained", fix="leave new_parts out")
 
 

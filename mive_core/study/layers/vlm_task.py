@@ -22,7 +22,7 @@ from ...config import PRESETS, MiVEConfig
 from ...embedded.synthetic import PairedEdits, SyntheticEdit
 from ...embedded.synthetic.random_scenes import draw_scene
 from ...embedded.synthetic.scene import Scene, render
-from ...embedded.vlm_examples import HALF, as_typed, to_byte, tokenizer_corpus
+from ...embedded.vlm_examples import HALF, as_typed, pad, to_byte, tokenizer_corpus
 from ...embedded.vlm_folder import MODEL, write_tiny_folder
 from ...formats.safetensors_file import write_tensors
 from ...prompt import build_image_inputs, build_inputs, sample_frames
@@ -150,22 +150,14 @@ def extended(ids: Tensor, labels: Tensor, processor: Any, text: str, spoken: boo
 
 def batch_of(dialogues: Sequence[Dialogue], pad_token: int) -> DialogueBatch:
     """Collates dialogues, all about clips or all about images."""
-    longest = max(one.labels.shape[1] for one in dialogues)
-    padded = lambda values, filler: torch.cat([F.pad(value, (0, longest - value.shape[1]), value=filler) for value in values])
-    inputs = [one.inputs for one in dialogues]
-    joined = lambda name: None if getattr(inputs[0], name) is None else torch.cat([getattr(one, name) for one in inputs])
-    scaled = lambda name: None if (pixels := joined(name)) is None else pixels.float() / HALF - 1
-    together = VLMInputs(
-        padded([one.input_ids for one in inputs], pad_token),
-        padded([one.attention_mask for one in inputs], 0),
-        padded([one.mm_token_type_ids for one in inputs], 0),
-        scaled("pixel_values"),
-        joined("image_grid_thw"),
-        scaled("pixel_values_videos"),
-        joined("video_grid_thw"),
+    inputs = pad([one.inputs for one in dialogues], pad_token)
+    scaled = lambda pixels: None if pixels is None else pixels.float() / HALF - 1
+    inputs = replace(inputs, pixel_values=scaled(inputs.pixel_values), pixel_values_videos=scaled(inputs.pixel_values_videos))
+    longest = inputs.input_ids.shape[1]
+    labels, turns = (
+        torch.cat([F.pad(getattr(one, name), (0, longest - one.labels.shape[1]), value=IGNORED) for one in dialogues]) for name in ("labels", "turns")
     )
-    labels, turns = (padded([getattr(one, name) for one in dialogues], IGNORED) for name in ("labels", "turns"))
-    return DialogueBatch(together, labels, turns, tuple(one.topics for one in dialogues))
+    return DialogueBatch(inputs, labels, turns, tuple(one.topics for one in dialogues))
 
 
 def seen(turns: Tensor) -> Tensor:
