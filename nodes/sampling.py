@@ -11,7 +11,7 @@ from ..mive_core.layers import warn_of_layers
 from ..mive_core.pipeline import check_cfg
 from .bridge.conditioning import GUIDES, LAYERS, reference_frames, states_of
 from .bridge.messages import log_warnings, logger, with_text
-from .bridge.model import check_shapes, config_of
+from .bridge.model import SAMPLING, check_shapes, config_of
 from .bridge.stretches import latent_stretches, sample_stretches
 from .bridge.untrained import untrained_warning
 
@@ -103,7 +103,8 @@ class MiVESampler(io.ComfyNode):
                 warn_of_layers(values[LAYERS], config.resolved_layers)
                 reference_frames(values, config)
                 check_shapes(latent["samples"], *(values[key] for key in GUIDES.values()))
-        if warning := untrained_warning(model):
+        warnings = [warning for warning in (untrained_warning(model), guidance_warning(model, cfg)) if warning]
+        for warning in warnings:
             logger.warning("MiVE: %s", warning)
         if shift:
             model = ModelSamplingSD3().patch(model, shift)[0]
@@ -112,7 +113,13 @@ class MiVESampler(io.ComfyNode):
             return nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)[0]
 
         spans = latent_stretches(model, latent["samples"].shape[2], config.edit_frames)
-        return io.NodeOutput(sample_stretches(sample, positive, negative, latent, spans), ui=with_text(warning))
+        return io.NodeOutput(sample_stretches(sample, positive, negative, latent, spans), ui=with_text("\n".join(warnings)))
+
+
+def guidance_warning(model, cfg: float) -> str:
+    """What is to be said of a guidance scale other than that which a distilled LoRA was made for; "" for nothing."""
+    made_for = (model.get_attachment(SAMPLING) or {}).get("cfg", cfg)
+    return "" if cfg == made_for else f"the LoRA was made for cfg {made_for:g}, and cfg is {cfg:g}: colours will be too strong; set cfg to {made_for:g}"
 
 
 NODES = [MiVESampler]

@@ -12,7 +12,7 @@ from ..config import MiVEConfig
 from ..dit import MiVEDiT
 from ..errors import UserError
 from .float8 import Float8Linear
-from .lora_file import LoRAFile, read_lora
+from .lora_file import LoRAFile, read_lora, sampling_of
 from .lora_fit import Fit, check_base, fit_lora
 from .quantized_file import is_quantization_key
 
@@ -55,7 +55,7 @@ def sampled_with(config: MiVEConfig, loras: Sequence[LoRA]) -> MiVEConfig:
     """The config with the sampling settings that LoRAs of a strength other than 0 stand for; the last one's, if there are several."""
     for lora in loras:
         if lora.strength:
-            config = replace(config, **lora.file.sampling)
+            config = replace(config, **sampling_of(lora.file.metadata))
     return config
 
 

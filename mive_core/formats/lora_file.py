@@ -77,20 +77,20 @@ class LoRAFile:
         text = self.metadata.get(BASE_CONFIG_KEY)
         return None if text is None else MiVEConfig.from_metadata({METADATA_KEY: text})
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Values of MiVEConfig's fields that a distilled LoRA stands for; none for others. Raises UserError for what they cannot be."""
-        text = self.metadata.get(SAMPLING_KEY)
-        if text is None:
-            return {}
-        try:
-            values = json.loads(text)
-            found = {name: kind(values[name]) for name, kind in SAMPLING_FIELDS.items()}
-            if min(found.values()) <= 0 or not all(map(math.isfinite, found.values())):
-                raise ValueError(text)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise UserError("the LoRA's sampling settings cannot be read", got=text[:80], fix="download it again") from error
-        return found
+
+def sampling_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """A LoRA's metadata -> the values of MiVEConfig's fields that a distilled one stands for; none for others. Raises UserError for what they cannot be."""
+    text = metadata.get(SAMPLING_KEY)
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+        found = {name: kind(values[name]) for name, kind in SAMPLING_FIELDS.items()}
+        if min(found.values()) <= 0 or not all(map(math.isfinite, found.values())):
+            raise ValueError(text)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError("the LoRA's sampling settings cannot be read", got=text[:80], fix="download it again") from error
+    return found
 
 
 def sampling_metadata(steps: int, shift: float, cfg: float) -> dict[str, str]:

@@ -3,6 +3,8 @@
 B batch, C latent channels, T x Y x X latent grid; R references, K chosen layers, S = N_c condition tokens, D_vlm their width, D model width.
 """
 
+from dataclasses import replace
+
 import comfy.conds
 import comfy.context_windows
 import comfy.latent_formats
@@ -21,6 +23,7 @@ from .conds import CONDReference, CONDTimes
 from .dit import HostedDiT
 from .metadata import with_metadata
 
+SAMPLING = "mive.sampling"  # attachment of a MODEL: the values of the config's fields that a distilled LoRA stands for
 SLACK = 1.25  # factor for the attention kernel's workspace, a layer's weights in transfer, and memory that the allocator leaves unused
 
 
@@ -110,10 +113,10 @@ class MiVESupport(comfy.supported_models_base.BASE):
 
 
 def config_of(patcher) -> MiVEConfig:
-    """A MODEL -> the config of its checkpoint. Raises UserError for other models than MiVE's."""
+    """A MODEL -> the config of its checkpoint, with the sampling settings of a distilled LoRA. Raises UserError for other models than MiVE's."""
     if not isinstance(patcher.model, MiVEModel):
         raise UserError("this MODEL is not MiVE's", where="model", got=type(patcher.model).__name__, expected="the output of MiVE Load DiT")
-    return patcher.model.config
+    return replace(patcher.model.config, **(patcher.get_attachment(SAMPLING) or {}))
 
 
 def check_shapes(noise: Tensor, source: Tensor, reference: Tensor) -> None:

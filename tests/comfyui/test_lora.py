@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from mive_core.errors import UserError
+from mive_core.formats.lora_file import SAMPLING_KEY, sampling_metadata
 
 WIDTH, FFN, RANK = 192, 576, 4
 LAYERS = {"self_attn.q": (WIDTH, WIDTH), "self_attn.o": (WIDTH, WIDTH), "ffn.0": (FFN, WIDTH)}  # shared with Wan: outputs, inputs
@@ -63,12 +64,12 @@ STOCK = {"diffusion-pipe", "musubi-tuner", "Wan Fun", "lightx2v"}  # what ComfyU
 
 @pytest.fixture
 def write(base):
-    """A LoRA's tensors -> its entry in the loaders' lists."""
+    """A LoRA's tensors and metadata -> its entry in the loaders' lists."""
     written = []
 
-    def save(tensors: dict, name: str = "made.safetensors") -> str:
+    def save(tensors: dict, name: str = "made.safetensors", metadata: dict[str, str] | None = None) -> str:
         written.append(base / "models" / "loras" / name)
-        save_file(tensors, written[-1])
+        save_file(tensors, written[-1], metadata)
         return name
 
     yield save
@@ -180,6 +181,34 @@ def test_strength_scales_and_nothing_stays(pack, loaded, write):
     none, full = (velocity(pack.run("MiVELoadLoRA", model=loaded.model, lora_name=name, strength_model=strength)[0]) for strength in (0.0, 1.0))
     assert torch.equal(none, plain) and (full - plain).abs().max() > 1e-3
     assert torch.equal(velocity(loaded.model), plain)
+
+
+def test_a_distilled_lora_brings_its_steps_and_shift(pack, loaded, write, caplog):
+    """MiVE Sampler samples as if they had been set, and says where guidance is not the LoRA's."""
+    metadata = sampling_metadata(3, 2.5, 1.0)
+    model, report = pack.run("MiVELoadLoRA", model=loaded.model, lora_name=write(lora(layers=LAYERS), metadata=metadata))
+    assert report.splitlines()[1:] == ["made for 3 steps, cfg 1 and shift 2.5: MiVE Sampler takes these steps and this shift where its own are 0"]
+    plain, _ = pack.run("MiVELoadLoRA", model=loaded.model, lora_name=write(lora(layers=LAYERS), "plain.safetensors"))
+    given = {"positive": loaded.positive, "negative": loaded.negative, "latent": loaded.latent, "seed": 11, "cfg": 1.0}
+
+    def sample(model, **settings) -> torch.Tensor:
+        return pack.run("MiVESampler", model=model, **given | settings)[0]["samples"]
+
+    own = sample(model, steps=0)
+    assert torch.equal(own, sample(plain, steps=3, shift=2.5))
+    assert not torch.equal(own, sample(plain, steps=0))
+    assert torch.equal(sample(model, steps=2, shift=4.0), sample(plain, steps=2, shift=4.0))  # what is set prevails
+    assert "made for cfg" not in caplog.text
+    sample(model, steps=1, cfg=2.0)
+    assert "the LoRA was made for cfg 1, and cfg is 2" in caplog.text
+    off, report = pack.run("MiVELoadLoRA", model=loaded.model, lora_name="made.safetensors", strength_model=0.0)
+    assert len(report.splitlines()) == 1 and torch.equal(sample(off, steps=0), sample(loaded.model, steps=0))
+
+
+def test_sampling_settings_that_cannot_be_are_an_error(pack, loaded, write):
+    name = write(lora(layers=LAYERS), metadata={SAMPLING_KEY: "{}"})
+    with pytest.raises(ValueError, match="sampling settings cannot be read"):
+        pack.run("MiVELoadLoRA", model=loaded.model, lora_name=name)
 
 
 def test_bad_files_are_named(pack, loaded, write, base):
