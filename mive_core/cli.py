@@ -12,7 +12,7 @@ from . import __version__
 from .errors import UserError
 from .parsers.bench import add_bench, add_study
 from .parsers.data import add_data
-from .parsers.models import add_conversions, add_demo, add_edit, add_eval, add_inspect, add_judge, add_merge, add_train
+from .parsers.models import add_conversions, add_demo, add_distill, add_edit, add_eval, add_inspect, add_judge, add_merge, add_train
 from .parsers.parser import Parser
 from .parsers.preference import add_preference
 
@@ -88,6 +88,7 @@ def build_parser() -> Parser:
     add_eval(commands)
     add_judge(commands)
     add_train(commands)
+    add_distill(commands)
     add_inspect(commands)
     add_conversions(commands)
     add_merge(commands)

@@ -5,8 +5,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import dtype_of, executor_of, report_done
+
+if TYPE_CHECKING:
+    from ..data.manifest import ManifestEntry
 
 MAX_WARNINGS = 20  # a table can have millions of rows
 
@@ -87,12 +91,17 @@ def run_data_cache(arguments: argparse.Namespace) -> None:
     from ..media.paths import check_output_folder
 
     output, entries = check_output_folder(arguments.output, "output"), read_pairs(arguments.manifest)
+    encode_pairs(arguments, entries, output, arguments.negative)
+
+
+def encode_pairs(arguments: argparse.Namespace, entries: "list[ManifestEntry]", output: Path, negative: bool) -> None:
+    """Encodes pairs into the cache `output` and says how many."""
     from functools import partial
 
     from ..pipeline import EMBEDDED
     from ..train.cache import CacheSettings, Encoders, cache
 
-    settings = CacheSettings(tuple(arguments.bucket), arguments.states, arguments.negative)
+    settings = CacheSettings(tuple(arguments.bucket), arguments.states, negative)
     load = partial(Encoders.load, EMBEDDED.get(arguments.models, arguments.models), dtype=dtype_of(arguments.dtype), device=arguments.device)
 
     def report(line: str) -> None:

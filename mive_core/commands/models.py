@@ -183,6 +183,28 @@ def run_train(arguments: argparse.Namespace) -> None:
     train(check_input(arguments.config, "config"), TASKS)
 
 
+def run_distill(arguments: argparse.Namespace) -> None:
+    from ..data.folder import read_pairs
+    from ..formats.checkpoint import read_config
+    from ..media.paths import check_input, check_output, check_output_folder
+    from ..pipeline import EMBEDDED
+    from ..train.distill import write_recipe
+    from ..train.tasks import train
+    from .data import encode_pairs
+
+    output = check_output(arguments.output, "output", (".safetensors",))
+    work = check_output_folder(arguments.work or output.with_suffix(""), "work")
+    entries = read_pairs(arguments.manifest)
+    checkpoint = check_input(Path(EMBEDDED.get(arguments.models, arguments.models)) / "dit.safetensors", "checkpoint")
+    cfg = arguments.teacher_cfg or read_config(checkpoint).cfg
+    values = {name: getattr(arguments, name) for name in ("num_steps", "student_steps", "teacher_steps", "lora_rank", "learning_rate", "batch_size", "device")}
+    values |= {"start_from": str(checkpoint), "caches": [str(work / "cache")], "output_dir": str(work / "run"), "export": str(output), "teacher_cfg": cfg}
+    recipe = write_recipe(work / "recipe.yaml", values, arguments.dtype != "fp32")
+    encode_pairs(arguments, entries, work / "cache", cfg != 1.0)
+    train(recipe)
+    sys.stdout.write(f"{output}: a LoRA for {arguments.student_steps} steps without guidance\n")
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     from ..media.paths import check_input, check_output
 

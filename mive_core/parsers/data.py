@@ -13,8 +13,8 @@ from ..commands.data import (
     run_data_strengths,
     run_data_synth,
 )
-from .options import add_device, add_drawn, add_executor, add_fit
-from .parser import add_command, add_group, bucket, finite_float, integer, positive_int, size, text
+from .options import add_device, add_drawn, add_encoding, add_executor, add_fit
+from .parser import add_command, add_group, finite_float, integer, positive_int, size, text
 
 
 def add_data(commands) -> None:
@@ -154,19 +154,8 @@ def add_cache(data) -> None:
         help="the embedded models, or a folder with dit.safetensors (only its config is read), vae.safetensors and vlm/",
     )
     cache.add_argument("--output", required=True, type=text, metavar="DIR", help="cache folder to write to")
-    cache.add_argument(
-        "--bucket",
-        action="append",
-        type=bucket,
-        default=[],
-        metavar="WxHxF",
-        help="width, height and frames that clips are fitted to; can be repeated: each clip takes the bucket of the nearest aspect ratio "
-        "that is not longer than the clip; default: the clip's own size and length",
-    )
-    cache.add_argument("--states", default="bf16", choices=("bf16", "fp8"), help="data type of stored VLM states; fp8 takes half the disk; default bf16")
     cache.add_argument("--negative", action="store_true", help="also store the states of an empty instruction, which the recipe key condition_dropout needs")
-    add_device(cache)
-    add_executor(cache)
+    add_encoding(cache)
 
 
 def add_synth(data) -> None:

@@ -2,7 +2,7 @@
 
 from ..commands.inspect import run_inspect_attention, run_inspect_layers
 from ..commands.judge import run_judge
-from ..commands.models import run_demo, run_edit, run_eval, run_init_from_wan, run_inspect, run_merge, run_quantize, run_train
+from ..commands.models import run_demo, run_distill, run_edit, run_eval, run_init_from_wan, run_inspect, run_merge, run_quantize, run_train
 from ..config import VLM_SIZES
 from .options import (
     CARD_NAMES,
@@ -15,6 +15,7 @@ from .options import (
     RUBRICS,
     add_benchmark,
     add_device,
+    add_encoding,
     add_executor,
     add_fit,
     add_float8,
@@ -259,6 +260,34 @@ def add_train(commands) -> None:
     plan.add_argument("--cards", type=positive_int, metavar="N", help="number of cards; default: 1, or 8 for a sharded recipe")
     plan.add_argument("--share", type=positive_float, metavar="X", help="assumed fraction of the card's peak speed that is reached; default 0.45")
     plan.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the figures to this file")
+
+
+def add_distill(commands) -> None:
+    distill = add_command(
+        commands,
+        "distill",
+        run_distill,
+        "train a LoRA with which a MiVE takes few steps without guidance",
+        "Encodes the pairs, writes a recipe and trains with it, in the folder WORK. An interrupted run resumes with the same command.",
+    )
+    distill.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl", help="manifest or folder of the pairs to learn on")
+    distill.add_argument(
+        "--models",
+        required=True,
+        type=text,
+        metavar="tiny|DIR",
+        help="the editor: the embedded one, or a folder with dit.safetensors, vae.safetensors and vlm/",
+    )
+    distill.add_argument("--output", required=True, type=text, metavar="LORA.safetensors", help="LoRA to write; `mive edit --lora` samples as it was made for")
+    distill.add_argument("--work", type=text, metavar="DIR", help="folder of cache, recipe and checkpoints; default: the output's name without .safetensors")
+    distill.add_argument("--steps", dest="student_steps", type=positive_int, default=4, metavar="N", help="sampling steps that the LoRA is for; default 4")
+    distill.add_argument("--teacher-steps", type=positive_int, default=8, metavar="N", help="steps of the editor itself in place of each of these; default 8")
+    distill.add_argument("--teacher-cfg", type=positive_float, metavar="X", help="guidance scale of the editor itself; default: the checkpoint's")
+    distill.add_argument("--num-steps", type=positive_int, default=2000, metavar="N", help="optimizer steps; default 2000")
+    distill.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="pairs per optimizer step; default 1")
+    distill.add_argument("--rank", dest="lora_rank", type=positive_int, default=32, metavar="N", help="rank of the LoRA; default 32")
+    distill.add_argument("--learning-rate", type=positive_float, default=1e-4, metavar="X", help="peak learning rate; default 1e-4")
+    add_encoding(distill)
 
 
 def add_conversions(commands) -> None:

@@ -1,6 +1,6 @@
 """Options that several commands share."""
 
-from .parser import Parser, finite_float, integer, lora, positive_float, positive_int, size, text
+from .parser import Parser, bucket, finite_float, integer, lora, positive_float, positive_int, size, text
 
 DEFAULT_MODELS = "tiny"
 DTYPES, PRESET_NAMES = ("bf16", "fp16", "fp32"), ("tiny", "1.3b", "14b")
@@ -74,6 +74,22 @@ def add_machine(parser: Parser, attention: bool = True) -> None:
         help="attention kernel: auto or sdpa (torch's fastest), sage (the package sageattention, tested at first use) or matmul (two products); default auto",
     )
     parser.add_argument("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
+
+
+def add_encoding(parser: Parser) -> None:
+    """Adds the options of encoding pairs into a cache, and of the machine."""
+    parser.add_argument(
+        "--bucket",
+        action="append",
+        type=bucket,
+        default=[],
+        metavar="WxHxF",
+        help="width, height and frames that clips are fitted to; can be repeated: each clip takes the bucket of the nearest aspect ratio "
+        "that is not longer than the clip; default: the clip's own size and length",
+    )
+    parser.add_argument("--states", default="bf16", choices=("bf16", "fp8"), help="data type of stored VLM states; fp8 takes half the disk; default bf16")
+    add_device(parser)
+    add_executor(parser)
 
 
 def add_loras(parser: Parser) -> None:

@@ -6,7 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+import yaml
 
+from mive_core.cli import main
 from mive_core.data.manifest import export_pairs, read_manifest
 from mive_core.embedded.heldout import drawn_pairs
 from mive_core.embedded.synthetic import PairedEdits
@@ -17,7 +19,7 @@ from mive_core.formats.lora_file import SAMPLING_KEY, read_lora, sampling_of
 from mive_core.formats.merge import merge
 from mive_core.pipeline import Pipeline
 from mive_core.train import distill
-from mive_core.train.cache import CacheSettings, Encoders, cache
+from mive_core.train.cache import CacheSettings, Encoders, cache, read_index
 from mive_core.train.distill import DistillRecipe, DistillTask, between, without_lora
 from mive_core.train.loop import run
 from mive_core.train.recipe import parse_recipe
@@ -143,3 +145,49 @@ def test_settings_that_cannot_be_are_refused():
     for text in ('{"steps": -2, "shift": 5, "cfg": 1}', '{"steps": 2}', "[1]", "{", '{"steps": 1e999, "shift": 5, "cfg": 1}'):
         with pytest.raises(UserError, match="sampling settings cannot be read"):
             sampling_of({SAMPLING_KEY: text})
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return export_pairs(drawn_pairs(PairedEdits(5, "train", (32, 32), 5), 2), tmp_path / "pairs")
+
+
+def command(pairs, models, output, *more: str) -> list[str]:
+    return ["distill", "--manifest", str(pairs), "--models", str(models), "--output", str(output), "--num-steps", "2", "--rank", "2", *more]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_command_from_pairs_to_a_lora(pairs, random_models, tmp_path, capsys, dtype):
+    output = tmp_path / "few.safetensors"
+    arguments = command(pairs, random_models, output, "--steps", "3", "--teacher-steps", "2", "--teacher-cfg", "2", "--dtype", dtype)
+    assert main(arguments) == 0
+    file = read_lora(output)
+    assert sampling_of(file.metadata) == {"steps": 3, "shift": read_config(random_models / "dit.safetensors").shift, "cfg": 1.0}
+    assert {down.shape[0] for down, _ in file.adapters.values()} == {2}
+    assert any(up.abs().max() > 0 for _, up in file.adapters.values())
+    values = yaml.safe_load((tmp_path / "few" / "recipe.yaml").read_text())
+    assert values["teacher_cfg"] == 2 and values["bf16"] == (dtype == "bf16") and read_index(tmp_path / "few" / "cache")["contract"]["negative"]
+    before = output.read_bytes()
+    assert main(arguments) == 0 and output.read_bytes() == before  # nothing is left to do
+    assert "a LoRA for 3 steps without guidance" in capsys.readouterr().out
+
+
+def test_an_unguided_editor_needs_no_empty_instruction(pairs, random_models, tmp_path):
+    assert read_config(random_models / "dit.safetensors").cfg == 1.0
+    assert main(command(pairs, random_models, tmp_path / "few.safetensors", "--teacher-steps", "1")) == 0
+    assert not read_index(tmp_path / "few" / "cache")["contract"].get("negative")
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--models", "nowhere"], "no such file"),
+        (["--output", "few.ckpt"], "unsupported file type"),
+        (["--manifest", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--steps", "0"], "--steps"),
+        (["--batch-size", "-1"], "--batch-size"),
+    ],
+)
+def test_what_cannot_be_distilled_is_said_before_anything_is_encoded(pairs, random_models, tmp_path, capsys, more, said):
+    assert main(command(pairs, random_models, tmp_path / "few.safetensors", *more)) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "few").exists()
