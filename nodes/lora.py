@@ -5,15 +5,15 @@ from pathlib import Path
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io
-from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 from ..mive_core.errors import UserError
 from ..mive_core.formats.lora_file import sampling_of
 from ..mive_core.formats.lora_fit import check_base
 from ..mive_core.formats.safetensors_file import read_header
+from .bridge.distilled import with_settings
 from .bridge.lora import apply_lora
 from .bridge.messages import logger, with_text
-from .bridge.model import SAMPLING, MiVEModel
+from .bridge.model import MiVEModel
 from .bridge.paths import find
 from .bridge.untrained import untrained_warning
 
@@ -60,8 +60,7 @@ class MiVELoadLoRA(io.ComfyNode):
         patched, fit = apply_lora(model, comfy.utils.load_torch_file(str(path), safe_load=True), strength_model)
         report = f"{lora_name}: {fit}"
         if (sampling := sampling_of(header.metadata)) and strength_model:
-            patched = ModelSamplingSD3().patch(patched, sampling["shift"])[0]
-            patched.set_attachments(SAMPLING, sampling)
+            patched = with_settings(patched, sampling)
             settings = "{steps} steps, cfg {cfg:g} and shift {shift:g}".format(**sampling)
             report += f"\nmade for {settings}: MiVE Sampler takes these steps and this shift where its own are 0"
         if fit.num_fitting < fit.num_keys:

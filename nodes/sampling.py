@@ -10,8 +10,9 @@ from ..mive_core.flow import schedule
 from ..mive_core.layers import warn_of_layers
 from ..mive_core.pipeline import check_cfg
 from .bridge.conditioning import GUIDES, LAYERS, reference_frames, states_of
+from .bridge.distilled import guidance_warning
 from .bridge.messages import log_warnings, logger, with_text
-from .bridge.model import SAMPLING, check_shapes, config_of
+from .bridge.model import check_shapes, config_of
 from .bridge.stretches import latent_stretches, sample_stretches
 from .bridge.untrained import untrained_warning
 
@@ -114,12 +115,6 @@ class MiVESampler(io.ComfyNode):
 
         spans = latent_stretches(model, latent["samples"].shape[2], config.edit_frames)
         return io.NodeOutput(sample_stretches(sample, positive, negative, latent, spans), ui=with_text("\n".join(warnings)))
-
-
-def guidance_warning(model, cfg: float) -> str:
-    """What is to be said of a guidance scale other than that which a distilled LoRA was made for; "" for nothing."""
-    made_for = (model.get_attachment(SAMPLING) or {}).get("cfg", cfg)
-    return "" if cfg == made_for else f"the LoRA was made for cfg {made_for:g}, and cfg is {cfg:g}: colours will be too strong; set cfg to {made_for:g}"
 
 
 NODES = [MiVESampler]

@@ -188,7 +188,8 @@ def run_distill(arguments: argparse.Namespace) -> None:
     from ..formats.checkpoint import read_config
     from ..media.paths import check_input, check_output, check_output_folder
     from ..pipeline import EMBEDDED
-    from ..train.distill import write_recipe
+    from ..train.distill import recipe_values
+    from ..train.recipe import write_recipe
     from ..train.tasks import train
     from .data import encode_pairs
 
@@ -199,7 +200,7 @@ def run_distill(arguments: argparse.Namespace) -> None:
     cfg = arguments.teacher_cfg or read_config(checkpoint).cfg
     values = {name: getattr(arguments, name) for name in ("num_steps", "student_steps", "teacher_steps", "lora_rank", "learning_rate", "batch_size", "device")}
     values |= {"start_from": str(checkpoint), "caches": [str(work / "cache")], "output_dir": str(work / "run"), "export": str(output), "teacher_cfg": cfg}
-    recipe = write_recipe(work / "recipe.yaml", values, arguments.dtype != "fp32")
+    recipe = write_recipe(work / "recipe.yaml", recipe_values(values, arguments.dtype != "fp32"))
     encode_pairs(arguments, entries, work / "cache", cfg != 1.0)
     train(recipe)
     sys.stdout.write(f"{output}: a LoRA for {arguments.student_steps} steps without guidance\n")

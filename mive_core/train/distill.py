@@ -9,17 +9,14 @@ B batch, C latent channels, T x Y x X latent grid.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from ..cost.flops import Layout, dit_flops
 from ..errors import UserError
 from ..flow import FlowSample, classifier_free_guidance, euler, flow_path, schedule
 from ..formats.lora_file import sampling_metadata
-from ..media.paths import atomic_write
 from ..reference import fix_first_frame
 from .cache import read_index
 from .edit_task import EditRecipe, EditTask
@@ -136,16 +133,13 @@ def check_distill_recipe(recipe: DistillRecipe, where: object) -> None:
         raise UserError("a distillation trains a LoRA alone", where=where, got="new_parts: trained", fix="leave new_parts out")
 
 
-def write_recipe(path: Path, values: dict, low_precision: bool) -> Path:
-    """Checks, writes and returns the recipe of a distillation; `low_precision` is for models that are large. Raises UserError."""
+def recipe_values(values: dict, low_precision: bool) -> dict:
+    """The values of a distillation's recipe, completed as a model's size asks for: `low_precision` for a large one. Raises UserError for invalid ones."""
     values = {"task": "distill", "num_warmup_steps": min(100, values["num_steps"]), "decay_ratio": 0.5} | values
-    values |= {"bf16": low_precision, "gradient_checkpointing": low_precision, "weight_dtype": "bf16" if low_precision else "fp32"}
-    values |= {"float8": "kept"} if low_precision else {}
+    if low_precision:
+        values |= {"bf16": True, "gradient_checkpointing": True, "weight_dtype": "bf16", "float8": "kept"}
     check_distill_recipe(parse_recipe(DistillRecipe, values), None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
-        partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    return path
+    return values
 
 
 def build(values: dict, where: object = None) -> DistillTask:

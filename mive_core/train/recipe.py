@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ..errors import UserError
+from ..media.paths import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,14 @@ def read_recipe(path: str | Path) -> dict:
     if not isinstance(values, dict) or "task" not in values:
         raise UserError("a recipe is a mapping with the key 'task'", where=path, got=type(values).__name__)
     return values
+
+
+def write_recipe(path: Path, values: Mapping) -> Path:
+    """Writes a recipe's values to a YAML file, in a folder that is made where there is none -> the path. Raises UserError if that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
+    return path
 
 
 def parse_recipe(cls: type[AnyRecipe], values: Mapping, where: object = None) -> AnyRecipe:

@@ -3,8 +3,6 @@
 B batch, C latent channels, T x Y x X latent grid; R references, K chosen layers, S = N_c condition tokens, D_vlm their width, D model width.
 """
 
-from dataclasses import replace
-
 import comfy.conds
 import comfy.context_windows
 import comfy.latent_formats
@@ -20,10 +18,10 @@ from ...mive_core.errors import UserError
 from ...mive_core.reference import latent_times
 from .conditioning import GUIDES, reference_frames, states_of
 from .conds import CONDReference, CONDTimes
+from .distilled import with_settings_of
 from .dit import HostedDiT
 from .metadata import with_metadata
 
-SAMPLING = "mive.sampling"  # attachment of a MODEL: the values of the config's fields that a distilled LoRA stands for
 SLACK = 1.25  # factor for the attention kernel's workspace, a layer's weights in transfer, and memory that the allocator leaves unused
 
 
@@ -116,7 +114,7 @@ def config_of(patcher) -> MiVEConfig:
     """A MODEL -> the config of its checkpoint, with the sampling settings of a distilled LoRA. Raises UserError for other models than MiVE's."""
     if not isinstance(patcher.model, MiVEModel):
         raise UserError("this MODEL is not MiVE's", where="model", got=type(patcher.model).__name__, expected="the output of MiVE Load DiT")
-    return replace(patcher.model.config, **(patcher.get_attachment(SAMPLING) or {}))
+    return with_settings_of(patcher, patcher.model.config)
 
 
 def check_shapes(noise: Tensor, source: Tensor, reference: Tensor) -> None:
