@@ -137,11 +137,10 @@ def test_all_are_there():
 
 
 def test_every_node_of_the_pack_is_used():
-    """The pack's nodes are those with a help page, as a test with ComfyUI checks. MiVE Init From Wan is used for training only; MiVE VLM From CLIP
-    needs a Qwen3-VL that the pack does not hold."""
+    """The pack's nodes are those with a help page, as a test with ComfyUI checks. MiVE Init From Wan is used for training only."""
     used = {node["type"] for graph in graphs().values() for node in graph["nodes"]}
     ours = {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
-    assert ours - used == {"MiVEInitFromWan", "MiVEVLMFromCLIP"}
+    assert ours - used == {"MiVEInitFromWan"}
 
 
 def test_links_are_consistent(graph):
