@@ -13,19 +13,17 @@ import numpy as np
 
 from ..errors import UserError
 from ..evaluation.agreement import krippendorff_alpha
-from ..evaluation.before import EDITED, REPORT, Before
 from ..evaluation.evaluate import write_json
 from ..evaluation.metrics import mean
-from ..media.encode import VIDEO_SUFFIXES
 from ..media.fit import resize_and_crop, valid_num_frames
-from ..media.paths import check_input, check_output, numbered_name
+from ..media.paths import check_input, check_output
 from ..media.remote import local_copy
 from ..media.video import read_clip, read_num_frames
 from ..types import PairedEdit
-from .edits import JOURNAL
+from .edited_videos import find_edits
 from .executor import Executor
 from .folder import abbreviate
-from .journal import Journal, Outcome, Task, fingerprint, run_resumable
+from .journal import Outcome, Task, fingerprint, run_resumable
 from .judge import FPS, MAX_REFERENCE_TOKENS, MAX_VIDEO_TOKENS, Judge
 from .manifest import ManifestEntry, load_entry, read_reference
 from .pace import MAX_TRIMMED
@@ -134,25 +132,9 @@ def describe(report: dict) -> str:
 
 
 def with_edits(entries: Sequence[ManifestEntry], folder: str | Path) -> list[ManifestEntry]:
-    """The entries with their edits as targets, found in an --output folder of `mive eval` or of `mive edit`, or in a folder of NAME.mp4.
-
-    Raises UserError for missing edits: which and how many.
-    """
-    folder = check_input(folder, "edits")
-    if not folder.is_dir():
-        raise UserError("is no folder", where=f"edits {str(folder)!r}", expected="an --output folder of `mive eval` or `mive edit`, or one of NAME.mp4")
-    if (folder / REPORT).exists():
-        Before.read(folder, [entry.name for entry in entries])  # these very clips
-        paths = [folder / EDITED / f"{number:03d}.mp4" for number in range(len(entries))]
-    elif (folder / JOURNAL).exists():
-        done = [line["result"]["edited"] for line in Journal(folder / JOURNAL).read().values() if "result" in line]
-        found = {Path(name).stem: folder / name for name in done}
-        stems = [numbered_name(number, entry.name or Path(str(entry.source)).stem, 6) for number, entry in enumerate(entries)]
-        paths = [found.get(stem, folder / f"{stem}.mp4") for stem in stems]
-    else:
-        found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES}
-        paths = [found.get(entry.name, folder / f"{entry.name}.mp4") for entry in entries]
-    missing = [path.name for path in paths if not path.exists()]
+    """The entries with their edits as targets, see find_edits. Raises UserError for missing edits: which and how many."""
+    edits = find_edits(check_input(folder, "edits"), entries)
+    missing = [entry.name or f"row {number}" for number, (entry, edit) in enumerate(zip(entries, edits), start=1) if edit is None]
     if missing:
-        raise UserError("edits are missing", where=f"edits {str(folder)!r}", got=f"{len(missing)} of {len(paths)}: {abbreviate(missing)}")
-    return [replace(entry, target=path) for entry, path in zip(entries, paths)]
+        raise UserError("edits are missing", where=f"edits {str(folder)!r}", got=f"{len(missing)} of {len(edits)}: {abbreviate(missing)}")
+    return [replace(entry, target=edit) for entry, edit in zip(entries, edits)]
