@@ -256,3 +256,15 @@ def test_every_section_with_figures_says_where_they_are_from(page):
     for section in (first, *sections):
         prose = "\n".join(line for line in section.splitlines() if not line.startswith(("|", "    ", "#")))
         assert not FIGURE.search(prose) or SOURCE.search(section), f"{section.splitlines()[0]}: {FIGURE.search(prose)[0]}"
+
+
+def test_the_table_of_edit_sizes():
+    found = report("results/sizes/tiny.json")
+    assert found["clips"] == 12 and found["command"].split("--")[0] in RESULTS.read_text(encoding="utf-8")
+    rows = table(ROOT / "docs" / "performance.md", "edit's side, of the delivered")
+    assert [row[0] for row in rows] == [f"1/{factor}" for factor in found["measured"]]
+    for row in rows:
+        measured, counted = (found[kind][row[0][2:]] for kind in ("measured", "counted"))
+        both = [f"{measured[what]['psnr_edited']:.1f} / {measured[what]['psnr_kept']:.1f}" for what in ("enlarged", "delivered")]
+        shares = [f"{100 * counted[name]:.0f} %" for name in ("share", "share_of_attention")]
+        assert row[1:] == [*shares, f"{measured['seconds']:.1f} + {measured['delivery_seconds']:.1f}", *both]
