@@ -107,6 +107,7 @@ def write_report(study: LayerStudy, output: Path, command: str) -> dict[str, Any
         "plan": json.loads(json.dumps(vars(study.plan))),
         "hours": round(study.hours, 2),
         "parts": [json.loads(line) for line in study.times.read_text(encoding="utf-8").splitlines()],
+        "vlm": json.loads((study.work / "vlm.json").read_text(encoding="utf-8")),
         "ceiling": by_kind(results.ceiling()),
         "unedited": by_kind(results.unedited()),
         "arms": {name: arm_figures(results, name) for name in arms},
