@@ -290,7 +290,8 @@ def test_a_killed_study_goes_on_and_ends_in_a_report(folder, tmp_path):
     written = json.loads((tmp_path / "out" / "study.json").read_text())
     shares = written["attention"]["first_last_0"]
     assert len(shares["by_block"]) == 5 and sum(shares["by_stack"]) == pytest.approx(shares["condition"]) and 0 < shares["condition"] < 1
-    assert written["hours"] >= 0 and set(written["replaced"]) == set(REPLACED) and (tmp_path / "out" / "layers.png").stat().st_size > 10_000
+    assert written["vlm"]["topics"].keys() == set(QUESTIONS) and written["hours"] >= 0
+    assert set(written["replaced"]) == set(REPLACED) and (tmp_path / "out" / "layers.png").stat().st_size > 10_000
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert len(lines) == 2 + 2 + 2 and f"{written['arms']['first_last']['all']['mask_iou']['mean']:.3f}" in lines[2]
 
