@@ -10,6 +10,7 @@ from ...mive_core.config import VLM_INTERMEDIATE_SIZES, MiVEConfig, latent_grid
 from ...mive_core.cost.flops import Layout, block_flops, non_block_flops
 from ...mive_core.cost.memory import vae_decode_bytes, vlm_bytes
 from ...mive_core.vae import LATENT_CHANNELS
+from .model import config_of
 
 VLM_TOKEN_CELLS = 16  # latent cells covered by one VLM token, which is 32 x 32 pixels
 CPU_MATRIX_SIDE, GPU_MATRIX_SIDE = 512, 8192  # of the square matrices that measure a device's speed
@@ -17,7 +18,7 @@ CPU_MATRIX_SIDE, GPU_MATRIX_SIDE = 512, 8192  # of the square matrices that meas
 
 def describe_cost(num_frames: int, height: int, width: int, steps: int, patcher=None) -> list[str]:
     """Returns the lines of a cost report; steps 0 is the model's own number. Without a MODEL it only counts tokens."""
-    config = MiVEConfig() if patcher is None else patcher.model.config
+    config = MiVEConfig() if patcher is None else config_of(patcher)
     cells = latent_grid(num_frames, height, width)
     grid, num_reference = config.patch_grid(*cells), cells[1] * cells[2] // VLM_TOKEN_CELLS
     layout = Layout(config.max_video_tokens + config.max_instruction_tokens + num_reference, grid)

@@ -188,6 +188,7 @@ def test_a_distilled_lora_brings_its_steps_and_shift(pack, loaded, write, caplog
     metadata = sampling_metadata(3, 2.5, 1.0)
     model, report = pack.run("MiVELoadLoRA", model=loaded.model, lora_name=write(lora(layers=LAYERS), metadata=metadata))
     assert report.splitlines()[1:] == ["made for 3 steps, cfg 1 and shift 2.5: MiVE Sampler takes these steps and this shift where its own are 0"]
+    assert "s for 3 steps (the model's own number)" in pack.run("MiVEPreflight", video=torch.zeros(5, 48, 64, 3), model=model)[-1]
     plain, _ = pack.run("MiVELoadLoRA", model=loaded.model, lora_name=write(lora(layers=LAYERS), "plain.safetensors"))
     given = {"positive": loaded.positive, "negative": loaded.negative, "latent": loaded.latent, "seed": 11, "cfg": 1.0}
 
