@@ -186,9 +186,11 @@ def run_train(arguments: argparse.Namespace) -> None:
 def run_distill(arguments: argparse.Namespace) -> None:
     from ..data.folder import read_pairs
     from ..formats.checkpoint import read_config
-    from ..media.paths import check_input, check_output, check_output_folder
+    from ..formats.safetensors_file import resolve
+    from ..media.paths import check_output, check_output_folder
     from ..pipeline import EMBEDDED
     from ..train.distill import recipe_values
+    from ..train.launcher import num_processes
     from ..train.recipe import write_recipe
     from ..train.tasks import train
     from .data import encode_pairs
@@ -196,7 +198,13 @@ def run_distill(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output, "output", (".safetensors",))
     work = check_output_folder(arguments.work or output.with_suffix(""), "work")
     entries = read_pairs(arguments.manifest)
-    checkpoint = check_input(Path(EMBEDDED.get(arguments.models, arguments.models)) / "dit.safetensors", "checkpoint")
+    if num_processes() > 1:
+        raise UserError(
+            "every process would encode the same pairs",
+            got=f"{num_processes()} processes",
+            fix="encode them with `mive data cache --negative`, then start `mive train configs/distill.yaml` in several processes",
+        )
+    checkpoint = resolve(Path(EMBEDDED.get(arguments.models, arguments.models)), "dit.safetensors")
     cfg = arguments.teacher_cfg or read_config(checkpoint).cfg
     values = {name: getattr(arguments, name) for name in ("num_steps", "student_steps", "teacher_steps", "lora_rank", "learning_rate", "batch_size", "device")}
     values |= {"start_from": str(checkpoint), "caches": [str(work / "cache")], "output_dir": str(work / "run"), "export": str(output), "teacher_cfg": cfg}

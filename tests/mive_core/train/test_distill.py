@@ -191,3 +191,9 @@ def test_an_unguided_editor_needs_no_empty_instruction(pairs, random_models, tmp
 def test_what_cannot_be_distilled_is_said_before_anything_is_encoded(pairs, random_models, tmp_path, capsys, more, said):
     assert main(command(pairs, random_models, tmp_path / "few.safetensors", *more)) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "few").exists()
+
+
+def test_several_processes_would_encode_the_same(pairs, random_models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(pairs, random_models, tmp_path / "few.safetensors")) == 2
+    assert "every process would encode the same pairs; got 2 processes" in capsys.readouterr().err and not (tmp_path / "few").exists()
