@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ...embedded.vae_network import read_whole_clip_vae
 from ...errors import UserError
@@ -25,6 +27,7 @@ from .states import ClipSet, read_clips, write_clips
 from .vlm_report import vlm_report
 
 TRAIN_SEED, HELDOUT_SEED = 280, 281
+CLASSIFIER_CLIPS = 1024  # as many of the training clips teach the classifier: decoding them takes longer than learning
 
 
 @dataclass(frozen=True)
@@ -131,14 +134,16 @@ class LayerStudy:
 
     def train_classifier(self) -> None:
         """Trains the classifier of WHAT on the true edits of the training clips."""
-        found = read_clips(self.paths(self.train_clips), ("source", "target"))
+        found = read_clips(self.paths(self.train_clips), ("source", "target"))[:CLASSIFIER_CLIPS]
         vae, frames = read_whole_clip_vae(EMBEDDED["tiny"] / "vae.safetensors"), list(FRAMES)
-        seen = {}
-        for name in ("source", "target"):
-            clips = decoded(vae, torch.stack([clip[name] for clip in found]))
-            seen[name] = torch.stack([(clip[frames] * 255).round().byte() for clip in clips])
-        labels = torch.tensor([list(expected(edit.labels).values()) for edit in self.train_clips.edits()])
-        model = train_classifier(seen["source"], seen["target"], labels, self.plan.classifier_steps)
+
+        def seen(name: str) -> torch.Tensor:
+            batches = torch.stack([clip[name] for clip in found]).split(16)
+            clips = [clip for batch in tqdm(batches, desc=f"decode {name}", unit="batch", mininterval=5.0) for clip in decoded(vae, batch)]
+            return torch.stack([(clip[frames] * 255).round().byte() for clip in clips])
+
+        labels = torch.tensor([list(expected(edit.labels).values()) for edit in islice(self.train_clips.edits(), len(found))])
+        model = train_classifier(seen("source"), seen("target"), labels, self.plan.classifier_steps)
         write_tensors(self.classifier_path, {name: value.contiguous() for name, value in model.state_dict().items()}, {"fields": ", ".join(FIELDS)})
 
     def classifier(self) -> Classifier:
