@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,14 +98,22 @@ def started(write: Write, folder: Path) -> int:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forks, and would stay locked where one is killed with it
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-            os.dup2(nowhere.fileno(), sys.stderr.fileno())
+        with open(log_of(folder), "w", encoding="utf-8") as log:
+            os.dup2(log.fileno(), sys.stdout.fileno())
+            os.dup2(log.fileno(), sys.stderr.fileno())
         code = write.run(folder)
     except KeyboardInterrupt:
         code = 130
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(code)
+
+
+def log_of(folder: Path) -> Path:
+    """What the last process that wrote into the folder printed."""
+    return folder.with_name(f"{folder.name}.log")
 
 
 def ended(pid: int) -> int:
@@ -150,9 +159,10 @@ def make(write: Write, folder: Path) -> Path:
 def timed(write: Write, folder: Path) -> tuple[float, dict[str, str]]:
     """An undisturbed run -> seconds from the first file's begin to its end, and the results' digests."""
     pid = started(write, folder)
-    assert begun(pid, write, folder), "the write ended before it was seen to begin"
+    seen = begun(pid, write, folder)
     begin = time.monotonic()
-    assert ended(pid) == 0
+    code = ended(pid)
+    assert seen and code == 0, f"{'not ' * (not seen)}seen to begin, exit code {code}: {log_of(folder).read_text(encoding='utf-8')[-2000:]}"
     return time.monotonic() - begin, digests(folder, write.results)
 
 
@@ -219,7 +229,8 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=1, help="size of the checkpoint that is merged and quantised, in blocks of the 1.3B; default 1")
     parser.add_argument("--json", type=Path, required=True, help="report to write")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    if os.environ.get("OMP_NUM_THREADS") != "1":  # a fork cannot use its parent's pool of threads, and transformers loads weights in threads of its own
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_NUM_THREADS": "1"})
     moments, rows = random.Random(0), []
     options.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
