@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of the machine or of a card. torch tells the former by its message only."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
+    messages = ("can't allocate memory", "Cannot allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(message in str(error) for message in messages)
 
 
 @contextmanager

@@ -17,9 +17,10 @@ OUT_OF_MEMORY = """
 import contextlib, io, resource, sys
 from pathlib import Path
 from mive_core.cli import main
+from mive_core.media.video import read_clip
 arguments, output = sys.argv[1:], Path(sys.argv[-1])
 assert main(arguments) == 0
-clean = output.read_bytes()
+clean, frames = output.read_bytes(), read_clip(output).frames
 resource.setrlimit(resource.RLIMIT_AS, (4096 * int(open("/proc/self/statm").read().split()[0]) + 2**20, resource.RLIM_INFINITY))
 said = io.StringIO()
 with contextlib.redirect_stderr(said):
@@ -28,7 +29,8 @@ resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
 (line,) = [line for line in said.getvalue().splitlines() if not line.startswith("mive: warning: ")]
 assert code == 2 and line.startswith("mive: error: out of memory (") and "take fewer frames" in line, said.getvalue()
 assert output.read_bytes() == clean and [path.name for path in output.parent.iterdir()] == [output.name]
-assert main(arguments) == 0 and output.read_bytes() == clean
+assert main(arguments) == 0
+assert (read_clip(output).frames - frames).abs().max() < 8 / 255  # of the same frames, H.264's bytes can differ on a busy machine
 """
 NO_NETWORK = """
 import sys
