@@ -270,3 +270,13 @@ def test_the_table_of_edit_sizes():
         both = [f"{measured[what]['psnr_edited']:.1f} / {measured[what]['psnr_kept']:.1f}" for what in ("enlarged", "delivered")]
         shares = [f"{100 * counted[name]:.0f} %" for name in ("share", "share_of_attention")]
         assert row[1:] == [*shares, f"{measured['seconds']:.1f} + {measured['delivery_seconds']:.1f}", *both]
+
+
+def test_the_table_of_distillation():
+    header, *_ = (rows[0] for rows in tables(ROOT / "docs" / "training.md") if rows[0][0] == "sampling steps")
+    rows = table(ROOT / "docs" / "training.md", "sampling steps")
+    assert header[1:] == ["20", "8", "4", "2"] and len(rows) == 2
+    for kind, row in zip(("before", "after"), rows):
+        assert row[1:] == [edited_and_kept(report(f"results/distill/{kind}_{steps}.json")) for steps in header[1:]]
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert all(f"{edited_and_kept(report(f'results/distill/teacher_{kind}_2.json'))}" in text for kind in ("before", "after"))
