@@ -41,7 +41,6 @@ ASSETS = Path(__file__).resolve().parents[2] / "mive_core" / "assets"
 OLD = b"what was there before"
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}
 PATIENCE_S = 300
-FILE_PATIENCE_S = 0.15
 MOST_TRIES = 5  # for one that is stopped before it ends
 
 
@@ -83,7 +82,7 @@ def writes(work: Path, num_blocks: int = 1, only: Sequence[str] = WRITES) -> dic
         "training checkpoint": Write(train, "out.safetensors", replaces=False, file_s=0.02),
         "merge": Write(lambda folder: mive(["merge", str(base), str(lora), str(folder / "out.safetensors")]), "out.safetensors"),
         "quantize": Write(lambda folder: mive(["quantize", str(base), str(folder / "out.safetensors")]), "out.safetensors"),
-        "cache": Write(lambda folder: mive(["data", "cache", *options, "--output", str(folder)]), "*", replaces=False, file_s=0.0005),
+        "cache": Write(lambda folder: mive(["data", "cache", *options, "--output", str(folder)]), "*", replaces=False, file_s=0.002),
         "video": Write(lambda folder: write_video(folder / "out.mp4", clip) and 0, "out.mp4"),
     }
     return {title: found[title] for title in only}
@@ -121,23 +120,16 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def begun(pid: int, write: Write, folder: Path) -> bool:
+def begun(pid: int, folder: Path) -> bool:
     """Waits until a process has begun to write; False if it has ended before."""
     deadline = time.monotonic() + PATIENCE_S
-    while not partials(folder) and (write.replaces or not any(folder.glob(write.results))):  # a short first file may be done before one looks
+    while not partials(folder):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return False
         if time.monotonic() > deadline:
             raise TimeoutError(folder)
         time.sleep(0.001)
     return True
-
-
-def wait_for_a_file(folder: Path) -> None:
-    """Waits until one of several files is being written, or for a while where none is seen."""
-    deadline = time.monotonic() + FILE_PATIENCE_S
-    while not partials(folder) and time.monotonic() < deadline:
-        time.sleep(0)
 
 
 def partials(folder: Path) -> list[Path]:
@@ -159,7 +151,7 @@ def make(write: Write, folder: Path) -> Path:
 def timed(write: Write, folder: Path) -> tuple[float, dict[str, str]]:
     """An undisturbed run -> seconds from the first file's begin to its end, and the results' digests."""
     pid = started(write, folder)
-    seen = begun(pid, write, folder)
+    seen = begun(pid, folder)
     begin = time.monotonic()
     code = ended(pid)
     assert seen and code == 0, f"{'not ' * (not seen)}seen to begin, exit code {code}: {log_of(folder).read_text(encoding='utf-8')[-2000:]}"
@@ -177,10 +169,9 @@ def torment(write: Write, work: Path, number: int, what: signal.Signals, moments
             break
         folder = make(write, work / str(index))
         pid, after = started(write, folder), moments.uniform(0, seconds)
-        if begun(pid, write, folder):
+        if begun(pid, folder):
             time.sleep(after)
-            if write.file_s:  # of several files: in the next one
-                wait_for_a_file(folder)
+            if write.file_s and begun(pid, folder):  # of several files: in the next one
                 time.sleep(moments.uniform(0, write.file_s))
             os.kill(pid, what)
         code = ended(pid)
