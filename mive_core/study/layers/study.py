@@ -138,8 +138,7 @@ class LayerStudy:
         vae, frames = read_whole_clip_vae(EMBEDDED["tiny"] / "vae.safetensors"), list(FRAMES)
 
         def seen(name: str) -> torch.Tensor:
-            batches = torch.stack([clip[name] for clip in found]).split(16)
-            clips = [clip for batch in tqdm(batches, desc=f"decode {name}", unit="batch", mininterval=5.0) for clip in decoded(vae, batch)]
+            clips = (decoded(vae, clip[name][None])[0] for clip in tqdm(found, desc=f"decode {name}", unit="clip", mininterval=5.0))
             return torch.stack([(clip[frames] * 255).round().byte() for clip in clips])
 
         labels = torch.tensor([list(expected(edit.labels).values()) for edit in islice(self.train_clips.edits(), len(found))])
