@@ -143,19 +143,11 @@ def add_cache(data) -> None:
         "cache",
         run_data_cache,
         "encode pairs into VAE latents and VLM hidden states for `mive train`",
-        "An interrupted run resumes; pairs that are in the cache are not encoded again.",
+        "Of the DiT only its config is read. An interrupted run resumes; pairs that are in the cache are not encoded again.",
     )
-    cache.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl", help="manifest or folder of the pairs to encode")
-    cache.add_argument(
-        "--models",
-        required=True,
-        type=text,
-        metavar="tiny|DIR",
-        help="the embedded models, or a folder with dit.safetensors (only its config is read), vae.safetensors and vlm/",
-    )
+    add_encoding(cache)
     cache.add_argument("--output", required=True, type=text, metavar="DIR", help="cache folder to write to")
     cache.add_argument("--negative", action="store_true", help="also store the states of an empty instruction, which the recipe key condition_dropout needs")
-    add_encoding(cache)
 
 
 def add_synth(data) -> None:

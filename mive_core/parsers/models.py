@@ -270,14 +270,7 @@ def add_distill(commands) -> None:
         "train a LoRA with which a MiVE takes few steps without guidance",
         "Encodes the pairs, writes a recipe and trains with it, in the folder WORK. An interrupted run resumes with the same command.",
     )
-    distill.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl", help="manifest or folder of the pairs to learn on")
-    distill.add_argument(
-        "--models",
-        required=True,
-        type=text,
-        metavar="tiny|DIR",
-        help="the editor: the embedded one, or a folder with dit.safetensors, vae.safetensors and vlm/",
-    )
+    add_encoding(distill)
     distill.add_argument("--output", required=True, type=text, metavar="LORA.safetensors", help="LoRA to write; `mive edit --lora` samples as it was made for")
     distill.add_argument("--work", type=text, metavar="DIR", help="folder of cache, recipe and checkpoints; default: the output's name without .safetensors")
     distill.add_argument("--steps", dest="student_steps", type=positive_int, default=4, metavar="N", help="sampling steps that the LoRA is for; default 4")
@@ -287,7 +280,6 @@ def add_distill(commands) -> None:
     distill.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help="pairs per optimizer step; default 1")
     distill.add_argument("--rank", dest="lora_rank", type=positive_int, default=32, metavar="N", help="rank of the LoRA; default 32")
     distill.add_argument("--learning-rate", type=positive_float, default=1e-4, metavar="X", help="peak learning rate; default 1e-4")
-    add_encoding(distill)
 
 
 def add_conversions(commands) -> None:

@@ -77,7 +77,11 @@ def add_machine(parser: Parser, attention: bool = True) -> None:
 
 
 def add_encoding(parser: Parser) -> None:
-    """Adds the options of encoding pairs into a cache, and of the machine."""
+    """Adds the options of encoding pairs into a cache: which, with which models, how and on which machine."""
+    parser.add_argument("--manifest", required=True, type=text, metavar="PAIRS.jsonl", help="manifest or folder of the pairs")
+    parser.add_argument(
+        "--models", required=True, type=text, metavar="tiny|DIR", help="the embedded models, or a folder with dit.safetensors, vae.safetensors and vlm/"
+    )
     parser.add_argument(
         "--bucket",
         action="append",
