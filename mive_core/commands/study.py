@@ -37,12 +37,11 @@ def run_study_layers(arguments: argparse.Namespace) -> None:
     vlm = check_input(arguments.vlm, "VLM") if arguments.vlm else None
     changes = {"num_steps": arguments.steps, "num_train": arguments.clips, "num_heldout": arguments.heldout, "hours": arguments.hours}
     runs = runs_of(arguments.arm)
-    study = LayerStudy(work, Plan(**{name: value for name, value in changes.items() if value is not None}), vlm)
+    study = LayerStudy(work, Plan(**{name: value for name, value in changes.items() if value is not None}), vlm, arguments.processes)
     study.prepare(train_recipe)
     keep_vlm(study, output)
-    report = lambda: write_report(study, output, arguments.command_line)
-    study.run_all([run for run in runs if arguments.seed is None or run[1] in arguments.seed], arguments.processes, train_recipe, report)
-    report()
+    study.run_all([run for run in runs if arguments.seed is None or run[1] in arguments.seed], train_recipe)
+    write_report(study, output, arguments.command_line)
     sys.stdout.write(f"{output / 'study.json'}\n{output / 'layers.png'}\n")
 
 

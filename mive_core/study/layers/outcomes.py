@@ -115,19 +115,25 @@ class Classifier(nn.Module):
         return {field: head(pooled) for field, head in self.heads.items()}
 
 
-def train_classifier(source: Tensor, target: Tensor, labels: Tensor, num_steps: int = 1500, batch_size: int = 32, seed: int = 0) -> Classifier:
-    """Trains on true edits after the VAE: source and target (N, len(FRAMES), H, W, 3) in uint8, labels (N, len(FIELDS)) int64.
+def train_classifier(source: Tensor, target: Tensor, labels: Tensor, num_decoded: int, num_steps: int, batch_size: int = 32, seed: int = 0) -> Classifier:
+    """Trains on true edits: source and target (N, len(FRAMES), H, W, 3) in uint8, labels (N, len(FIELDS)) int64.
 
-    One in eight examples is unedited: its kind is none. Places are shifted and mirrored, so that they tell nothing.
+    The first num_decoded are after the VAE and make half of every batch; the others are as drawn, and blurred half of the time. One in eight
+    examples is unedited: its kind is none. Places are shifted and mirrored, so that they tell nothing.
     """
     torch.manual_seed(seed)
     model, generator = Classifier(), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
+    odds = torch.ones(len(source))
+    odds[:num_decoded] = max(1.0, len(source) / num_decoded - 1)
     for _ in tqdm(range(num_steps), desc="classifier", unit="step", mininterval=5.0):
-        chosen = torch.randint(len(source), (batch_size,), generator=generator)
+        chosen = torch.multinomial(odds, batch_size, replacement=True, generator=generator)
         before, after, wanted = source[chosen].float() / 255, target[chosen].float() / 255, labels[chosen].clone()
         after[: batch_size // 8], wanted[: batch_size // 8] = before[: batch_size // 8], 0
+        drawn = chosen >= num_decoded
+        if torch.rand((), generator=generator) < 0.5:
+            before[drawn], after[drawn] = blurred(before[drawn]), blurred(after[drawn])
         shift = torch.randint(-16, 17, (2,), generator=generator).tolist()
         before, after = (clip.roll(shift, (2, 3)) for clip in (before, after))
         if torch.rand((), generator=generator) < 0.5:
@@ -141,6 +147,12 @@ def train_classifier(source: Tensor, target: Tensor, labels: Tensor, num_steps: 
         optimizer.step()
         schedule.step()
     return model.eval().requires_grad_(False)
+
+
+def blurred(clips: Tensor) -> Tensor:
+    """(N, F, H, W, 3) -> the same, each pixel the mean of 3 x 3."""
+    images = clips.movedim(-1, 2)
+    return F.avg_pool2d(images.flatten(0, 1), 3, stride=1, padding=1, count_include_pad=False).unflatten(0, images.shape[:2]).movedim(2, -1)
 
 
 @torch.inference_mode()

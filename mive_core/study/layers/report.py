@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...embedded.vae_network import read_whole_clip_vae
@@ -82,6 +85,23 @@ class Results:
         return np.array([column(self.rows(arm, seed, condition), outcome, kind) for arm, seed in self.finished if arm == name])
 
 
+def measure_runs(study: LayerStudy, runs: Sequence[tuple[str, int]]) -> None:
+    """Measures the edits of finished runs, as given and with states replaced, where that is not done."""
+    results = Results(study)
+    for name, seed in runs:
+        for condition in (AS_GIVEN, *(REPLACED if name == PAPER_ARM else ())):
+            results.rows(name, seed, condition)
+
+
+def measure_all(study: LayerStudy) -> None:
+    """Measures all finished runs, in several processes."""
+    study.classifier()
+    runs = Results(study).finished
+    parts = [runs[k :: study.num_processes] for k in range(min(study.num_processes, len(runs)))]
+    with ProcessPoolExecutor(max(1, len(parts)), mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(partial(measure_runs, study), parts))
+
+
 def column(rows: Sequence[Mapping[str, Any]], outcome: str, kind: str | None) -> list[float]:
     """An outcome of the clips of one kind, or of all."""
     return [row[outcome] for row in rows if kind in (None, row["kind"])]
@@ -100,6 +120,7 @@ def by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def write_report(study: LayerStudy, output: Path, command: str) -> dict[str, Any]:
     """Writes study.json, table.md, layers.png and strips.png for the runs that are finished so far, and returns the figures."""
     output.mkdir(parents=True, exist_ok=True)
+    measure_all(study)
     results = Results(study)
     arms = [name for name in ARMS if any(name == arm for arm, _ in results.finished)]
     report: dict[str, Any] = {
@@ -107,7 +128,7 @@ def write_report(study: LayerStudy, output: Path, command: str) -> dict[str, Any
         "plan": json.loads(json.dumps(vars(study.plan))),
         "hours": round(study.hours, 2),
         "parts": [json.loads(line) for line in study.times.read_text(encoding="utf-8").splitlines()],
-        "vlm": json.loads((study.work / "vlm.json").read_text(encoding="utf-8")),
+        "vlm": study.vlm_report(),
         "ceiling": by_kind(results.ceiling()),
         "unedited": by_kind(results.unedited()),
         "arms": {name: arm_figures(results, name) for name in arms},

@@ -6,9 +6,12 @@ C latent channels, T x Y x X latent grid.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +48,14 @@ class ClipSet:
     num_clips: int
     seed: int
 
+    def edit(self, index: int) -> SyntheticEdit:
+        """Draws a clip, without cuts and without keyframes."""
+        source = PairedEdits(self.seed, self.split, SIZE, NUM_FRAMES, FPS, (KINDS[index % len(KINDS)],), EDITS)
+        return replace(one_shot(source, index // len(KINDS)), keyframes=())
+
     def edits(self) -> Iterator[SyntheticEdit]:
-        """Draws all clips, without cuts and without keyframes."""
-        sources = [PairedEdits(self.seed, self.split, SIZE, NUM_FRAMES, FPS, (kind,), EDITS) for kind in KINDS]
-        for index in range(self.num_clips):
-            yield replace(one_shot(sources[index % len(KINDS)], index // len(KINDS)), keyframes=())
+        """Draws all clips."""
+        return map(self.edit, range(self.num_clips))
 
 
 @contextmanager
@@ -89,25 +95,29 @@ def stacks_of(edit: SyntheticEdit, vlm: VLM) -> dict[str, Tensor]:
     return {name: value.to(torch.bfloat16) for name, value in stacks.items()} | {"types": inputs.mm_token_type_ids[0].to(torch.uint8)}
 
 
-@torch.inference_mode()
-def write_clips(clips: ClipSet, vlm_folder: Path, folder: Path) -> list[Path]:
+def write_clips(clips: ClipSet, vlm_folder: Path, folder: Path, num_processes: int = 1) -> list[Path]:
     """Draws and encodes the clips into shards, where these are missing or of another VLM, and returns the shards' paths."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.dumps([REVISION, clips.split, clips.num_clips, clips.seed, STACKS])
     fingerprint = hashlib.sha256(settings.encode() + (vlm_folder / WEIGHTS).read_bytes()).hexdigest()
     paths = [folder / f"{clips.split}_{number:04d}.safetensors" for number in range(-(-clips.num_clips // PER_SHARD))]
-    if all(is_current(path, fingerprint) for path in paths):
-        return paths
-    vlm, encode = VLM.load(vlm_folder), encoder_of(read_whole_clip_vae(EMBEDDED["tiny"] / "vae.safetensors"))
-    tensors: dict[str, Tensor] = {}
-    for index, edit in enumerate(tqdm(clips.edits(), total=clips.num_clips, desc=f"{clips.split} clips", unit="clip", mininterval=5.0)):
-        path = paths[index // PER_SHARD]
-        if not is_current(path, fingerprint):
-            tensors |= {f"{index}.{name}": value.contiguous() for name, value in features(edit, vlm, encode).items()}
-            if (index + 1) % PER_SHARD == 0 or index + 1 == clips.num_clips:
-                write_tensors(path, tensors, {"fingerprint": fingerprint})
-                tensors = {}
+    missing = [number for number, path in enumerate(paths) if not is_current(path, fingerprint)]
+    if missing:
+        parts = [missing[k::num_processes] for k in range(min(num_processes, len(missing)))]
+        with ProcessPoolExecutor(len(parts), mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(partial(write_shards, clips, vlm_folder, paths, fingerprint), parts))
     return paths
+
+
+@torch.inference_mode()
+def write_shards(clips: ClipSet, vlm_folder: Path, paths: Sequence[Path], fingerprint: str, numbers: Sequence[int]) -> None:
+    """Draws and encodes the clips of some shards."""
+    vlm, encode = VLM.load(vlm_folder), encoder_of(read_whole_clip_vae(EMBEDDED["tiny"] / "vae.safetensors"))
+    for number in tqdm(numbers, desc=f"{clips.split} clips", unit="shard", mininterval=5.0):
+        tensors: dict[str, Tensor] = {}
+        for index in range(number * PER_SHARD, min((number + 1) * PER_SHARD, clips.num_clips)):
+            tensors |= {f"{index}.{name}": value.contiguous() for name, value in features(clips.edit(index), vlm, encode).items()}
+        write_tensors(paths[number], tensors, {"fingerprint": fingerprint})
 
 
 def features(edit: SyntheticEdit, vlm: VLM, encode: Encoder) -> dict[str, Tensor]:

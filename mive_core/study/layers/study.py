@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from .states import ClipSet, read_clips, write_clips
 from .vlm_report import vlm_report
 
 TRAIN_SEED, HELDOUT_SEED = 280, 281
-CLASSIFIER_CLIPS = 1024  # as many of the training clips teach the classifier: decoding them takes longer than learning
+CLASSIFIER_CLIPS = 1024  # as many of the training clips teach the classifier after the VAE, the others as drawn: decoding takes longer than learning
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class LayerStudy:
     work: Path
     plan: Plan
     vlm: Path | None = None
+    num_processes: int = 1
 
     @property
     def vlm_folder(self) -> Path:
@@ -83,7 +83,7 @@ class LayerStudy:
 
     def paths(self, clips: ClipSet) -> list[Path]:
         """The shards of clips, which are encoded first where that is not done."""
-        return write_clips(clips, self.vlm_folder, self.work / "clips")
+        return write_clips(clips, self.vlm_folder, self.work / "clips", self.num_processes)
 
     def samples(self, name: str, seed: int) -> Path:
         """The latents that a run makes of the held-out clips."""
@@ -112,42 +112,49 @@ class LayerStudy:
             file.write(json.dumps({"part": what, "seconds": round(time.monotonic() - start, 1)}) + "\n")
 
     def prepare(self, train: Callable[[dict[str, Any]], None]) -> None:
-        """Trains the VLM, measures it, encodes the clips and trains the classifier. `train` trains a recipe's values."""
+        """Trains the VLM and encodes the clips. `train` trains a recipe's values."""
         self.work.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)  # small tensors: a second thread costs more than it gives
         if not self.vlm_folder.exists():
             folder = self.work / "vlm"
             with self.timed("vlm"):
                 train({**STUDY_VLM, "output_dir": str(folder), "export": str(folder / "model"), **self.plan.vlm})
-        if not (self.work / "vlm.json").exists():
-            write_json(self.work / "vlm.json", vlm_report(self.vlm_folder, list(self.heldout_clips.edits())))
         with self.timed("clips"):
             self.paths(self.heldout_clips)
             self.paths(self.train_clips)
-        if not self.classifier_path.exists():
-            with self.timed("classifier"):
-                self.train_classifier()
 
-    @property
-    def classifier_path(self) -> Path:
-        return self.work / "classifier.safetensors"
+    def vlm_report(self) -> dict[str, Any]:
+        """What the VLM tells of the held-out clips, measured first where that is not done."""
+        path = self.work / "vlm.json"
+        if not path.exists():
+            with self.timed("vlm's report"):
+                write_json(path, vlm_report(self.vlm_folder, list(self.heldout_clips.edits())))
+        return json.loads(path.read_text(encoding="utf-8"))
 
-    def train_classifier(self) -> None:
-        """Trains the classifier of WHAT on the true edits of the training clips."""
-        found = read_clips(self.paths(self.train_clips), ("source", "target"))[:CLASSIFIER_CLIPS]
-        vae, frames = read_whole_clip_vae(EMBEDDED["tiny"] / "vae.safetensors"), list(FRAMES)
-
-        def seen(name: str) -> torch.Tensor:
-            clips = (decoded(vae, clip[name][None])[0] for clip in tqdm(found, desc=f"decode {name}", unit="clip", mininterval=5.0))
-            return torch.stack([(clip[frames] * 255).round().byte() for clip in clips])
-
-        labels = torch.tensor([list(expected(edit.labels).values()) for edit in islice(self.train_clips.edits(), len(found))])
-        model = train_classifier(seen("source"), seen("target"), labels, self.plan.classifier_steps)
-        write_tensors(self.classifier_path, {name: value.contiguous() for name, value in model.state_dict().items()}, {"fields": ", ".join(FIELDS)})
+    def train_classifier(self, path: Path) -> None:
+        """Trains the classifier of WHAT on the true edits of the training clips: some after the VAE, the others as drawn."""
+        vae = read_whole_clip_vae(EMBEDDED["tiny"] / "vae.safetensors")
+        encoded = read_clips(self.paths(self.train_clips), ("source", "target"))[:CLASSIFIER_CLIPS]
+        found: dict[str, list[torch.Tensor]] = {"source": [], "target": [], "labels": []}
+        for index, edit in enumerate(tqdm(self.train_clips.edits(), total=self.plan.num_train, desc="true edits", unit="clip", mininterval=5.0)):
+            pixels = {"source": edit.pair.request.source.frames, "target": edit.pair.target}
+            if index < len(encoded):
+                pixels = {name: decoded(vae, encoded[index][name][None])[0] for name in pixels}
+            for name, clip in pixels.items():
+                found[name].append((clip[list(FRAMES)] * 255).round().byte())
+            found["labels"].append(torch.tensor(list(expected(edit.labels).values())))
+        source, target, labels = (torch.stack(values) for values in found.values())
+        model = train_classifier(source, target, labels, len(encoded), self.plan.classifier_steps)
+        write_tensors(path, {name: value.contiguous() for name, value in model.state_dict().items()}, {"fields": ", ".join(FIELDS)})
 
     def classifier(self) -> Classifier:
+        """The classifier of WHAT, trained first where that is not done."""
+        path = self.work / "classifier.safetensors"
+        if not path.exists():
+            with self.timed("classifier"):
+                self.train_classifier(path)
         model = Classifier()
-        model.load_state_dict(read_tensors(self.classifier_path))
+        model.load_state_dict(read_tensors(path))
         return model.eval().requires_grad_(False)
 
     def truths(self) -> list[Truth]:
@@ -181,20 +188,19 @@ class LayerStudy:
                 train(recipe)
             write_samples(name, Path(recipe["export"]), self.paths(self.heldout_clips), self.samples(name, seed))
 
-    def run_all(self, runs: Sequence[tuple[str, int]], num_processes: int, train: Callable[[dict[str, Any]], None], finished: Callable[[], object]) -> None:
-        """Makes the runs in turn, so many at once, each on one thread, until the plan's hours are over. `finished` is called after each."""
+    def run_all(self, runs: Sequence[tuple[str, int]], train: Callable[[dict[str, Any]], None]) -> None:
+        """Makes the runs in turn, several at once, each on one thread, until the plan's hours are over."""
         missing = [run for run in runs if not self.samples(*run).exists()]
-        with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(self.num_processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             waiting: set = set()
             while missing or waiting:
-                while missing and len(waiting) < num_processes and self.hours < self.plan.hours:
+                while missing and len(waiting) < self.num_processes and self.hours < self.plan.hours:
                     waiting.add(pool.submit(self.run, *missing.pop(0), train))
                 if not waiting:
                     break
                 done = next(as_completed(waiting))
                 waiting.remove(done)
                 done.result()
-                finished()
 
 
 def train_recipe(values: dict[str, Any]) -> None:
