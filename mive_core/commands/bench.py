@@ -108,6 +108,12 @@ def run_bench_long(arguments: argparse.Namespace) -> None:
     _report(arguments, lambda: bench_long_clips(load(), pairs, settings_of(arguments), arguments.way))
 
 
+def run_bench_length(arguments: argparse.Namespace) -> None:
+    from ..bench.length import FRAMES, bench_length
+
+    _report(arguments, lambda: bench_length(arguments.size, arguments.edit_size, arguments.frames or FRAMES, arguments.steps))
+
+
 def run_bench_card(arguments: argparse.Namespace) -> None:
     if arguments.all:
         run_bench_card_all(arguments)

@@ -9,6 +9,7 @@ from ..commands.bench import (
     run_bench_convert,
     run_bench_dit,
     run_bench_growth,
+    run_bench_length,
     run_bench_load,
     run_bench_long,
     run_bench_parallel,
@@ -77,6 +78,17 @@ def add_bench(commands) -> None:
     add_sampling(long)
     add_machine(long)
     add_float8(long)
+    length = add_command(
+        bench,
+        "length",
+        run_bench_length,
+        "measure how time and memory of an edit from file to file grow with the length of the clip",
+        "Edits a clip of the samples, played to and fro, with the embedded models on a CPU. Each length is measured in a process of its own.",
+    )
+    length.add_argument("--size", type=size, default=(640, 360), metavar="WxH", help="size of the clip in pixels; default 640x360")
+    length.add_argument("--edit-size", type=size, default=(160, 96), metavar="WxH", help="size of the edit, multiples of 16; default 160x96")
+    length.add_argument("--frames", action="append", type=positive_int, metavar="N", help="a length, 4n+1; can be repeated; default 33, 81, 161 and 321")
+    length.add_argument("--steps", type=positive_int, metavar="N", help="number of sampling steps; default: the model's")
     card = add_command(
         bench,
         "card",
