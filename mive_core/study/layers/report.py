@@ -2,14 +2,11 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ...embedded.vae_network import read_whole_clip_vae
@@ -29,6 +26,7 @@ from .sampling import AS_GIVEN, REPLACED
 from .statistics import Difference, answer, interval, paired_bootstrap, standardised_loss
 from .study import LayerStudy, run_name, runs_of
 from .vlm_task import KINDS
+from .workers import one_thread_pool
 
 OUTCOMES = (*WHERE, *WHAT, "psnr_edited", "psnr_kept")
 HIGHER_IS_BETTER = {name: name not in ("centroid_error", "edge_error") for name in OUTCOMES}
@@ -98,7 +96,7 @@ def measure_all(study: LayerStudy) -> None:
     study.classifier()
     runs = Results(study).finished
     parts = [runs[k :: study.num_processes] for k in range(min(study.num_processes, len(runs)))]
-    with ProcessPoolExecutor(max(1, len(parts)), mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_thread_pool(max(1, len(parts))) as pool:
         list(pool.map(partial(measure_runs, study), parts))
 
 

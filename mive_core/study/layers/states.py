@@ -7,11 +7,9 @@ C latent channels, T x Y x X latent grid.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from ...prompt import build_inputs, build_prompt
 from ...types import VLMInputs
 from ...vlm import VLM, WEIGHTS, collect_hidden_states
 from .vlm_task import CONFIG, EDITS, FPS, KINDS, NUM_FRAMES, NUM_LAYERS, SIZE, one_shot
+from .workers import one_thread_pool
 
 PER_SHARD = 128
 FIRST, LAST, MIDDLE = 1, NUM_LAYERS, NUM_LAYERS // 2
@@ -104,7 +103,7 @@ def write_clips(clips: ClipSet, vlm_folder: Path, folder: Path, num_processes: i
     missing = [number for number, path in enumerate(paths) if not is_current(path, fingerprint)]
     if missing:
         parts = [missing[k::num_processes] for k in range(min(num_processes, len(missing)))]
-        with ProcessPoolExecutor(len(parts), mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with one_thread_pool(len(parts)) as pool:
             list(pool.map(partial(write_shards, clips, vlm_folder, paths, fingerprint), parts))
     return paths
 

@@ -4,10 +4,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from .outcomes import FIELDS, FRAMES, Classifier, Truth, decoded, expected, trai
 from .sampling import write_samples
 from .states import ClipSet, read_clips, write_clips
 from .vlm_report import vlm_report
+from .workers import one_thread_pool
 
 TRAIN_SEED, HELDOUT_SEED = 280, 281
 CLASSIFIER_CLIPS = 1024  # as many of the training clips teach the classifier after the VAE, the others as drawn: decoding takes longer than learning
@@ -191,7 +191,7 @@ class LayerStudy:
     def run_all(self, runs: Sequence[tuple[str, int]], train: Callable[[dict[str, Any]], None]) -> None:
         """Makes the runs in turn, several at once, each on one thread, until the plan's hours are over."""
         missing = [run for run in runs if not self.samples(*run).exists()]
-        with ProcessPoolExecutor(self.num_processes, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with one_thread_pool(self.num_processes) as pool:
             waiting: set = set()
             while missing or waiting:
                 while missing and len(waiting) < self.num_processes and self.hours < self.plan.hours:

@@ -1,6 +1,10 @@
 """The layer study: its questions are answered truly, its arms differ in what they are said to differ in, its measures tell place from kind."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,6 +272,28 @@ def test_questions_about_held_out_clips_are_counted(folder, edits):
     report = vlm_report(folder, edits)
     assert set(report["topics"]) == set(QUESTIONS) and all(0 <= values["right"] <= 1 for values in report["topics"].values())
     assert report["topics"]["asked"]["answers"] == len(edits) and report["topics"]["where"]["within_one_cell"] is not None
+
+
+KILLED = """
+import os, signal, time
+from mive_core.study.layers.workers import one_thread_pool
+pool = one_thread_pool(1)
+worker = pool.submit(os.getpid).result()
+pool.submit(time.sleep, 60)
+print(worker, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="NO /proc: whether a process lives cannot be told here")
+def test_workers_end_with_a_killed_study():
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as study:
+        worker = Path("/proc") / study.stdout.readline().strip() / "stat"
+        assert study.wait() == -signal.SIGKILL
+    end = time.monotonic() + 20
+    while worker.exists() and worker.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
