@@ -7,7 +7,7 @@ width; F pixel frames of H x W pixels.
 
 import math
 
-from ..config import MiVEConfig
+from ..config import TEMPORAL_FACTOR, MiVEConfig
 from ..dit.blocks import FFN_CHUNK
 from ..formats.checkpoint import state_dict_shapes
 from ..formats.quantize import MATRIX
@@ -19,6 +19,7 @@ LANGUAGE_TENSORS, VISUAL_TENSORS = 6, 10  # number of (S, D_vlm): the VLM's sequ
 VISION_TENSORS, VISION_TENSORS_16_BIT = 3, 11  # number of (patches, vision width), with queries and keys rotated in float32
 # Peak number of values per pixel, divided by the VAE's narrowest width: (a single frame, more frames with the caches of all convolutions).
 DECODE_VALUES, ENCODE_VALUES = (18.0, 50.8), (10.0, 36.7)
+CACHE_VALUES = 26.4  # of the former values while decoding: what the caches hold from one latent frame to the next
 EXTRA_16_BIT = 2.0  # more of these values in 16 bits, because norms and resizing run in float32
 CONV2D_EXTRA = (11.0, 14.0)  # more of these values on a CPU, where conv3d.py puts frames side by side: (decoding, encoding)
 VAE_WIDTH = 96  # channels of Wan 2.1's VAE at full resolution
@@ -83,6 +84,16 @@ def vae_decode_bytes(num_frames: int, height: int, width: int, itemsize: int, *,
         return round(pixels * (per_pixel + colour))
     output = _covered(height) * _covered(width) * colour  # tiles overlap
     return round(max(TILE**2 * per_pixel + output, output + 3 * pixels * colour))  # 3: joined rows, the whole picture, its clamped copy
+
+
+def vae_stream_bytes(height: int, width: int, itemsize: int, *, num_clips: int = 1, channels: int = VAE_WIDTH, conv2d: bool = False) -> int:
+    """Peak memory of decoding latent frame by latent frame, for any length, without the weights and the latents.
+
+    num_clips: decoded in turns, each with caches of its own; an edit and the source's round trip are two.
+    """
+    per_pixel = _values_per_pixel(DECODE_VALUES, TEMPORAL_FACTOR, itemsize, CONV2D_EXTRA[0] if conv2d else 0.0)
+    values = (per_pixel + (num_clips - 1) * CACHE_VALUES) * channels * itemsize
+    return round(height * width * (values + num_clips * 3 * TEMPORAL_FACTOR * FLOAT32_BYTES))
 
 
 def vae_encode_bytes(num_frames: int, height: int, width: int, itemsize: int, *, channels: int = VAE_WIDTH, conv2d: bool = False) -> int:

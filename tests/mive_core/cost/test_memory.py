@@ -9,9 +9,10 @@ from mive_core.attention import matmul_attention, torch_attention
 from mive_core.bench.against_diffusers import make_forward
 from mive_core.bench.memory_counter import MemoryCounter
 from mive_core.bench.models import fill_random, make_processor, make_request, make_vlm_inputs, random_vae, workload
+from mive_core.bench.stage import decoded_pairs, exhaust
 from mive_core.config import PRESETS
 from mive_core.cost.flops import Layout
-from mive_core.cost.memory import activation_bytes, vae_decode_bytes, vae_encode_bytes, vlm_bytes, weight_bytes
+from mive_core.cost.memory import activation_bytes, vae_decode_bytes, vae_encode_bytes, vae_stream_bytes, vlm_bytes, weight_bytes
 from mive_core.dit import MiVEDiT
 from mive_core.vlm import VLM, model_from_config
 
@@ -99,8 +100,14 @@ def test_a_cpu_holds_what_the_formula_says(size, frames):
             latents = vae.encode(request.source.frames)
         with MemoryCounter() as decoding:
             vae.decode(latents)
+        with MemoryCounter() as streaming:
+            exhaust(vae.decode_pieces(latents))
+        with MemoryCounter() as streaming_two:
+            exhaust(decoded_pairs(vae, latents))
     width, height = size
     assert vae_decode_bytes(frames, height, width, 4, channels=16, conv2d=True) == pytest.approx(decoding.peak, rel=0.15)
+    for num_clips, counted in ((1, streaming), (2, streaming_two)):
+        assert vae_stream_bytes(height, width, 4, num_clips=num_clips, channels=16, conv2d=True) == pytest.approx(counted.peak, rel=0.1)
     assert vae_encode_bytes(frames, height, width, 4, channels=16, conv2d=True) == pytest.approx(encoding.peak, rel=0.15)
 
 
