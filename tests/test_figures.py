@@ -196,10 +196,10 @@ def test_every_report_holds_its_command():
 
 def test_the_formats_of_quantised_files():
     figures = report("results/formats/tiny.json")
-    plain, *rows = table(ROOT / "docs" / "models.md", "stored in", "file", "of 16 bits")
-    assert plain[4] == edited_and_kept(figures["plain"])
-    assert [row[0] for row in rows] == [variant["format_name"] for variant in figures["variants"]]
-    for (_, size, share, error, psnr, lost), variant in zip(rows, figures["variants"], strict=True):
+    plain, *rows = table(ROOT / "docs" / "models.md", "stored in", "inputs", "blocks kept at either end")
+    assert plain[6] == edited_and_kept(figures["plain"])
+    for (name, inputs, kept, size, share, error, psnr, lost), variant in zip(rows, figures["variants"], strict=True):
+        assert [name, inputs == "rounded", int(kept)] == [variant["format_name"], variant["rounded_inputs"], variant["keep_blocks"]]
         assert [size, share] == [f"{variant['bytes'] / 1e6:.1f} MB", f"{100 * variant['share']:.0f} %"]
         assert error == f"{100 * variant['forward_error']:.1f} %" and psnr == edited_and_kept(variant)
         assert lost == f"{variant['lost_psnr_edited']:.2f} / {variant['lost_psnr_kept']:.2f}"
