@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             with closed_streams():
                 arguments = build_parser().parse_args(argv)
+                check_processes(arguments)
                 arguments.command_line = shlex.join(["mive", *argv])
                 arguments.run(arguments)
         except UserError as error:
@@ -52,6 +53,13 @@ def main(argv: list[str] | None = None) -> int:
             _print_message("error", "interrupted")
             return 130
     return 0
+
+
+def check_processes(arguments: argparse.Namespace) -> None:
+    """Raises UserError where torchrun or `accelerate launch` has started several processes of a command that does not share its work."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and arguments.alone and not getattr(arguments, "sequence_parallel", False):
+        raise UserError("each process would write the same files", got=f"{count} processes", fix=arguments.alone)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -83,6 +91,7 @@ def build_parser() -> Parser:
     """Builds the parser of all commands. Imports neither torch nor numpy, so that --help is fast."""
     parser = Parser(prog="mive", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"mive {__version__}")
+    parser.set_defaults(alone="start one process")  # what several processes of a command are told; None: they share its work
     commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND", parser_class=Parser)
     add_edit(commands)
     add_demo(commands)

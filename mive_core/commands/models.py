@@ -107,15 +107,12 @@ def _edit_many(arguments: argparse.Namespace, ranks: "Ranks | None") -> None:
 def _pipeline_loader(arguments: argparse.Namespace, ranks: "Ranks | None") -> "Callable[[], Pipeline]":
     """Returns what loads the models, with blocks that all ranks run, if there are several.
 
-    Raises UserError for LoRAs that are not there, and for processes that do not fit the model or have nothing to share.
+    Raises UserError for LoRAs that are not there, and for processes that do not fit the model.
     """
     from ..pipeline import Pipeline, find_config
-    from ..train.launcher import num_processes
 
     load = partial(Pipeline.load, arguments.models, arguments.layers, **machine_options(arguments), loras=loras_of(arguments))
     if ranks is None:
-        if num_processes() > 1:
-            raise UserError("each process would write the same files", got=f"{num_processes()} processes", fix="add --sequence-parallel, or start one process")
         return load
     from ..sequence_parallel import SharedBlocks, prepare_ranks
 
@@ -190,7 +187,6 @@ def run_distill(arguments: argparse.Namespace) -> None:
     from ..media.paths import check_output, check_output_folder
     from ..pipeline import EMBEDDED
     from ..train.distill import recipe_values
-    from ..train.launcher import num_processes
     from ..train.recipe import write_recipe
     from ..train.tasks import train
     from .data import encode_pairs
@@ -198,12 +194,6 @@ def run_distill(arguments: argparse.Namespace) -> None:
     output = check_output(arguments.output, "output", (".safetensors",))
     work = check_output_folder(arguments.work or output.with_suffix(""), "work")
     entries = read_pairs(arguments.manifest)
-    if num_processes() > 1:
-        raise UserError(
-            "every process would encode the same pairs",
-            got=f"{num_processes()} processes",
-            fix="encode them with `mive data cache --negative`, then start `mive train configs/distill.yaml` in several processes",
-        )
     checkpoint = resolve(Path(EMBEDDED.get(arguments.models, arguments.models)), "dit.safetensors")
     cfg = arguments.teacher_cfg or read_config(checkpoint).cfg
     values = {name: getattr(arguments, name) for name in ("num_steps", "student_steps", "teacher_steps", "lora_rank", "learning_rate", "batch_size", "device")}

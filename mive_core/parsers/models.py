@@ -95,6 +95,7 @@ def add_edit(commands) -> None:
         "edit a video, given an instruction and the edited first frame",
         "Takes either --source, --reference and --instruction for one video, or --manifest or --benchmark for many.",
     )
+    edit.set_defaults(alone="add --sequence-parallel, or start one process")
     edit.add_argument("--source", action=StoreOnce, type=text, metavar="VIDEO|DIR", help="the video to edit: a video file or a folder of frames")
     edit.add_argument("--reference", action=StoreOnce, type=text, metavar="IMAGE", help="the video's first frame, already edited")
     edit.add_argument(
@@ -242,6 +243,7 @@ def add_train(commands) -> None:
     train = add_command(
         commands, "train", run_train, "train a model with the settings of a recipe file", "An interrupted training resumes from its last checkpoint."
     )
+    train.set_defaults(alone=None)
     train.add_argument("config", metavar="CONFIG.yaml", type=text, help="recipe file; the repository's folder configs/ has examples")
     plan = train.add_argument_group("plan", "What the recipe will take, computed from shapes. The options below need --plan.")
     plan.add_argument("--plan", action="store_true", help="print trained weights, memory, hours and disk, and train nothing")
@@ -270,6 +272,8 @@ def add_distill(commands) -> None:
         "train a LoRA with which a MiVE takes few steps without guidance",
         "Encodes the pairs, writes a recipe and trains with it, in the folder WORK. An interrupted run resumes with the same command.",
     )
+    train = "`mive train configs/distill.yaml` in several processes"
+    distill.set_defaults(alone=f"encode the pairs with `mive data cache --negative`, then start {train}")
     add_encoding(distill)
     distill.add_argument("--output", required=True, type=text, metavar="LORA.safetensors", help="LoRA to write; `mive edit --lora` samples as it was made for")
     distill.add_argument("--work", type=text, metavar="DIR", help="folder of cache, recipe and checkpoints; default: the output's name without .safetensors")

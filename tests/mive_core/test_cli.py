@@ -146,6 +146,22 @@ def test_bad_input_to_the_other_commands(work, capsys, arguments, says):
     assert says in refused(capsys, arguments, work)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--output", "out"],
+        ["data", "cache", "--manifest", "pairs.jsonl", "--models", "tiny", "--output", "out"],
+        ["bench", "load"],
+        ["study", "layers", "--work", "out", "--output", "out"],
+    ],
+)
+def test_several_processes_of_a_command_that_shares_nothing(work, capsys, monkeypatch, arguments):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments) == 2
+    assert "each process would write the same files; got 2 processes; start one process" in capsys.readouterr().err and not (work / "out").exists()
+    assert main(["train", "nowhere.yaml"]) == 2 and "nowhere.yaml" in capsys.readouterr().err
+
+
 def test_edit(work, random_models, capsys):
     arguments = edit(models=str(random_models), instruction="make the red circle blue 🎬 青 مرحبا", seed="3")
     assert main(arguments) == 0

@@ -196,4 +196,4 @@ def test_what_cannot_be_distilled_is_said_before_anything_is_encoded(pairs, rand
 def test_several_processes_would_encode_the_same(pairs, random_models, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(command(pairs, random_models, tmp_path / "few.safetensors")) == 2
-    assert "every process would encode the same pairs; got 2 processes" in capsys.readouterr().err and not (tmp_path / "few").exists()
+    assert "each process would write the same files; got 2 processes; encode the pairs with" in capsys.readouterr().err and not (tmp_path / "few").exists()
