@@ -1,12 +1,11 @@
 """Finds the edited videos of a manifest's entries in the folders that `mive edit --manifest`, `mive eval` or other programs wrote."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from ..evaluation.before import EDITED, REPORT
+from ..evaluation.before import EDITED, REPORT, read_evaluation
 from ..media.encode import VIDEO_SUFFIXES
 from ..media.paths import numbered_name
 from .manifest import ManifestEntry
@@ -37,10 +36,7 @@ def find_edits(folder: Path, entries: Sequence[ManifestEntry]) -> list[Path | No
 
 def _evaluated(folder: Path, entries: Sequence[ManifestEntry]) -> list[Path | None]:
     """The videos of an evaluation: of the same pairs by their numbers, of others by their names."""
-    try:
-        names = [row["name"] for row in json.loads((folder / REPORT).read_text(encoding="utf-8"))["per_clip"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError("the evaluation's report is damaged", where=folder / REPORT, got=str(error)[:80], fix="evaluate again") from None
+    _, names = read_evaluation(folder)
     own = [entry.name for entry in entries]
     numbers = range(len(own)) if names == own else [names.index(name) if name and names.count(name) == 1 else -1 for name in own]
     paths = [folder / EDITED / f"{number:03d}.mp4" for number in numbers]

@@ -13,6 +13,16 @@ from ..media.video import read_clip
 REPORT, EDITED = "report.json", "edited"  # in the folder of an evaluation; the videos are numbered
 
 
+def read_evaluation(folder: Path) -> tuple[dict, list[str]]:
+    """The report of an evaluation and the names of its pairs. Raises UserError if it is none, or damaged."""
+    path = folder / REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return report, [row["name"] for row in report["per_clip"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError("this is no evaluation, or a damaged one", where=path, got=str(error)[:80], fix="`mive eval` makes one") from None
+
+
 @dataclass(frozen=True)
 class Before:
     """An earlier evaluation of the same pairs, in its folder."""
@@ -23,14 +33,9 @@ class Before:
     @classmethod
     def read(cls, folder: Path, names: Sequence[str]) -> "Before":
         """Raises UserError unless the folder holds the evaluation of the pairs with these names."""
-        path = folder / REPORT
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            evaluated = [row["name"] for row in report["per_clip"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError("this is no evaluation", where=path, got=str(error), fix="`mive eval` makes one") from None
+        report, evaluated = read_evaluation(folder)
         if evaluated != list(names):
-            raise UserError("the evaluation is one of other pairs", where=path, got=", ".join(evaluated[:4]), expected=", ".join(names[:4]))
+            raise UserError("the evaluation is one of other pairs", where=folder / REPORT, got=", ".join(evaluated[:4]), expected=", ".join(names[:4]))
         return cls(folder, report)
 
     def frames(self, index: int) -> Tensor:

@@ -145,12 +145,7 @@ def add_bench(commands) -> None:
         "estimate memory and time of full training on 8, 32 and 128 cards",
         "Computed from shapes, not measured. Also estimates the longest sequence that fits one card.",
     )
-    scaling.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="size of the DiT; default 14b")
-    scaling.add_argument("--card", default="H100", choices=CARD_NAMES, help="graphics card; default H100")
-    scaling.add_argument(
-        "--share", type=positive_float, default=0.45, metavar="X", help="assumed fraction of the card's peak speed that is reached; default 0.45"
-    )
-    scaling.add_argument("--frames", type=positive_int, default=81, metavar="N", help="number of frames, 4n+1; default 81")
+    add_on_paper(scaling)
     parallel = add_command(
         bench,
         "parallel",
@@ -158,13 +153,8 @@ def add_bench(commands) -> None:
         "estimate memory and time of `mive edit --sequence-parallel` on 1, 2, 4 and 8 cards",
         "Computed from shapes, not measured. In bf16, the DiT alone.",
     )
-    parallel.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="size of the DiT; default 14b")
     parallel.add_argument("--size", type=size, default=(1280, 720), metavar="WxH", help="size in pixels, multiples of 16; default 1280x720")
-    parallel.add_argument("--frames", type=positive_int, default=81, metavar="N", help="number of frames, 4n+1; default 81")
-    parallel.add_argument("--card", default="H100", choices=CARD_NAMES, help="graphics card; default H100")
-    parallel.add_argument(
-        "--share", type=positive_float, default=0.45, metavar="X", help="assumed fraction of the card's peak speed that is reached; default 0.45"
-    )
+    add_on_paper(parallel)
     for command in bench.choices.values():
         command.add_argument("--json", "--output", dest="output", type=text, metavar="FILE.json", help="also write the results to this file")
 
@@ -182,6 +172,16 @@ def add_stage(parser: Parser) -> None:
     if stage == "edit":
         parser.add_argument("--steps", type=positive_int, metavar="N", help="number of sampling steps; default: the preset's")
     add_machine(parser, attention=stage in ("dit", "edit"))
+
+
+def add_on_paper(parser: Parser) -> None:
+    """Adds what an estimate from shapes is made for."""
+    parser.add_argument("--preset", default="14b", choices=PRESET_NAMES, help="size of the DiT; default 14b")
+    parser.add_argument("--card", default="H100", choices=CARD_NAMES, help="graphics card; default H100")
+    parser.add_argument(
+        "--share", type=positive_float, default=0.45, metavar="X", help="assumed fraction of the card's peak speed that is reached; default 0.45"
+    )
+    parser.add_argument("--frames", type=positive_int, default=81, metavar="N", help="number of frames, 4n+1; default 81")
 
 
 def add_study(commands, main: Callable[[list[str]], int]) -> None:

@@ -40,7 +40,7 @@ def test_a_folder_of_mive_eval(study, entries, tmp_path):
     (_, system) = read_systems(folders(study, ("eval", str(tmp_path))), entries[::-1])
     assert [path.name for path in system.videos] == ["002.mp4", "001.mp4", "000.mp4"]
     (tmp_path / "report.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="the evaluation's report is damaged"):
+    with pytest.raises(UserError, match="this is no evaluation, or a damaged one"):
         read_systems(folders(study, ("eval", str(tmp_path))), entries)
 
 
