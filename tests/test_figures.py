@@ -205,6 +205,14 @@ def test_the_formats_of_quantised_files():
         assert lost == f"{variant['lost_psnr_edited']:.2f} / {variant['lost_psnr_kept']:.2f}"
 
 
+def test_an_edit_by_the_length_of_its_clip():
+    figures = report("results/growth/length_tiny.json")
+    rows = table(ROOT / "docs" / "performance.md", "frames", "seconds", "peak memory")
+    assert rows == [[str(row["frames"]), f"{row['seconds']:.0f}", f"{row['peak_bytes'] / 1e6:.0f} MB"] for row in figures["lengths"]]
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert f"grows by {figures['bytes_per_frame'] / 1e6:.2f} MB a frame, of which {figures['source_bytes_per_frame'] / 1e6:.2f}" in text
+
+
 def test_a_cards_figures_are_counted_and_measured():
     """The last column is the first report's in results/card/, or says that there is none."""
     reports = sorted((ROOT / "results" / "card").glob("*.json"))
