@@ -205,6 +205,36 @@ def test_the_formats_of_quantised_files():
         assert lost == f"{variant['lost_psnr_edited']:.2f} / {variant['lost_psnr_kept']:.2f}"
 
 
+STUDY_ARMS = {
+    "[1, -1], the paper's": "first_last",
+    "[-1, -1], the control": "last_twice",
+    "[-1]": "last",
+    "[1]": "first",
+    "[1, -1], the words' tokens alone": "text",
+    "[4, -1]": "middle_last",
+    "mean of all, each layer-normalised": "mean",
+    "none": "none",
+}
+
+
+def test_the_layer_study():
+    figures = report("results/layer_study/study.json")
+    rows = {name: cells for name, *cells in table(ROOT / "README.md", "the DiT is given")}
+    known = {name: figures["arms"][arm]["all"] for name, arm in STUDY_ARMS.items()}
+    for name, key in (("*the true edit*", "ceiling"), ("*nothing edited*", "unedited")):
+        known[name] = {outcome: {"mean": value} for outcome, value in figures[key]["all"].items()}
+    assert list(rows) == list(known)
+    for name, (iou, centroid, colour, shape, psnr) in rows.items():
+        means = {outcome: values["mean"] for outcome, values in known[name].items()}
+        assert [iou, centroid, psnr] == [f"{means['mask_iou']:.2f}", f"{means['centroid_error']:.1f}", f"{means['psnr_edited']:.1f}"]
+        assert [colour, shape] == [f"{100 * means['colour_right']:.0f} %", f"{100 * means['shape_right']:.0f} %"]
+    assert all(len(figures["arms"][arm]["seeds"]) == 3 for arm in STUDY_ARMS.values())
+    text, question = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()), figures["question"]["all"]
+    where, what = (f"{loss['mean']:.2f} ({loss['low']:.2f} to {loss['high']:.2f})" for loss in (question["where"], question["what"]))
+    assert f"**The answer is {question['answer']}.**" in text and f"WHERE is {where} standard deviations worse" in text and f"WHAT {what}." in text
+    assert f"names colours in {100 * figures['vlm']['topics']['colour']['right']:.0f} % of the cases" in text
+
+
 def test_an_edit_by_the_length_of_its_clip():
     figures = report("results/growth/length_tiny.json")
     rows = table(ROOT / "docs" / "performance.md", "frames", "seconds", "peak memory")

@@ -34,7 +34,7 @@ PAPER_ARM, CONTROL, LEVEL_ARM = "first_last", "last_twice", "last"
 TESTED = ("mask_iou", "edge_error", "colour_right", "shape_right", "psnr_edited")  # outcomes of which other arms are compared with the paper's
 WINDOW = 20  # logged values in the running mean of the loss
 STRIPS = ("none", "text", "last", "first", "first_last", "middle_last", "mean")
-STRIP_CLIPS = 8
+STRIP_CLIPS = 4
 
 
 class Results:
