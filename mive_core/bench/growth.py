@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -33,6 +34,7 @@ from .models import Workload, random_dit, workload
 FRAMES = (17, 33, 65, 97, 129, 177, 241)
 SIZES = ((160, 96), (256, 144), (320, 192), (480, 272), (640, 352))
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc returns freed tensors at once, so that resident memory is that of live tensors
+Made = TypeVar("Made")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 PAPER, INK, FAINT, COLOURS = (250, 250, 248), (28, 28, 32), (222, 222, 218), ((200, 60, 40), (40, 90, 180))
 
@@ -113,6 +115,14 @@ def _init_worker(threads: int) -> None:
     measure_point(Point("tiny", (64, 64), 5, 1, None, 0, 1))  # warms up the libraries
 
 
+def peak_growth(call: Callable[[], Made]) -> tuple[Made, int]:
+    """Returns what call() returns, and by how many bytes this process's resident memory rose at its peak; 0: it did not grow (Linux)."""
+    before = resident("VmRSS")
+    CLEAR_REFS.write_text("5")  # resets the kernel's peak to what is resident now
+    made = call()
+    return made, max(resident("VmHWM") - before, 0)
+
+
 @torch.inference_mode()
 def measure_point(point: Point) -> dict:
     """Measures seconds, and bytes without the weights: by the formula, by counted tensors, and by the process's peak resident memory."""
@@ -120,10 +130,7 @@ def measure_point(point: Point) -> dict:
     model = random_dit(work)
     num_windows, call = make_windowed_forward(model, work, point)
     gc.collect()
-    before = resident("VmRSS")
-    CLEAR_REFS.write_text("5")  # resets the kernel's peak to what is resident now
-    call()
-    rss = max(resident("VmHWM") - before, 0)  # 0: the process did not grow, so there is no measurement
+    _, rss = peak_growth(call)  # 0: there is no measurement
     seconds, processor_seconds = (statistics.median(values) for values in zip(*(_timed(call) for _ in range(point.repeats))))
     with MemoryCounter() as counter:
         call()

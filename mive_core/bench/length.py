@@ -23,8 +23,7 @@ from ..media.fit import resize
 from ..media.images import write_image
 from ..media.video import read_clip, write_stream
 from ..pipeline import Pipeline
-from .growth import CLEAR_REFS, MALLOC
-from .load import resident
+from .growth import CLEAR_REFS, MALLOC, peak_growth
 
 SAMPLE = Path(__file__).parents[1] / "assets" / "samples" / "bigbuckbunny_640x360.mp4"
 FRAMES = (33, 81, 161, 321)
@@ -38,13 +37,14 @@ def bench_length(size: tuple[int, int] = (640, 360), edit: tuple[int, int] = (16
     """
     if wrong := [count for count in frames if count % TEMPORAL_FACTOR != 1]:
         raise UserError("the length does not fit", got=wrong[0], expected="4n+1 frames")
-    if len(set(frames)) < 2:
-        raise UserError("growth needs two lengths", got=len(set(frames)), fix="name another")
+    lengths = sorted(set(frames))
+    if len(lengths) < 2:
+        raise UserError("growth needs two lengths", got=len(lengths), fix="name another")
     if not CLEAR_REFS.exists():
         raise UserError("this system does not tell a process's peak memory", expected="Linux")
     os.environ.update(MALLOC)  # read by the new processes when they start
     rows = []
-    for count in tqdm(sorted(set(frames)), desc="lengths", disable=None):
+    for count in tqdm(lengths, desc="lengths", disable=None):
         with multiprocessing.get_context("spawn").Pool(1) as process:
             rows.append(process.apply(measure_length, (size, edit, count, steps, torch.get_num_threads())))
     shorter, longest = rows[-2:]  # encoders hold some dozens of frames back, so short clips grow faster
@@ -70,10 +70,11 @@ def measure_length(size: tuple[int, int], edit: tuple[int, int], num_frames: int
         write_image(reference, 0.6 * sample[0])
         del sample
         settings, options = EvaluationSettings(steps=steps), FileOptions(size=edit)
-        before = resident("VmRSS")
-        CLEAR_REFS.write_text("5")  # resets the kernel's peak to what is resident now
+        entry = ManifestEntry(source=source, instruction=INSTRUCTION, reference=reference)
+
+        def edit_clip() -> None:
+            edit_file(pipeline, prepare(entry, pipeline.config, options), Path(temporary) / "edited.mp4", settings, options)
+
         start = time.perf_counter()
-        prepared = prepare(ManifestEntry(source=source, instruction=INSTRUCTION, reference=reference), pipeline.config, options)
-        edit_file(pipeline, prepared, Path(temporary) / "edited.mp4", settings, options)
-        seconds = time.perf_counter() - start
-        return {"frames": num_frames, "seconds": seconds, "peak_bytes": max(resident("VmHWM") - before, 0)}
+        _, peak = peak_growth(edit_clip)
+        return {"frames": num_frames, "seconds": time.perf_counter() - start, "peak_bytes": peak}

@@ -26,8 +26,7 @@ from ..pipeline import Pipeline
 from ..reference import fix_first_frame, latent_times, within_window
 from ..stretches import latent_order, latent_spans, stretches
 from ..types import EditLatents, EditRequest, PairedEdit
-from .growth import CLEAR_REFS, context_windows
-from .load import resident
+from .growth import CLEAR_REFS, context_windows, peak_growth
 
 PARTS = ("first", "middle", "last")  # thirds of a clip
 SAMPLE = 255.0  # levels of a pixel
@@ -68,16 +67,9 @@ def bench_long_clips(pipeline: Pipeline, pairs: Sequence[PairedEdit], settings: 
 
 def _measure(pipeline: Pipeline, pair: PairedEdit, settings: EvaluationSettings, edit: Way) -> dict:
     """Figures of one clip edited in one way; time and memory are those of the edit alone."""
-    before = resident("VmRSS")
-    CLEAR_REFS.write_text("5")  # resets the kernel's peak to what is resident now
     start, start_processor = time.perf_counter(), time.process_time()
-    edited, round_trip, borders = edit(pipeline, pair.request, settings)
-    figures = {
-        "seconds": time.perf_counter() - start,
-        "processor_seconds": time.process_time() - start_processor,
-        "peak_bytes": max(resident("VmHWM") - before, 0),
-        "borders": borders,
-    }
+    (edited, round_trip, borders), peak = peak_growth(lambda: edit(pipeline, pair.request, settings))
+    figures = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - start_processor, "peak_bytes": peak, "borders": borders}
     delivered = torch.stack(list(deliver(iter(pair.request.source.frames), edited, round_trip, pair.request.reference)))
     return figures | {"raw": score(pair, edited, borders), "delivered": score(pair, delivered, borders)}
 
