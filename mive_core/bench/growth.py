@@ -130,7 +130,7 @@ def measure_point(point: Point) -> dict:
     model = random_dit(work)
     num_windows, call = make_windowed_forward(model, work, point)
     gc.collect()
-    _, rss = peak_growth(call)  # 0: there is no measurement
+    rss = peak_growth(call)[1]  # 0: there is no measurement
     seconds, processor_seconds = (statistics.median(values) for values in zip(*(_timed(call) for _ in range(point.repeats))))
     with MemoryCounter() as counter:
         call()
